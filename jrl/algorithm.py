@@ -1,0 +1,102 @@
+"""An algorithm is a few pure functions over one state; everything else is a transform of them.
+
+The state is the whole run: parameters, optimizer, environments, normalizers, keys, counters and hyperparameters. Save
+it, load it, go on, and every number is the one an uninterrupted run gives.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from jrl.envs.types import Environment
+
+Array = jax.Array
+State = Any
+Hyper = Any
+Metrics = dict[str, Array]
+
+
+class Algorithm(NamedTuple):
+    """Pure functions that make up an algorithm, and what a loop needs to know about them.
+
+    Attributes:
+        init: ``(key, hyper=None, num_updates=None) -> State``. ``num_updates`` is the length of the run, which schedules
+            follow; without it they stay at their start. ``hyper=None`` takes the defaults below.
+        update: ``State -> (State, Metrics)``; metrics are float32 scalars.
+        act: ``(state, obs, key=None, memory=None) -> (action, memory)`` for one observation: sampled with a key, greedy
+            without; ``memory=None`` begins an episode.
+        env_steps_per_update: environment steps, over all environments, that one update takes.
+        name: of the algorithm.
+        env: what it learns in.
+        config: static settings, a frozen dataclass.
+        hyper: default hyperparameters, a NamedTuple of floats.
+    """
+
+    init: Callable[..., State]
+    update: Callable[[State], tuple[State, Metrics]]
+    act: Callable[..., tuple[Array, Any]]
+    env_steps_per_update: int
+    name: str
+    env: Environment
+    config: Any
+    hyper: Hyper
+
+
+def over_seeds(algo: Algorithm) -> Algorithm:
+    """The algorithm with a leading axis of seeds: ``init`` takes keys ``[N]``, states and metrics have ``[N, ...]``."""
+    return algo._replace(
+        init=lambda keys, hyper=None, num_updates=None: jax.vmap(lambda k: algo.init(k, hyper, num_updates))(keys),
+        update=jax.vmap(algo.update),
+        act=jax.vmap(algo.act),
+    )
+
+
+def over_hypers(algo: Algorithm) -> Algorithm:
+    """The algorithm with a leading axis of hyperparameters: every leaf of ``hyper`` is ``[N]``; the key is shared.
+
+    ``over_hypers(over_seeds(algo))`` has states ``[hypers, seeds, ...]``: a grid of settings in one program, each on the
+    same seeds.
+    """
+    return algo._replace(
+        init=lambda key, hyper, num_updates=None: jax.vmap(lambda h: algo.init(key, h, num_updates))(hyper),
+        update=jax.vmap(algo.update),
+        act=jax.vmap(algo.act),
+    )
+
+
+def over_members(algo: Algorithm) -> Algorithm:
+    """The algorithm over pairs: keys ``[N]`` and hyperparameters ``[N]`` side by side, as the run loop uses it."""
+    return algo._replace(
+        init=lambda keys, hypers, num_updates=None: jax.vmap(lambda k, h: algo.init(k, h, num_updates))(keys, hypers),
+        update=jax.vmap(algo.update),
+        act=jax.vmap(algo.act),
+    )
+
+
+def over_devices(algo: Algorithm, mesh: Mesh) -> Algorithm:
+    """A vmapped algorithm with its leading axis laid over the first axis of a mesh; nothing is communicated.
+
+    Raises ``ValueError`` from JAX if the leading axis is not a multiple of the number of devices.
+    """
+    spec = PartitionSpec(mesh.axis_names[0])
+    update = jax.shard_map(algo.update, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return algo._replace(update=update)
+
+
+def with_evaluation(
+    algo: Algorithm, evaluate: Callable[[State, Array], Metrics], every: int, key: Array
+) -> Algorithm:
+    """The algorithm whose update is ``every`` updates followed by ``evaluate(state, key)``, merged into the metrics.
+
+    Evaluation keys come from ``key`` and the training state is untouched, so the numbers of training do not change. The
+    metrics of the updates are averaged.
+    """
+
+    def update(state: State) -> tuple[State, Metrics]:
+        state, metrics = jax.lax.scan(lambda s, _: algo.update(s), state, length=every)
+        means = jax.tree.map(lambda m: m.mean(0), metrics)
+        return state, means | {f"eval_{name}": x for name, x in evaluate(state, key).items()}
+
+    return algo._replace(update=update, env_steps_per_update=algo.env_steps_per_update * every)

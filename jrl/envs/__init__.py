@@ -1,0 +1,86 @@
+"""Environments behind one small protocol (``types``): gymnax, probes, and your own."""
+
+import difflib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jrl.envs import gymnax, probes, wrappers
+from jrl.envs.types import (
+    Box,
+    Discrete,
+    Environment,
+    MaskedObs,
+    MultiDiscrete,
+    Space,
+    observation_spec,
+    strict,
+)
+
+__all__ = [
+    "Box",
+    "Discrete",
+    "Environment",
+    "MaskedObs",
+    "MultiDiscrete",
+    "Space",
+    "make",
+    "names",
+    "observation_spec",
+    "register",
+    "wrappers",
+]
+
+_registered: dict[str, Callable[..., Environment]] = dict(probes.PROBES)
+
+
+def register(name: str, factory: Callable[..., Environment]) -> None:
+    """Let ``make(name, **params)`` call ``factory(**params)``. Raises ``ValueError`` if the name is taken."""
+    if name in names():
+        raise ValueError(f"an environment named {name!r} is registered already")
+    _registered[name] = factory
+
+
+def names() -> list[str]:
+    """All names that ``make`` knows."""
+    return [*gymnax.IDS, *_registered]
+
+
+def make(name: str, **params: Any) -> Environment:
+    """An environment by name, or from a Python file that defines ``reset``, ``step`` and ``action_space``.
+
+    ``params`` go to the environment (gymnax: fields of its ``EnvParams``). The result is checked by abstract evaluation.
+    Raises ``ValueError`` for an unknown name, file or parameter, or for functions that break the protocol.
+    """
+    if name.endswith(".py"):
+        return strict(_from_file(Path(name), params))
+    if name in gymnax.IDS:
+        return strict(gymnax.make(name, **params))
+    if name not in _registered:
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
+        raise ValueError(f"unknown environment {name!r}; {hint} (or a path to a .py file)")
+    try:
+        return strict(_registered[name](**params))
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _from_file(path: Path, params: dict[str, Any]) -> Environment:
+    """``make(**params) -> Environment`` of the file if it has one, else its ``reset``, ``step`` and ``action_space``."""
+    if not path.is_file():
+        raise ValueError(f"no such environment file: {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if hasattr(module, "make"):
+        return module.make(**params)
+    missing = [field for field in ("reset", "step", "action_space") if not hasattr(module, field)]
+    if missing:
+        raise ValueError(f"{path} must define {', '.join(missing)} (or make() -> Environment)")
+    if params:
+        raise ValueError(f"{path} takes no parameters, since it has no make(); got {', '.join(params)}")
+    limit = getattr(module, "time_limit", None)
+    return Environment(path.stem, module.reset, module.step, module.action_space, limit)

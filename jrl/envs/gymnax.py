@@ -1,0 +1,81 @@
+"""gymnax environments behind the protocol.
+
+gymnax is imported when an environment is made, since it takes seconds. Its own ``step`` resets at every step; this
+adapter calls ``step_env`` and leaves the reset to the rollout, which draws each reset state once.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrl.envs.types import Box, Discrete, Environment, Space
+
+# Listed here so that a wrong name is refused without the import. MNISTBandit-bsuite downloads its images: left out.
+IDS = (
+    "CartPole-v1 Pendulum-v1 Acrobot-v1 MountainCar-v0 MountainCarContinuous-v0 "
+    "Asterix-MinAtar Breakout-MinAtar Freeway-MinAtar Seaquest-MinAtar SpaceInvaders-MinAtar "
+    "Catch-bsuite DeepSea-bsuite MemoryChain-bsuite UmbrellaChain-bsuite DiscountingChain-bsuite SimpleBandit-bsuite "
+    "FourRooms-misc MetaMaze-misc PointRobot-misc BernoulliBandit-misc GaussianBandit-misc "
+    "Reacher-misc Swimmer-misc Pong-misc FrozenLake-misc"
+).split()
+
+
+def make(name: str, **params: Any) -> Environment:
+    """A gymnax environment by id; ``params`` replace fields of its ``EnvParams`` (``memory_length=10``).
+
+    Observations keep gymnax's dtype, with two exceptions: those of a discrete space (FrozenLake) come one-hot as
+    float32, and MinAtar's binary planes as bool, a quarter of the memory.
+    Raises ``ValueError`` for a field that the environment does not have.
+    """
+    import gymnax
+
+    env, defaults = gymnax.make(name)
+    allowed = list(vars(defaults))
+    for field in params:
+        if field not in allowed:
+            raise ValueError(f"{name} has no parameter {field!r}; it has: {', '.join(allowed)}")
+    env_params = defaults.replace(**params)
+    num_values = getattr(env.observation_space(env_params), "n", None)
+
+    def observe(obs: Any) -> Any:
+        if num_values is not None:
+            return jax.nn.one_hot(obs, num_values, dtype=jnp.float32)
+        return obs.astype(bool) if name.endswith("-MinAtar") else obs
+
+    def reset(key: jax.Array) -> tuple[Any, Any]:
+        obs, state = env.reset_env(key, env_params)
+        return observe(obs), state
+
+    def step(key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, Any, Any, Any, Any]:
+        obs, state, reward, terminated, _ = env.step_env(key, state, action, env_params)
+        return observe(obs), state, reward, terminated, env.is_truncated(state, env_params)
+
+    return Environment(
+        name=name,
+        reset=reset,
+        step=step,
+        action_space=_space(env.action_space(env_params)),
+        time_limit=int(env_params.max_steps_in_episode),
+        draw=_drawer(env, env_params),
+    )
+
+
+def _space(space: Any) -> Space:
+    if hasattr(space, "n"):
+        return Discrete(int(space.n))
+    low, high = (np.broadcast_to(np.asarray(x, float), space.shape).tolist() for x in (space.low, space.high))
+    return Box(tuple(low), tuple(high))
+
+
+def _drawer(env: Any, env_params: Any) -> Any:
+    def draw(states: list[Any], path: str) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from gymnax.visualize import Visualizer
+
+        Visualizer(env, env_params, states).animate(path)
+
+    return draw

@@ -1,0 +1,102 @@
+"""Environments from environments. (Normalization of observations and rewards is in ``jrl.normalize``: its statistics
+belong to the learner's state, since they must stand still within an update.)"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrl.envs.types import Environment
+
+Array = jax.Array
+
+
+def time_limit(env: Environment, steps: int) -> Environment:
+    """Truncate episodes after ``steps`` steps."""
+
+    def reset(key: Array) -> tuple[Any, Any]:
+        obs, state = env.reset(key)
+        return obs, (state, jnp.int32(0))
+
+    def step(key: Array, state: Any, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+        inner, t = state
+        obs, inner, reward, terminated, truncated = env.step(key, inner, action)
+        return obs, (inner, t + 1), reward, terminated, truncated | (t + 1 >= steps)
+
+    limit = steps if env.time_limit is None else min(steps, env.time_limit)
+    return env._replace(reset=reset, step=step, time_limit=limit, draw=_inner_draw(env))
+
+
+def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
+    """Repeat the previous action with ``probability`` at each step (Machado et al. 2018, arXiv 1709.06009, section 5.2).
+
+    The first action of an episode is never replaced.
+    """
+
+    def reset(key: Array) -> tuple[Any, Any]:
+        from jrl.envs.types import example_action
+
+        obs, state = env.reset(key)
+        return obs, (state, example_action(env.action_space), jnp.bool_(True))
+
+    def step(key: Array, state: Any, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+        inner, previous, first = state
+        key_stick, key_step = jax.random.split(key)
+        stick = jax.random.bernoulli(key_stick, probability) & ~first
+        action = jnp.where(stick, previous, action)
+        obs, inner, reward, terminated, truncated = env.step(key_step, inner, action)
+        return obs, (inner, action, jnp.bool_(False)), reward, terminated, truncated
+
+    return env._replace(reset=reset, step=step, draw=_inner_draw(env))
+
+
+def frame_stack(env: Environment, num_frames: int = 4) -> Environment:
+    """Stack the last ``num_frames`` observations along the last axis, oldest first; the first one is repeated at reset."""
+
+    def reset(key: Array) -> tuple[Any, Any]:
+        obs, state = env.reset(key)
+        frames = jnp.stack([obs] * num_frames)
+        return _merge(frames), (state, frames)
+
+    def step(key: Array, state: Any, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+        inner, frames = state
+        obs, inner, reward, terminated, truncated = env.step(key, inner, action)
+        frames = jnp.concatenate([frames[1:], obs[None]])
+        return _merge(frames), (inner, frames), reward, terminated, truncated
+
+    return env._replace(reset=reset, step=step, draw=_inner_draw(env))
+
+
+def time_feature(env: Environment) -> Environment:
+    """Append the share of the time limit that has passed to a vector observation (Pardo et al. 2018, arXiv 1712.00378, sec. 3).
+
+    Raises ``ValueError`` if the environment has no time limit.
+    """
+    if env.time_limit is None:
+        raise ValueError(f"time_feature: {env.name} has no time limit; wrap it in time_limit first")
+    limit = env.time_limit
+
+    def add(obs: Array, t: Array) -> Array:
+        return jnp.concatenate([obs.astype(jnp.float32).ravel(), (t / limit).astype(jnp.float32)[None]])
+
+    def reset(key: Array) -> tuple[Any, Any]:
+        obs, state = env.reset(key)
+        return add(obs, jnp.int32(0)), (state, jnp.int32(0))
+
+    def step(key: Array, state: Any, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+        inner, t = state
+        obs, inner, reward, terminated, truncated = env.step(key, inner, action)
+        return add(obs, t + 1), (inner, t + 1), reward, terminated, truncated
+
+    return env._replace(reset=reset, step=step, draw=_inner_draw(env))
+
+
+def _merge(frames: Array) -> Array:
+    return jnp.concatenate(list(jnp.atleast_1d(frames)), axis=-1) if frames.ndim > 1 else frames
+
+
+def _inner_draw(env: Environment) -> Any:
+    if env.draw is None:
+        return None
+    draw = env.draw
+    return lambda states, path: draw([state[0] for state in states], path)

@@ -1,0 +1,75 @@
+"""Losses and diagnostics of policy-gradient methods, each on one element or one batch, in float32.
+
+Elementwise functions broadcast; reduce them where you call them. ``log_ratio`` is ``log pi(a|x) - log pi_old(a|x)``.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def policy_gradient(log_prob: Array, advantage: Array) -> Array:
+    """REINFORCE with a baseline, as a loss: ``-log pi(a|x) A`` (Williams 1992)."""
+    return -log_prob * jax.lax.stop_gradient(advantage)
+
+
+def ppo_clip(log_ratio: Array, advantage: Array, clip_eps: Array | float) -> Array:
+    """PPO's clipped surrogate, as a loss (Schulman et al. 2017, arXiv 1707.06347, eq. 7)."""
+    ratio = jnp.exp(log_ratio)
+    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantage)
+
+
+def ppo_dual_clip(log_ratio: Array, advantage: Array, clip_eps: Array | float, dual_clip: Array | float) -> Array:
+    """Dual-clip PPO, as a loss (Ye et al. 2020, arXiv 1912.09729, eq. 5); ``dual_clip`` is their c > 1.
+
+    Where the advantage is negative the loss is bounded above by ``-c A``, so that a huge ratio cannot dominate.
+    """
+    clipped = ppo_clip(log_ratio, advantage, clip_eps)
+    return jnp.where(advantage < 0, jnp.minimum(clipped, -dual_clip * advantage), clipped)
+
+
+def ppo_unclipped(log_ratio: Array, advantage: Array) -> Array:
+    """The surrogate of trust-region methods, as a loss (arXiv 1707.06347, eq. 6), which PPO-Penalty adds a KL term to."""
+    return -jnp.exp(log_ratio) * advantage
+
+
+def adapt_kl_weight(kl_weight: Array, kl: Array, target_kl: Array | float) -> Array:
+    """The next penalty coefficient of PPO-Penalty (arXiv 1707.06347, section 4): halved or doubled outside 1.5x."""
+    lower = jnp.where(kl < target_kl / 1.5, 0.5, 1.0)
+    return kl_weight * jnp.where(kl > target_kl * 1.5, 2.0, lower)
+
+
+def value_loss(v: Array, target: Array) -> Array:
+    """Half the squared error."""
+    return 0.5 * jnp.square(v - target)
+
+
+def clipped_value_loss(v: Array, v_old: Array, target: Array, clip_eps: Array | float) -> Array:
+    """Value loss pessimistic about moving more than ``clip_eps`` from ``v_old`` (Engstrom et al. 2020, arXiv 2005.12729, sec. 2)."""
+    clipped = v_old + jnp.clip(v - v_old, -clip_eps, clip_eps)
+    return jnp.maximum(value_loss(v, target), value_loss(clipped, target))
+
+
+def standardize(x: Array, eps: float = 1e-8) -> Array:
+    """Zero mean and unit standard deviation over all elements."""
+    return (x - x.mean()) / (x.std() + eps)
+
+
+def approximate_kl(log_ratio: Array) -> Array:
+    """Unbiased, non-negative estimate of KL(pi_old || pi) from samples of pi_old, elementwise.
+
+    ``(r - 1) - log r``, the "k3" estimator (Schulman 2020, "Approximating KL divergence").
+    """
+    return jnp.expm1(log_ratio) - log_ratio
+
+
+def clip_fraction(log_ratio: Array, clip_eps: Array | float) -> Array:
+    """Share of a batch whose ratio lies outside the clip range; a scalar."""
+    return jnp.mean(jnp.abs(jnp.expm1(log_ratio)) > clip_eps)
+
+
+def explained_variance(v: Array, target: Array) -> Array:
+    """``1 - Var[target - v] / Var[target]`` over all elements; 0 where the targets do not vary."""
+    variance = jnp.var(target)
+    return jnp.where(variance > 0, 1 - jnp.var(target - v) / jnp.where(variance > 0, variance, 1.0), 0.0)

@@ -1,0 +1,6 @@
+"""Networks. Algorithms see only the record ``Network``; flax modules stay inside this folder."""
+
+from jrl.nets.actor_critic import Config, actor_critic
+from jrl.nets.types import Network
+
+__all__ = ["Config", "Network", "actor_critic"]

@@ -1,0 +1,31 @@
+"""Orthogonal initialization that is safe in every program."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
+
+Array = jax.Array
+
+
+@sequential_vmap
+def _qr(x: Array) -> tuple[Array, Array]:
+    # One at a time under vmap: a batched QR in a program over several host devices starves XLA's thread pool and hangs.
+    q, r = jnp.linalg.qr(x)
+    return q, r
+
+
+def orthogonal(scale: float = 1.0):
+    """Orthogonal kernels (Saxe et al. 2014, arXiv 1312.6120): the last axis against all others, times ``scale``."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+        *rows, columns = shape
+        num_rows = math.prod(rows)
+        tall = jax.random.normal(key, (max(num_rows, columns), min(num_rows, columns)))
+        q, r = _qr(tall)
+        q = q * jnp.sign(jnp.diagonal(r))  # makes the distribution uniform over orthogonal matrices
+        q = q if num_rows >= columns else q.T
+        return (scale * q).reshape(shape).astype(dtype)
+
+    return init

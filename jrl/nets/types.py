@@ -1,0 +1,35 @@
+"""What an algorithm sees of a network."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+Params = Any
+Memory = Any
+
+
+class Outputs(NamedTuple):
+    """Parameters of the action distribution, and the value of the observation ``[...]``."""
+
+    policy: Any
+    value: Array
+
+
+class Network(NamedTuple):
+    """A policy and its value as pure functions; ``B`` is any batch size.
+
+    Attributes:
+        init: ``key -> params``.
+        step: ``(params, memory [B], obs [B], first bool [B]) -> (memory, Outputs [B])``. Where ``first`` is true an
+            episode begins, and the memory is forgotten before it is used.
+        unroll: ``(params, memory [B], obs [T, B], first [T, B]) -> (memories [T, B], Outputs [T, B])``; the same numbers as T steps.
+            ``memories[t]`` is the memory after observation t.
+        memory: the empty memory of one agent; ``()`` for feed-forward networks.
+    """
+
+    init: Callable[[Array], Params]
+    step: Callable[[Params, Memory, Any, Array], tuple[Memory, Outputs]]
+    unroll: Callable[[Params, Memory, Any, Array], tuple[Memory, Outputs]]
+    memory: Memory

@@ -1,0 +1,80 @@
+"""Running normalization of observations and rewards, as pure functions of statistics kept in the learner's state.
+
+Statistics stand still while an update collects and learns, and take in its data at its end; otherwise the first
+importance ratio of the update would not be 1. All statistics are float32.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+class Stats(NamedTuple):
+    """Count, mean and variance of everything seen; mean and variance have the shape of one element."""
+
+    count: Array
+    mean: Array
+    variance: Array
+
+
+def init(shape: tuple[int, ...]) -> Stats:
+    """Statistics of nothing: mean 0, variance 1, so that normalization starts as the identity."""
+    return Stats(jnp.float32(0), jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32))
+
+
+def update(stats: Stats, batch: Array) -> Stats:
+    """Take in a batch ``[..., *shape]`` (Chan et al. 1983, the parallel variance update)."""
+    axes = tuple(range(batch.ndim - stats.mean.ndim))
+    x = batch.astype(jnp.float32)
+    size = jnp.float32(x.size / max(stats.mean.size, 1))
+    mean, variance = x.mean(axes), x.var(axes)
+    count = stats.count + size
+    shift = mean - stats.mean
+    spread = stats.variance * stats.count + variance * size + jnp.square(shift) * stats.count * size / count
+    return Stats(count, stats.mean + shift * size / count, spread / count)
+
+
+def standardize(stats: Stats, x: Array, clip: float = 10.0) -> Array:
+    """``(x - mean) / std``, clipped, float32."""
+    scaled = (x.astype(jnp.float32) - stats.mean) * jax.lax.rsqrt(stats.variance + 1e-8)
+    return jnp.clip(scaled, -clip, clip)
+
+
+def scale(stats: Stats, x: Array, clip: float = 10.0) -> Array:
+    """``x / std``, clipped: for rewards, whose sign and zero must stay."""
+    return jnp.clip(x * jax.lax.rsqrt(stats.variance + 1e-8), -clip, clip)
+
+
+class RewardStats(NamedTuple):
+    """Statistics of the discounted sum of past rewards, and its running value in each environment ``[B]``."""
+
+    stats: Stats
+    running: Array
+
+
+def init_rewards(num_envs: int) -> RewardStats:
+    """Reward statistics of nothing."""
+    return RewardStats(init(()), jnp.zeros(num_envs, jnp.float32))
+
+
+def update_rewards(state: RewardStats, reward: Array, ended: Array, gamma: Array | float) -> RewardStats:
+    """Take in rewards ``[T, B]``; ``ended = terminated | truncated`` restarts the sums (Engstrom et al. 2020, arXiv 2005.12729, sec. 2)."""
+
+    def step(running: Array, x: tuple[Array, Array]) -> tuple[Array, Array]:
+        total = gamma * running + x[0]
+        return jnp.where(x[1], 0.0, total), total
+
+    running, totals = jax.lax.scan(step, state.running, (reward, ended))
+    return RewardStats(update(state.stats, totals), running)
+
+
+def observations(stats: Stats | None, obs: Any) -> Any:
+    """Observations as the network sees them: standardized where there are statistics; masks are left alone."""
+    if stats is None:
+        return obs
+    if hasattr(obs, "mask"):
+        return obs._replace(obs=standardize(stats, obs.obs))
+    return standardize(stats, obs)

@@ -1,0 +1,105 @@
+"""Acting in a batch of environments for a fixed number of steps."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl.envs.types import Environment
+
+Array = jax.Array
+
+
+class Actors(NamedTuple):
+    """A batch of B environments between two steps, with the agents' memories and the episodes under way."""
+
+    env_state: Any
+    obs: Any
+    first: Array  # bool [B]: obs is the first of its episode
+    memory: Any
+    episode_return: Array  # float32 [B]
+    episode_length: Array  # int32 [B]
+
+
+class Steps(NamedTuple):
+    """What happened, ``[T, B]``. ``next_obs`` is the observation before any reset; ``extras`` is what ``act`` returned."""
+
+    obs: Any
+    first: Array
+    reward: Array
+    terminated: Array
+    truncated: Array
+    next_obs: Any
+    extras: Any
+
+
+class Episodes(NamedTuple):
+    """Sums over the episodes that ended during a rollout: how many, their returns, their lengths (float32)."""
+
+    count: Array
+    return_sum: Array
+    length_sum: Array
+
+
+def start(env: Environment, key: Array, num_envs: int, memory: Any) -> Actors:
+    """Reset ``num_envs`` environments; ``memory`` is the empty memory of one agent."""
+    obs, env_state = jax.vmap(env.reset)(jax.random.split(key, num_envs))
+    memories = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_envs, *x.shape)), memory)
+    zeros = jnp.zeros(num_envs, jnp.float32)
+    return Actors(env_state, obs, jnp.ones(num_envs, bool), memories, zeros, jnp.zeros(num_envs, jnp.int32))
+
+
+def collect(
+    env: Environment,
+    actors: Actors,
+    act: Callable[[Any, Any, Array, Any], tuple[Any, Array, Any]],
+    noise: Any,
+    key: Array,
+    num_steps: int,
+) -> tuple[Actors, Steps, Episodes]:
+    """``num_steps`` steps in every environment, resetting those that end.
+
+    ``act(memory, obs, first, noise_t) -> (memory, env_action, extras)`` is batched over B; ``noise`` has leading axis T.
+    The keys of all steps, and a fresh reset state for each step, are drawn in one call before the loop, which is much
+    faster than drawing them one by one.
+    """
+    num_envs = actors.first.shape[0]
+    key_steps, key_resets = jax.random.split(key)
+    step_keys = jax.random.split(key_steps, (num_steps, num_envs))
+    resets = jax.vmap(jax.vmap(env.reset))(jax.random.split(key_resets, (num_steps, num_envs)))
+
+    def step(carry: tuple[Actors, Episodes], x: Any) -> tuple[tuple[Actors, Episodes], Steps]:
+        now, episodes = carry
+        noise_t, keys, (reset_obs, reset_state) = x
+        memory, action, extras = act(now.memory, now.obs, now.first, noise_t)
+        next_obs, env_state, reward, terminated, truncated = jax.vmap(env.step)(keys, now.env_state, action)
+        ended = terminated | truncated
+        returns, lengths = now.episode_return + reward, now.episode_length + 1
+        episodes = Episodes(
+            episodes.count + jnp.sum(ended, dtype=jnp.float32),
+            episodes.return_sum + jnp.sum(jnp.where(ended, returns, 0.0)),
+            episodes.length_sum + jnp.sum(jnp.where(ended, lengths, 0), dtype=jnp.float32),
+        )
+        later = Actors(
+            env_state=_where(ended, reset_state, env_state),
+            obs=_where(ended, reset_obs, next_obs),
+            first=ended,
+            memory=memory,
+            episode_return=jnp.where(ended, 0.0, returns),
+            episode_length=jnp.where(ended, 0, lengths),
+        )
+        return (later, episodes), Steps(now.obs, now.first, reward, terminated, truncated, next_obs, extras)
+
+    nothing = Episodes(*(jnp.float32(0),) * 3)
+    (actors, episodes), steps = jax.lax.scan(step, (actors, nothing), (noise, step_keys, resets))
+    return actors, steps, episodes
+
+
+def _where(condition: Array, x: Any, y: Any) -> Any:
+    """``jnp.where`` over trees, with ``condition [B]`` broadcast to each leaf ``[B, ...]``."""
+
+    def leaf(a: Array, b: Array) -> Array:
+        return jnp.where(condition.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+
+    return jax.tree.map(leaf, x, y)
