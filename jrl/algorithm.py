@@ -32,6 +32,8 @@ class Algorithm(NamedTuple):
         env: what it learns in.
         config: static settings, a frozen dataclass.
         hyper: default hyperparameters, a NamedTuple of floats.
+        uses_length: whether ``num_updates`` changes the course of a run (an annealed learning rate): such a run cannot be
+            resumed with another length.
     """
 
     init: Callable[..., State]
@@ -42,6 +44,7 @@ class Algorithm(NamedTuple):
     env: Environment
     config: Any
     hyper: Hyper
+    uses_length: bool = True
 
 
 def over_seeds(algo: Algorithm) -> Algorithm:

@@ -138,7 +138,7 @@ class State(NamedTuple):
     kl_weight: Array
     key: Array
     updates: Array  # int32: done so far
-    num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown
+    num_updates: Array  # int32: of the whole run, for schedules; 0 if constant or unknown
     hyper: Hyper
 
 
@@ -167,6 +167,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     )
     distribution = action_distribution(env.action_space, config.continuous)
     recurrent = bool(config.network.gru)
+    anneals = config.optimizer.schedule != "constant"
     defaults = hyper
 
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
@@ -185,7 +186,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             kl_weight=hyper.kl_weight,
             key=key_run,
             updates=jnp.int32(0),
-            num_updates=jnp.asarray(0 if num_updates is None else num_updates, jnp.int32),
+            num_updates=jnp.asarray(num_updates if anneals and num_updates is not None else 0, jnp.int32),
             hyper=hyper,
         )
 
@@ -349,7 +350,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return to_env(env.action_space, chosen), later
 
     per_update = config.num_envs * config.num_steps
-    return Algorithm(init, update, act, per_update, "ppo", env, config, hyper)
+    return Algorithm(init, update, act, per_update, "ppo", env, config, hyper, anneals)
 
 
 def optimizer(config: Config, hyper: Hyper, progress: Array | float) -> optax.GradientTransformation:

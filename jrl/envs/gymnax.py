@@ -52,8 +52,9 @@ def make(name: str, **params: Any) -> Environment:
         obs, state, reward, terminated, _ = env.step_env(key, state, action, env_params)
         return observe(obs), state, reward, terminated, env.is_truncated(state, env_params)
 
+    listed = ", ".join(f"{field}={value}" for field, value in params.items())
     return Environment(
-        name=name,
+        name=f"{name}({listed})" if params else name,
         reset=reset,
         step=step,
         action_space=_space(env.action_space(env_params)),

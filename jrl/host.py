@@ -1,0 +1,30 @@
+"""CPU cores as JAX devices."""
+
+import os
+
+import jax
+
+MOST = 8  # more host devices than this bring little: the programs are small
+
+
+def use_cpu_cores() -> None:
+    """Show each CPU core to JAX as a device of its own, so that seeds can be laid over them.
+
+    Called when ``jrl`` is imported, since JAX fixes its devices at their first use; if they are fixed already, nothing
+    changes. ``JRL_CPU_DEVICES=1`` keeps JAX's single CPU device, another number asks for that many.
+    """
+    wanted = os.environ.get("JRL_CPU_DEVICES", "")
+    if wanted and not (wanted.isdecimal() and int(wanted) > 0):
+        raise ValueError(f"JRL_CPU_DEVICES must be a positive integer; got {wanted!r}")
+    already_chosen = jax.config.jax_num_cpu_devices > 0 or "xla_force_host_platform" in os.environ.get("XLA_FLAGS", "")
+    if already_chosen and not wanted:
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", int(wanted) if wanted else min(num_cores(), MOST))
+    except RuntimeError:  # the devices are fixed already
+        pass
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

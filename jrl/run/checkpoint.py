@@ -1,0 +1,154 @@
+"""Checkpoints of a whole run with orbax, checked on the way in and on the way out.
+
+A checkpoint holds the state of every member as NumPy arrays (keys as their data), so it does not depend on devices, and
+a manifest: the run's configuration and the path, shape, dtype and checksum of every array.
+"""
+
+import errno
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class RunError(Exception):
+    """Something about a run that its user can put right; its text is one clear line."""
+
+
+class Checkpoints:
+    """The checkpoints in a folder, named by the number of updates done. Saves run in the background."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        import orbax.checkpoint as ocp  # takes seconds to import
+
+        self._ocp = ocp
+        self._config = config
+        self.folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
+
+    def latest(self) -> int | None:
+        """Updates done at the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, updates: int, state: Any) -> None:
+        """Begin to save host arrays (of ``layout.fetch``); waits for the save before it. Raises ``RunError`` on a full disk."""
+        leaves = named_leaves(state)
+        manifest = {"config": self._config, "arrays": {name: _describe(x) for name, x in leaves.items()}}
+        with disk_errors(self.folder):
+            if self._manager.latest_step() == updates:
+                return
+            args = self._ocp.args.Composite(
+                state=self._ocp.args.StandardSave(leaves), manifest=self._ocp.args.JsonSave(manifest)
+            )
+            self._manager.save(updates, args=args)
+
+    def restore(self, updates: int, template: Any) -> Any:
+        """The state at ``updates`` in the structure of ``template``, host arrays.
+
+        Raises ``RunError`` naming the checkpoint and the difference: another configuration, missing or foreign arrays,
+        other shapes or dtypes, damaged data.
+        """
+        path = self.folder / str(updates)
+        wanted = named_leaves(template)
+        try:
+            manifest = self._manager.restore(updates, args=self._ocp.args.Composite(manifest=self._ocp.args.JsonRestore()))
+            manifest = manifest["manifest"]
+            saved_config, arrays = manifest["config"], manifest["arrays"]
+        except Exception as error:
+            raise RunError(f"checkpoint {path} is damaged: its manifest cannot be read ({_line(error)})") from error
+        same_config(saved_config, self._config, path)
+        _same_arrays(arrays, wanted, path)
+        try:
+            args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(wanted))
+            leaves = self._manager.restore(updates, args=args)["state"]
+        except Exception as error:
+            raise RunError(f"checkpoint {path} is damaged: its arrays cannot be read ({_line(error)})") from error
+        for name, x in leaves.items():
+            if _describe(np.asarray(x)) != arrays[name]:
+                raise RunError(f"checkpoint {path} is damaged: the data of {name} do not match their checksum")
+        return jax.tree.unflatten(jax.tree.structure(template), [np.asarray(leaves[name]) for name in wanted])
+
+    def wait(self) -> None:
+        """Until what was begun is on disk. Raises ``RunError`` on a full disk."""
+        with disk_errors(self.folder):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their path in the tree, in the tree's order."""
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def same_config(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """Raise ``RunError`` naming every setting in which a saved run differs from this one."""
+    names = sorted(saved.keys() | wanted.keys())
+    differing = [n for n in names if saved.get(n) != wanted.get(n)]
+    if differing:
+        listed = "; ".join(f"{n} was {_short(saved.get(n))}, is {_short(wanted.get(n))}" for n in differing[:5])
+        raise RunError(f"checkpoint {path} is of another configuration: {listed}")
+
+
+def restore_keys(host: Any, live: Any) -> Any:
+    """Host arrays with key data wrapped into typed keys wherever ``live`` has them."""
+
+    def leaf(x: np.ndarray, like: Any) -> Any:
+        if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(like))
+        return x
+
+    return jax.tree.map(leaf, host, live)
+
+
+class disk_errors:
+    """Turn a full or unwritable disk into one clear line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, RunError):
+            return
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        if full or any(text in str(error) for text in ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED")):
+            raise RunError(f"disk full while writing {self._path}; what was saved before is kept") from error
+        if isinstance(error, OSError):
+            raise RunError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+
+def _describe(x: np.ndarray) -> dict[str, Any]:
+    return {"shape": list(x.shape), "dtype": str(x.dtype), "crc32": zlib.crc32(np.ascontiguousarray(x).tobytes())}
+
+
+def _same_arrays(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    for name in sorted(saved.keys() ^ wanted.keys()):
+        where = "the checkpoint" if name in saved else "this run"
+        raise RunError(f"checkpoint {path} does not fit: only {where} has {name}")
+    for name, x in wanted.items():
+        for field in ("shape", "dtype"):
+            given, needed = saved[name][field], _describe_abstract(x)[field]
+            if given != needed:
+                raise RunError(f"checkpoint {path} does not fit: {name} has {field} {given}, this run needs {needed}")
+
+
+def _describe_abstract(x: Any) -> dict[str, Any]:
+    return {"shape": list(x.shape), "dtype": str(x.dtype)}
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:200]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

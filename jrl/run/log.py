@@ -1,0 +1,90 @@
+"""Metrics on disk as they come: a CSV of all members for people, TensorBoard events of the aggregates for the viewer."""
+
+import csv
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jrl.run.checkpoint import disk_errors
+from jrl.run.stats import iqm
+
+
+class Log:
+    """Appends rows to ``metrics.csv`` and to event files; the columns are fixed by the first rows.
+
+    ``labels`` are the constant columns of each member: its seed, and in a sweep the values of its cell.
+    """
+
+    def __init__(self, folder: Path, labels: list[dict[str, Any]], resume_at: int | None) -> None:
+        self._path = folder / "metrics.csv"
+        self._labels = labels
+        if resume_at is not None:
+            truncate(self._path, resume_at)
+        self._file = self._path.open("a", newline="")
+        from tensorboardX import SummaryWriter
+
+        self._events = SummaryWriter(str(folder / "events"), purge_step=None if resume_at is None else resume_at + 1)
+
+    def write(self, updates: np.ndarray, env_steps: np.ndarray, metrics: dict[str, np.ndarray]) -> None:
+        """Rows of several updates: ``updates`` and ``env_steps`` ``[rows]``, metrics ``[members, rows]``."""
+        with disk_errors(self._path):
+            writer = csv.writer(self._file)
+            if self._file.tell() == 0:
+                writer.writerow(["update", "env_steps", *self._labels[0], *metrics])
+            columns = [np.char.mod("%.9g", x).tolist() for x in metrics.values()]
+            for row, (update, steps) in enumerate(zip(updates.tolist(), env_steps.tolist(), strict=True)):
+                for member, label in enumerate(self._labels):
+                    writer.writerow([update, steps, *label.values(), *(c[member][row] for c in columns)])
+            self._file.flush()
+            self._write_events(env_steps, metrics)
+
+    def write_evaluation(self, env_steps: int, summaries: dict[str, dict[str, Any]]) -> None:
+        """IQMs of an evaluation, by label, as events."""
+        with disk_errors(self._path):
+            for label, summary in summaries.items():
+                if summary["iqm"] is not None:
+                    self._events.add_scalar(f"evaluation/{label}", summary["iqm"], env_steps)
+
+    def close(self) -> None:
+        """Flush and close; a full disk was reported when it happened."""
+        for stream in (self._file, self._events):
+            try:
+                stream.close()
+            except OSError:
+                pass
+
+    def _write_events(self, env_steps: np.ndarray, metrics: dict[str, np.ndarray]) -> None:
+        for name, values in metrics.items():
+            for row, steps in enumerate(env_steps.tolist()):
+                x = values[:, row]
+                x = x[np.isfinite(x)]
+                if len(x):
+                    self._events.add_scalar(f"training/{name}", iqm(x), steps)
+        self._events.flush()
+
+
+def truncate(path: Path, updates: int) -> None:
+    """Drop the rows after ``updates``, and a half-written last row: they are about to be made again."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    kept = [row for row in rows[1:] if len(row) == len(rows[0]) and row[0].isdecimal() and int(row[0]) <= updates]
+    fresh = path.with_suffix(".tmp")
+    with fresh.open("w", newline="") as file:
+        csv.writer(file).writerows([*rows[:1], *kept])
+    fresh.replace(path)
+
+
+def read(path: Path, num_members: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """``metrics.csv`` as ``(env_steps [rows], metrics {name: [members, rows]})``."""
+    with path.open(newline="") as file:
+        header = next(csv.reader(file))
+        skip = header.index("seed") + 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an empty file is an empty array
+            table = np.loadtxt(file, delimiter=",", usecols=[1, *range(skip, len(header))], ndmin=2)
+    table = table.reshape(-1, num_members, len(header) - skip + 1)
+    return table[:, 0, 0], {name: table[:, :, i + 1].T for i, name in enumerate(header[skip:])}

@@ -1,0 +1,79 @@
+"""The compiled programs of a run."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl.algorithm import Algorithm, Metrics, State
+
+Array = jax.Array
+
+# Weighted by the episodes they average over; NaN where none ended.
+PER_EPISODE = ("episode_return", "episode_length")
+
+
+def num_updates(algo: Algorithm, env_steps: int) -> int:
+    """Whole updates within the budget. Raises ``ValueError`` if there is none."""
+    updates = env_steps // algo.env_steps_per_update
+    if updates < 1:
+        raise ValueError(f"env_steps must be at least one update, {algo.env_steps_per_update}; got {env_steps}")
+    return updates
+
+
+def train_fn(algo: Algorithm, env_steps: int) -> Callable[..., tuple[State, Metrics]]:
+    """The whole run as one pure function ``train(key, hyper=None) -> (state, metrics)``, to jit, vmap and shard as you like.
+
+    It makes ``env_steps // algo.env_steps_per_update`` updates, never more steps than asked; metrics are ``[updates]``.
+    Raises ``ValueError`` if the budget holds no update.
+    """
+    updates = num_updates(algo, env_steps)
+
+    def train(key: Array, hyper: Any = None) -> tuple[State, Metrics]:
+        state = algo.init(key, hyper, updates)
+        return jax.lax.scan(lambda s, _: algo.update(s), state, length=updates)
+
+    return train
+
+
+class Rows(NamedTuple):
+    """Metrics of a chunk for ``[members]``: sums over the updates of each row ``[members, rows]``, and the first update (from
+    0, within the chunk) at which a number was not finite ``[members]``, -1 for none."""
+
+    sums: Metrics
+    first_bad: Array
+
+
+def chunk(algo: Algorithm, log_every: int, max_rows: int) -> Callable[[State, Array], tuple[State, Rows]]:
+    """``(states, n) -> (states, rows)``: ``n`` updates of a group of members, ``log_every`` of them summed into each row.
+
+    ``n`` is traced, so that one program serves chunks of any length up to ``log_every * max_rows``.
+    """
+    update = jax.vmap(algo.update)
+
+    def run(states: State, n: Array) -> tuple[State, Rows]:
+        num_members = jax.tree.leaves(states)[0].shape[0]
+        shapes = jax.eval_shape(update, states)[1]
+        sums = jax.tree.map(lambda m: jnp.zeros((max_rows, num_members), jnp.float32), shapes)
+
+        def body(i: Array, carry: Any) -> Any:
+            states, sums, bad = carry
+            states, metrics = update(states)
+            wrong = ~jnp.all(jnp.stack([jnp.isfinite(m) for k, m in metrics.items() if k not in PER_EPISODE]), axis=0)
+            bad = jnp.where((bad < 0) & wrong, i, bad)
+            row = i // log_every
+            sums = jax.tree.map(lambda total, m: total.at[row].add(m), sums, _weigh(metrics))
+            return states, sums, bad
+
+        start = (states, sums, jnp.full(num_members, -1, jnp.int32))
+        states, sums, bad = jax.lax.fori_loop(0, n, body, start)
+        return states, Rows(jax.tree.map(lambda x: x.T, sums), bad)
+
+    return run
+
+
+def _weigh(metrics: Metrics) -> Metrics:
+    count = metrics.get("episodes")
+    weighted = {k: jnp.where(count > 0, metrics[k] * count, 0.0) for k in PER_EPISODE if k in metrics}
+    return metrics | weighted

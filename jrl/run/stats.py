@@ -1,0 +1,36 @@
+"""Aggregates over seeds (Agarwal et al. 2021, arXiv 2108.13264)."""
+
+from typing import Any
+
+import numpy as np
+from scipy.stats import trim_mean
+
+
+def iqm(x: Any, axis: int = 0) -> np.ndarray:
+    """Interquartile mean along ``axis``: the mean of the middle half."""
+    return trim_mean(np.asarray(x, float), 0.25, axis=axis)
+
+
+def interval(x: Any, level: float = 0.95, samples: int = 2000) -> tuple[np.ndarray, np.ndarray]:
+    """Bootstrap percentile interval of the IQM over seeds; ``x`` is ``[seeds, ...]``, the bounds ``[...]``.
+
+    One task is one stratum, so seeds are drawn with replacement. The draws are fixed: the same data gives the same bounds.
+    """
+    x = np.asarray(x, float)
+    rng = np.random.default_rng(0)
+    draws = rng.integers(len(x), size=(samples, len(x)))
+    means = np.stack([iqm(x[rows]) for rows in draws])
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(means, [tail, 100 - tail], axis=0)
+    return low, high
+
+
+def summarize(per_seed: Any) -> dict[str, Any]:
+    """IQM with its 95% interval over the seeds whose number is finite; nulls if there is none."""
+    per_seed = np.asarray(per_seed, float)
+    good = per_seed[np.isfinite(per_seed)]
+    listed = [float(x) if np.isfinite(x) else None for x in per_seed]
+    if not len(good):
+        return {"iqm": None, "ci_low": None, "ci_high": None, "per_seed": listed}
+    low, high = interval(good)
+    return {"iqm": float(iqm(good)), "ci_low": float(low), "ci_high": float(high), "per_seed": listed}

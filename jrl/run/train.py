@@ -1,0 +1,517 @@
+"""The run loop: chunks of compiled updates, with everything that has to happen on the host between them."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrl import checks
+from jrl.algorithm import Algorithm, over_members
+from jrl.run import checkpoint, layout, log, plot, program, stats
+from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
+from jrl.run.evaluate import evaluate, record
+from jrl.run.layout import Layout
+from jrl.run.progress import Progress
+
+MAX_ROWS = 1024  # rows of metrics that a chunk can hold on the device
+CHUNK_SECONDS = 1.0
+EVAL_SEED = 20_000_003  # evaluation keys: apart from training's, the same for every seed and run
+
+
+class Result(NamedTuple):
+    """What a run leaves. Leading axes are ``[seeds]``, or ``[cells, seeds]`` in a sweep.
+
+    Attributes:
+        state: the final training state, on the device.
+        metrics: ``{name: [..., rows]}`` NumPy arrays; ``env_steps`` is ``[rows]``, steps per seed.
+        summary: what ``summary.json`` holds.
+        run_dir: the run's folder, or None.
+        finished: false if it was interrupted; resume to go on.
+    """
+
+    state: Any
+    metrics: dict[str, np.ndarray]
+    summary: dict[str, Any]
+    run_dir: Path | None
+    finished: bool
+
+
+def train(
+    algo: Algorithm,
+    key: jax.Array,
+    env_steps: int,
+    *,
+    num_seeds: int = 1,
+    hypers: Mapping[str, Any] | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    eval_every: int | None = None,
+    eval_episodes: int = 32,
+    seeds_at_once: int | None = None,
+    devices: int | None = None,
+    checkpoint_every: float = 60.0,
+    log_every: int | None = None,
+    progress: bool = True,
+    gif: bool = False,
+) -> Result:
+    """Train ``num_seeds`` seeds, of each cell of ``hypers`` if given, in one compiled program.
+
+    The numbers are those of ``jax.vmap(train_fn(algo, env_steps))(jax.random.split(key, num_seeds))``, to float rounding.
+
+    Args:
+        algo: of one seed.
+        key: every seed's key is split from it.
+        env_steps: budget of each seed; whole updates within it are made, never more steps.
+        num_seeds: seeds, trained side by side.
+        hypers: hyperparameters by label (``sweep.grid`` makes them); every cell trains the same seeds.
+        run_dir: folder for configuration, metrics, checkpoints, plot and summary; None writes nothing.
+        resume: go on from the newest checkpoint in ``run_dir``, bit for bit; begins anew if there is none yet.
+        eval_every: evaluate each time this many steps are done, besides at the end; None only at the end.
+        eval_episodes: whole episodes in each evaluation of each seed; 0 skips evaluation.
+        seeds_at_once: members computed at once, over all devices; None picks what is fast and fits.
+        devices: how many devices to use; None takes all.
+        checkpoint_every: seconds between checkpoints.
+        log_every: updates averaged into one row of metrics; None keeps at most about 1,000 rows.
+        progress: show a progress bar.
+        gif: draw the best seed's greedy policy into ``run_dir``.
+
+    Raises:
+        ValueError: for an argument out of range, before anything compiles.
+        RunError: for a folder or checkpoint that does not fit, or a full disk.
+    """
+    checks.positive_int("env_steps", env_steps)
+    checks.positive_int("num_seeds", num_seeds)
+    checks.positive_int("eval_episodes", eval_episodes, at_least=0)
+    for name, value in (("seeds_at_once", seeds_at_once), ("devices", devices), ("eval_every", eval_every), ("log_every", log_every)):
+        if value is not None:
+            checks.positive_int(name, value)
+    checks.within("checkpoint_every", checkpoint_every, 0, float("inf"))
+    if run_dir is None and (resume or gif):
+        raise ValueError(f"{'resume' if resume else 'gif'} needs a run_dir")
+    if gif and algo.env.draw is None:
+        raise ValueError(f"gif: {algo.env.name} cannot be drawn")
+    if devices is not None and devices > len(jax.devices()):
+        raise ValueError(f"devices must be at most {len(jax.devices())}, the number of this machine; got {devices}")
+    total = program.num_updates(algo, env_steps)
+    members = _Members.of(algo, key, num_seeds, hypers)
+    every = log_every or -(-total // 1000)
+    settings = _settings(algo, key, env_steps, num_seeds, members, every)
+    folder = None if run_dir is None else _open_folder(Path(run_dir), resume, settings)
+
+    run = _Run(algo, members, total, every, folder, settings, progress, eval_episodes, checkpoint_every)
+    run.compile(layout.choose(len(members.labels), jax.devices()[:devices], seeds_at_once), automatic=seeds_at_once is None)
+    run.restore(resume)
+    finished = run.loop(None if eval_every is None else max(1, eval_every // algo.env_steps_per_update))
+    return run.finish(finished, gif)
+
+
+class _Members(NamedTuple):
+    """The cells x seeds of a run, flattened."""
+
+    keys: jax.Array  # [members]
+    hypers: Any  # leaves float32 [members]
+    cells: list[str]
+    labels: list[dict[str, Any]]  # CSV columns of each member
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, algo: Algorithm, key: jax.Array, num_seeds: int, hypers: Mapping[str, Any] | None) -> "_Members":
+        keys = jax.random.split(key, num_seeds)
+        cells = {"": algo.hyper} if hypers is None else dict(hypers)
+        if not cells:
+            raise ValueError("hypers must hold at least one set of hyperparameters")
+        rows = np.repeat(np.arange(len(cells)), num_seeds)
+        stacked = jax.tree.map(lambda *xs: np.float32(xs)[rows], *cells.values())
+        labels: list[dict[str, Any]] = [
+            ({} if hypers is None else {"cell": cell}) | {"seed": seed} for cell in cells for seed in range(num_seeds)
+        ]
+        shape = (num_seeds,) if hypers is None else (len(cells), num_seeds)
+        return cls(keys[np.tile(np.arange(num_seeds), len(cells))], stacked, list(cells), labels, shape)
+
+
+class _Run:
+    """A run under way: compiled programs, the state on the device, and what is on disk."""
+
+    def __init__(self, algo, members, total, every, folder, settings, progress, eval_episodes, checkpoint_every):
+        self.algo, self.members, self.total, self.every = algo, members, total, every
+        self.folder, self.settings, self.show = folder, settings, progress
+        self.eval_episodes, self.checkpoint_every = eval_episodes, checkpoint_every
+        self.done = self.first = 0
+        self.history: list[dict[str, np.ndarray]] = []
+        self.bad: dict[int, int] = {}  # member -> update at which it turned NaN
+        self.evaluations: list[dict[str, Any]] = []
+        self.log: log.Log | None = None
+        self.checkpoints: Checkpoints | None = None
+        self.seconds = 0.0
+
+    # Setting up
+
+    def compile(self, chosen: Layout, automatic: bool) -> None:
+        """Initialize all members, and compile the chunk; where it does not fit the device, in smaller groups."""
+        begin = time.perf_counter()
+        self.layout = chosen
+        init = over_members(self.algo).init
+
+        def start(pair: Any) -> Any:
+            return init(*pair, self.total)
+
+        pairs = layout.put(chosen, layout.pad(chosen, (self.members.keys, self.members.hypers)))
+        self.state = jax.jit(layout.over_members(chosen, start))(pairs)
+        while True:
+            chunk = layout.over_members(self.layout, program.chunk(self.algo, self.every, MAX_ROWS))
+            self.chunk = jax.jit(chunk, donate_argnums=0).lower(self.state, jnp.int32(1)).compile()
+            if not automatic or self.layout.group_size == 1 or self._fits():
+                break
+            smaller = max(1, self.layout.group_size // 2) * len(chosen.devices)
+            self.layout = layout.choose(chosen.num_members, list(chosen.devices), smaller)
+            self.state = layout.put(self.layout, layout.pad(self.layout, jax.tree.map(lambda x: x[: chosen.num_members], self.state)))
+        self.compile_seconds = time.perf_counter() - begin
+
+    def _fits(self) -> bool:
+        limit = (self.layout.devices[0].memory_stats() or {}).get("bytes_limit") if self.layout.devices[0].platform != "cpu" else None
+        used = self.chunk.memory_analysis()
+        if limit is None or used is None:
+            return True
+        return used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes <= 0.95 * limit
+
+    def restore(self, resume: bool) -> None:
+        """Open the folder's files, and go on from its newest checkpoint if asked to."""
+        if self.folder is None:
+            self.progress = self._progress()
+            return
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.settings)
+        latest = self.checkpoints.latest() if resume else None
+        if latest is not None:
+            host = self.checkpoints.restore(latest, layout.fetch(self.layout, self.state))
+            live = checkpoint.restore_keys(host, self.state)
+            self.state = layout.put(self.layout, layout.pad(self.layout, live))
+            self.done = self.first = latest
+            if self.done > self.total:
+                raise RunError(f"{self.folder} has done {latest} updates already, more than the {self.total} of this budget")
+        self.log = log.Log(self.folder, self.members.labels, self.done if resume else None)
+        if latest is not None:
+            self._reread()
+        self.progress = self._progress()
+        if resume:
+            steps = self.done * self.algo.env_steps_per_update
+            where = f"resumed at {steps:,} steps a seed" if latest else "no checkpoint yet: beginning anew"
+            self.progress.say(f"{self.folder}: {where}")
+
+    def _reread(self) -> None:
+        _, metrics = log.read(self.folder / "metrics.csv", len(self.members.labels))
+        self.history.append({k: v.astype(np.float32) for k, v in metrics.items()})
+        for name, values in metrics.items():
+            if name not in program.PER_EPISODE:
+                for member, row in np.argwhere(~np.isfinite(values)).tolist():
+                    update = min((row + 1) * self.every, self.done)
+                    self.bad[member] = min(update, self.bad.get(member, update))
+        path = self.folder / "evaluations.json"
+        if path.exists():
+            saved = json.loads(path.read_text())
+            self.evaluations = [e for e in saved if e["env_steps"] <= self.done * self.algo.env_steps_per_update]
+
+    def _progress(self) -> Progress:
+        per_update = self.algo.env_steps_per_update * len(self.members.labels)
+        name = f"{self.algo.name} {self.algo.env.name} x{len(self.members.labels)}"
+        return Progress(name, self.total * per_update, self.done * per_update, self.show)
+
+    # Running
+
+    def loop(self, eval_every: int | None) -> bool:
+        """Train to the end; returns false if a signal stopped it, with everything saved."""
+        pending: tuple[int, int, Any] | None = None
+        seconds_per_update, saved_at = 0.0, time.perf_counter()
+        with _StopOnSignal() as stop:
+            try:
+                while self.done < self.total and not stop.requested:
+                    n = self._chunk_length(seconds_per_update, eval_every)
+                    begin = time.perf_counter()
+                    self.state, rows = self.chunk(self.state, jnp.int32(n))
+                    if pending is not None:
+                        self._consume(*pending)  # while the device works
+                    jax.block_until_ready(rows)
+                    took = time.perf_counter() - begin
+                    self.seconds += took
+                    seconds_per_update = took / n
+                    pending = (self.done, n, rows)
+                    self.done += n
+                    evaluates = eval_every is not None and self.done < self.total and self.done // eval_every > (self.done - n) // eval_every
+                    if evaluates or time.perf_counter() - saved_at > self.checkpoint_every:
+                        self._consume(*pending)
+                        pending = None
+                        if evaluates:
+                            self._evaluate()
+                        self._save()
+                        saved_at = time.perf_counter()
+                if pending is not None:
+                    self._consume(*pending)
+                self._save()
+                if self.checkpoints is not None:
+                    self.checkpoints.wait()
+            finally:
+                self.progress.close()
+                if self.log is not None:
+                    self.log.close()
+        return self.done == self.total
+
+    def _chunk_length(self, seconds_per_update: float, eval_every: int | None) -> int:
+        """Updates that take about a second: whole rows, not past the next evaluation or the end."""
+        rows = int(CHUNK_SECONDS / seconds_per_update / self.every) if seconds_per_update else 1
+        n = self.every * min(max(rows, 1), MAX_ROWS)
+        if eval_every is not None:
+            to_evaluation = eval_every - self.done % eval_every
+            n = min(n, -(-to_evaluation // self.every) * self.every)
+        return min(n, self.total - self.done)
+
+    def _consume(self, start: int, n: int, rows: program.Rows) -> None:
+        """Take in the metrics of a chunk: report NaNs, write them down, move the progress bar."""
+        rows = layout.fetch(self.layout, rows)
+        for member in np.flatnonzero(rows.first_bad >= 0).tolist():
+            if member not in self.bad:
+                self.bad[member] = start + int(rows.first_bad[member]) + 1
+                self.progress.say(
+                    f"{self._name(member)} turned NaN at update {self.bad[member]}; it is left out of the aggregates, the others go on"
+                )
+        num_rows = -(-n // self.every)
+        counts = np.minimum(self.every, n - self.every * np.arange(num_rows))
+        metrics = _averages({k: v[:, :num_rows] for k, v in rows.sums.items()}, counts)
+        self.history.append(metrics)
+        updates = start + np.minimum(self.every * (1 + np.arange(num_rows)), n)
+        if self.log is not None:
+            self.log.write(updates, updates * self.algo.env_steps_per_update, metrics)
+        steps = (start + n) * self.algo.env_steps_per_update * len(self.members.labels)
+        self.progress.advance(steps, self._recent_return())
+
+    def _recent_return(self) -> float:
+        newest = self.history[-1]
+        good = [m for m in range(len(self.members.labels)) if m not in self.bad]
+        weight = newest["episodes"][good].sum()
+        return float(np.nansum(newest["episode_return"][good] * newest["episodes"][good]) / weight) if weight else float("nan")
+
+    def _name(self, member: int) -> str:
+        label = self.members.labels[member]
+        return f"seed {label['seed']}" + (f" of {label['cell']}" if "cell" in label else "")
+
+    def _save(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.save(self.done, layout.fetch(self.layout, self.state))
+
+    # Evaluating and finishing
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Greedy and sampled evaluation of every member, as summaries by cell."""
+        per_mode = {}
+        for mode, greedy in (("greedy", True), ("sampled", False)):
+            if not hasattr(self, f"_{mode}"):
+                one = lambda s, k, greedy=greedy: evaluate(self.algo, s, k, self.eval_episodes, greedy)  # noqa: E731
+                setattr(self, f"_{mode}", jax.jit(layout.over_members(self.layout, jax.vmap(one, in_axes=(0, None)))))
+            out = layout.fetch(self.layout, getattr(self, f"_{mode}")(self.state, jax.random.key(EVAL_SEED)))
+            means = out.returns.mean(1).astype(float)
+            means[list(self.bad)] = np.nan
+            per_mode[mode] = means.reshape(len(self.members.cells), -1)
+        cells = {
+            cell: stats.summarize(per_mode["greedy"][i]) | {"mode": "greedy", "sampled": stats.summarize(per_mode["sampled"][i])}
+            for i, cell in enumerate(self.members.cells)
+        }
+        steps = self.done * self.algo.env_steps_per_update
+        self.evaluations.append({"env_steps": steps, "episodes": self.eval_episodes, "cells": cells})
+        if self.folder is not None:
+            with disk_errors(self.folder):
+                _write_json(self.folder / "evaluations.json", self.evaluations)
+            if self.log is not None and self.done < self.total:
+                self.log.write_evaluation(steps, {f"return {c}".strip(): s for c, s in cells.items()})
+        return cells
+
+    def finish(self, finished: bool, gif: bool) -> Result:
+        metrics = self._metrics()
+        cells = self._evaluate() if finished and self.eval_episodes else None
+        summary = self._summary(finished, cells)
+        if self.folder is not None:
+            with disk_errors(self.folder):
+                _write_json(self.folder / "summary.json", summary)
+                self._plot(metrics)
+                if cells is not None and len(cells) > 1:
+                    _write_table(self.folder / "sweep.csv", cells)
+                if gif and finished:
+                    self._record(cells)
+        shape = self.members.shape
+        real = jax.tree.map(lambda x: x[: len(self.members.labels)], self.state)
+        state = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), real)
+        shaped = {k: v.reshape(*shape, -1) for k, v in metrics.items() if k != "env_steps"}
+        return Result(state, shaped | {"env_steps": metrics["env_steps"]}, summary, self.folder, finished)
+
+    def _metrics(self) -> dict[str, np.ndarray]:
+        names = self.history[0] if self.history else {}
+        metrics = {name: np.concatenate([part[name] for part in self.history], axis=1) for name in names}
+        rows = -(-self.done // self.every)
+        updates = np.minimum(self.every * (1 + np.arange(rows)), self.done)
+        return metrics | {"env_steps": updates * self.algo.env_steps_per_update}
+
+    def _summary(self, finished: bool, cells: dict[str, Any] | None) -> dict[str, Any]:
+        trained = (self.done - self.first) * self.algo.env_steps_per_update * len(self.members.labels)
+        summary: dict[str, Any] = {
+            "algorithm": self.algo.name,
+            "env": self.algo.env.name,
+            "env_steps": self.done * self.algo.env_steps_per_update,
+            "num_seeds": self.members.shape[-1],
+            "finished": finished,
+            "eval": None,
+            "compile_seconds": round(self.compile_seconds, 3),
+            "run_seconds": round(self.seconds, 3),
+            "env_steps_per_second": round(trained / self.seconds) if self.seconds else None,
+            "nan_seeds": [self.members.labels[m] | {"update": update} for m, update in sorted(self.bad.items())],
+        }
+        if cells is not None:
+            scored = {c: s["iqm"] for c, s in cells.items() if s["iqm"] is not None}
+            best = max(scored, key=scored.__getitem__) if scored else next(iter(cells))
+            summary["eval"] = cells[best] | {"episodes": self.eval_episodes}
+            if len(cells) > 1:
+                summary |= {"best_cell": best, "cells": cells}
+        return summary
+
+    def _plot(self, metrics: dict[str, np.ndarray]) -> None:
+        if "episode_return" not in metrics:
+            return
+        num_seeds = self.members.shape[-1]
+        curves = []
+        for i, cell in enumerate(self.members.cells):
+            good = [m for m in range(i * num_seeds, (i + 1) * num_seeds) if m not in self.bad]
+            if good:
+                parts = (metrics["episode_return"][good], metrics["episodes"][good], metrics["env_steps"])
+                curves.append((cell, *plot.curve(*parts)))
+        plot.learning_curves(self.folder / "curve.png", f"{self.algo.name.upper()} on {self.algo.env.name}", curves)
+
+    def _record(self, cells: dict[str, Any] | None) -> None:
+        scores = np.concatenate([np.array(s["per_seed"], float) for s in cells.values()]) if cells else np.zeros(1)
+        best = 0 if np.isnan(scores).all() else int(np.nanargmax(scores))
+        state = jax.device_put(jax.tree.map(lambda x: x[best], self.state), self.layout.devices[0])
+        record(self.algo, state, jax.random.key(EVAL_SEED), str(self.folder / "policy.gif"))
+
+
+class _StopOnSignal:
+    """Ctrl-C and termination ask the loop to stop after its chunk; a second Ctrl-C interrupts at once."""
+
+    requested = False
+
+    def __enter__(self) -> "_StopOnSignal":
+        self._old = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._request)
+        return self
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def _averages(sums: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows of metrics from their sums ``[members, rows]``: means over updates; ``episodes`` stays a sum."""
+    means = {k: v / counts.astype(np.float32) for k, v in sums.items()}
+    if "episodes" in sums:
+        means["episodes"] = sums["episodes"]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            means |= {k: sums[k] / sums["episodes"] for k in program.PER_EPISODE if k in sums}
+    return means
+
+
+def _settings(algo: Algorithm, key: jax.Array, env_steps: int, num_seeds: int, members: _Members, every: int) -> dict[str, Any]:
+    """What must be equal for a run to be resumed, as flat JSON values."""
+    hypers = jax.tree.map(lambda x: x[::num_seeds].tolist(), members.hypers)
+    tree = {
+        "algorithm": algo.name,
+        "env": algo.env.name,
+        "num_seeds": num_seeds,
+        "key": jax.random.key_data(key).tolist(),
+        "log_every": every,
+        "cells": members.cells,
+        "config": dataclasses.asdict(algo.config),
+        "hyper": _as_dict(hypers),
+    }
+    if algo.uses_length:
+        tree["env_steps"] = env_steps
+    return json.loads(json.dumps(_flatten(tree)))
+
+
+def _as_dict(tree: Any) -> Any:
+    return {k: _as_dict(v) for k, v in tree._asdict().items()} if hasattr(tree, "_fields") else tree
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _open_folder(folder: Path, resume: bool, settings: dict[str, Any]) -> Path:
+    """Make the folder and its ``config.json``; refuse one that holds another run."""
+    path = folder / "config.json"
+    if path.exists():
+        if not resume:
+            raise RunError(f"{folder} holds a run already: resume it (--resume), or choose another folder")
+        try:
+            saved = json.loads(path.read_text())["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{path} is damaged: it is not the configuration of a run") from None
+        checkpoint.same_config(saved, settings, folder)
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists and is not the folder of a run; choose another")
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(path, {"settings": settings} | _surroundings())
+    return folder
+
+
+def _surroundings() -> dict[str, Any]:
+    """Versions, devices and commit, for the record."""
+    packages = ("jrl", "jax", "jaxlib", "flax", "optax", "gymnax", "orbax-checkpoint", "numpy")
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return {
+        "versions": {p: _version(p) for p in packages},
+        "devices": [str(d) for d in jax.devices()],
+        "platform": jax.default_backend(),
+        "commit": commit or None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _write_json(path: Path, data: Any) -> None:
+    """Whole or not at all."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(data, indent=2) + "\n")
+    fresh.replace(path)
+
+
+def _write_table(path: Path, cells: dict[str, Any]) -> None:
+    lines = ["cell,iqm,ci_low,ci_high,sampled_iqm"]
+    for cell, s in cells.items():
+        numbers = (s["iqm"], s["ci_low"], s["ci_high"], s["sampled"]["iqm"])
+        lines.append(f'"{cell}",' + ",".join("" if x is None else f"{x:.6g}" for x in numbers))
+    path.write_text("\n".join(lines) + "\n")
