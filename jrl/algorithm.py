@@ -88,9 +88,7 @@ def over_devices(algo: Algorithm, mesh: Mesh) -> Algorithm:
     return algo._replace(update=update)
 
 
-def with_evaluation(
-    algo: Algorithm, evaluate: Callable[[State, Array], Metrics], every: int, key: Array
-) -> Algorithm:
+def with_evaluation(algo: Algorithm, evaluate: Callable[[State, Array], Metrics], every: int, key: Array) -> Algorithm:
     """The algorithm whose update is ``every`` updates followed by ``evaluate(state, key)``, merged into the metrics.
 
     Evaluation keys come from ``key`` and the training state is untouched, so the numbers of training do not change. The

@@ -13,9 +13,9 @@ Array = jax.Array
 
 
 class Stats(NamedTuple):
-    """Count, mean and variance of everything seen; mean and variance have the shape of one element."""
+    """Number, mean and variance of everything seen; mean and variance have the shape of one element."""
 
-    count: Array
+    size: Array
     mean: Array
     variance: Array
 
@@ -29,12 +29,12 @@ def update(stats: Stats, batch: Array) -> Stats:
     """Take in a batch ``[..., *shape]`` (Chan et al. 1983, the parallel variance update)."""
     axes = tuple(range(batch.ndim - stats.mean.ndim))
     x = batch.astype(jnp.float32)
-    size = jnp.float32(x.size / max(stats.mean.size, 1))
+    new = jnp.float32(x.size / max(stats.mean.size, 1))
     mean, variance = x.mean(axes), x.var(axes)
-    count = stats.count + size
+    size = stats.size + new
     shift = mean - stats.mean
-    spread = stats.variance * stats.count + variance * size + jnp.square(shift) * stats.count * size / count
-    return Stats(count, stats.mean + shift * size / count, spread / count)
+    spread = stats.variance * stats.size + variance * new + jnp.square(shift) * stats.size * new / size
+    return Stats(size, stats.mean + shift * new / size, spread / size)
 
 
 def standardize(stats: Stats, x: Array, clip: float = 10.0) -> Array:

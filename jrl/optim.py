@@ -40,7 +40,7 @@ class Config:
 
 
 class Hyper(NamedTuple):
-    """Numbers of the optimizer; each may be traced and swept.
+    """Numbers of the optimizer, floats or traced scalars; each may be swept.
 
     Attributes:
         b1: decay of Adam's first moment.
@@ -50,11 +50,11 @@ class Hyper(NamedTuple):
         momentum: of sgd.
     """
 
-    b1: Array | float = 0.9
-    b2: Array | float = 0.999
-    eps: Array | float = 1e-5
-    weight_decay: Array | float = 1e-2
-    momentum: Array | float = 0.9
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-5
+    weight_decay: float = 1e-2
+    momentum: float = 0.9
 
 
 def schedule(name: Schedule, progress: Array) -> Array:
@@ -83,9 +83,7 @@ def make(
                 optax.scale_by_adam(hyper.b1, hyper.b2, hyper.eps),
                 optax.add_decayed_weights(hyper.weight_decay, mask=is_weight),
             )
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm), scale, optax.scale_by_learning_rate(learning_rate)
-    )
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), scale, optax.scale_by_learning_rate(learning_rate))
 
 
 def is_weight(params: Any) -> Any:

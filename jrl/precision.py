@@ -39,7 +39,7 @@ def parse(text: str) -> Policy:
     """
     if text in NAMED:
         return Policy(*NAMED[text])
-    fields = dict(part.split("=", 1) if part.count("=") == 1 else (part, "") for part in text.split(","))
+    fields = {name: dtype for name, _, dtype in (part.partition("=") for part in text.split(","))}
     if not set(fields) <= {"params", "compute", "output"} or len(fields) != len(text.split(",")):
         raise ValueError(
             f"precision must be one of {', '.join(NAMED)}, or like 'params=float32,compute=bfloat16,output=float32'; got {text!r}"

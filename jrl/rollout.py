@@ -37,7 +37,7 @@ class Steps(NamedTuple):
 class Episodes(NamedTuple):
     """Sums over the episodes that ended during a rollout: how many, their returns, their lengths (float32)."""
 
-    count: Array
+    ended: Array
     return_sum: Array
     length_sum: Array
 
@@ -77,7 +77,7 @@ def collect(
         ended = terminated | truncated
         returns, lengths = now.episode_return + reward, now.episode_length + 1
         episodes = Episodes(
-            episodes.count + jnp.sum(ended, dtype=jnp.float32),
+            episodes.ended + jnp.sum(ended, dtype=jnp.float32),
             episodes.return_sum + jnp.sum(jnp.where(ended, returns, 0.0)),
             episodes.length_sum + jnp.sum(jnp.where(ended, lengths, 0), dtype=jnp.float32),
         )

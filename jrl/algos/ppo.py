@@ -15,7 +15,7 @@ policy starts each rollout from the memory it had, trains on whole sequences, an
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ class Config:
 
 
 class Hyper(NamedTuple):
-    """Hyperparameters: data of the state, that may differ between vmapped runs.
+    """Hyperparameters: data of the state, floats or traced scalars, that may differ between vmapped runs.
 
     Attributes:
         learning_rate: at the start of the run; config.optimizer.schedule says how it goes on.
@@ -101,17 +101,17 @@ class Hyper(NamedTuple):
         optimizer: numbers of the optimizer.
     """
 
-    learning_rate: Array | float = 2.5e-4
-    gamma: Array | float = 0.99
-    gae_lambda: Array | float = 0.95
-    clip_eps: Array | float = 0.2
-    value_clip_eps: Array | float = 0.2
-    entropy_weight: Array | float = 0.01
-    value_weight: Array | float = 0.5
-    max_grad_norm: Array | float = 0.5
-    dual_clip: Array | float = 3.0
-    target_kl: Array | float = 0.01
-    kl_weight: Array | float = 1.0
+    learning_rate: float = 2.5e-4
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    clip_eps: float = 0.2
+    value_clip_eps: float = 0.2
+    entropy_weight: float = 0.01
+    value_weight: float = 0.5
+    max_grad_norm: float = 0.5
+    dual_clip: float = 3.0
+    target_kl: float = 0.01
+    kl_weight: float = 1.0
     optimizer: optim.Hyper = optim.Hyper()
 
 
@@ -200,9 +200,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         state = state._replace(**next_statistics(state, steps))
         metrics = learning | {
             "explained_variance": losses.explained_variance(batch.value, batch.target),
-            "episodes": episodes.count,
-            "episode_return": _mean_or_nan(episodes.return_sum, episodes.count),
-            "episode_length": _mean_or_nan(episodes.length_sum, episodes.count),
+            "episodes": episodes.ended,
+            "episode_return": _mean_or_nan(episodes.return_sum, episodes.ended),
+            "episode_length": _mean_or_nan(episodes.length_sum, episodes.ended),
         }
         return state, metrics
 
@@ -234,7 +234,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         target = advantage + outputs.value
         if config.standardize_advantages == "batch":
             advantage = losses.standardize(advantage)
-        batch = Batch(obs, steps.first, *steps.extras, outputs.value, advantage, target)
+        action, log_prob, policy = steps.extras
+        batch = Batch(obs, steps.first, action, log_prob, policy, outputs.value, advantage, target)
         return batch if recurrent else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
 
     def following_values(state: State, steps: rollout.Steps, memories: Any, value: Array) -> Array:
@@ -249,15 +250,18 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         (where,) = jnp.nonzero(truncated.ravel(), size=most, fill_value=0)
         last = (config.num_steps - 1) * config.num_envs + jnp.arange(config.num_envs)
         rows = jnp.concatenate([where, last])
-        next_obs, memory = jax.tree.map(
-            lambda x: x.reshape(-1, *x.shape[2:])[rows], (steps.next_obs, memories)
-        )
+        next_obs, memory = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[rows], (steps.next_obs, memories))
         seen = normalize.observations(state.obs_stats, next_obs)
         _, outputs = network.step(state.params, memory, seen, jnp.zeros(rows.shape, bool))
         shifted = jnp.concatenate([value[1:], value[-1:]])
         # Rows that only fill up `where` point at row 0, which gets its own value back unless it is truncated.
         needed = truncated.ravel()[rows].at[-config.num_envs :].set(True)
-        return shifted.ravel().at[jnp.where(needed, rows, shifted.size)].set(outputs.value, mode="drop").reshape(value.shape)
+        return (
+            shifted.ravel()
+            .at[jnp.where(needed, rows, shifted.size)]
+            .set(outputs.value, mode="drop")
+            .reshape(value.shape)
+        )
 
     def learn(state: State, batch: Batch, key: Array) -> tuple[dict[str, Any], Metrics]:
         """Epochs of minibatch steps; returns the parts of the state that changed, and the mean metrics."""
@@ -378,7 +382,7 @@ def to_env(space: Space, action: Array) -> Array:
     """The environment's action of a policy's: real ones are clipped to [-1, 1] and mapped onto finite bounds."""
     if not isinstance(space, Box):
         return action
-    low, high = np.float32(space.low), np.float32(space.high)
+    low, high = np.array(space.low, np.float32), np.array(space.high, np.float32)
     finite = np.isfinite(low) & np.isfinite(high)
     center, half = np.where(finite, (low + high) / 2, 0), np.where(finite, (high - low) / 2, 1)
     mapped = center + half * jnp.where(finite, jnp.clip(action, -1, 1), action)

@@ -4,6 +4,7 @@ gymnax is imported when an environment is made, since it takes seconds. Its own 
 adapter calls ``step_env`` and leaves the reset to the rollout, which draws each reset state once.
 """
 
+import os
 from typing import Any
 
 import jax
@@ -13,13 +14,33 @@ import numpy as np
 from jrl.envs.types import Box, Discrete, Environment, Space
 
 # Listed here so that a wrong name is refused without the import. MNISTBandit-bsuite downloads its images: left out.
-IDS = (
-    "CartPole-v1 Pendulum-v1 Acrobot-v1 MountainCar-v0 MountainCarContinuous-v0 "
-    "Asterix-MinAtar Breakout-MinAtar Freeway-MinAtar Seaquest-MinAtar SpaceInvaders-MinAtar "
-    "Catch-bsuite DeepSea-bsuite MemoryChain-bsuite UmbrellaChain-bsuite DiscountingChain-bsuite SimpleBandit-bsuite "
-    "FourRooms-misc MetaMaze-misc PointRobot-misc BernoulliBandit-misc GaussianBandit-misc "
-    "Reacher-misc Swimmer-misc Pong-misc FrozenLake-misc"
-).split()
+IDS = [
+    "CartPole-v1",
+    "Pendulum-v1",
+    "Acrobot-v1",
+    "MountainCar-v0",
+    "MountainCarContinuous-v0",
+    "Asterix-MinAtar",
+    "Breakout-MinAtar",
+    "Freeway-MinAtar",
+    "Seaquest-MinAtar",
+    "SpaceInvaders-MinAtar",
+    "Catch-bsuite",
+    "DeepSea-bsuite",
+    "MemoryChain-bsuite",
+    "UmbrellaChain-bsuite",
+    "DiscountingChain-bsuite",
+    "SimpleBandit-bsuite",
+    "FourRooms-misc",
+    "MetaMaze-misc",
+    "PointRobot-misc",
+    "BernoulliBandit-misc",
+    "GaussianBandit-misc",
+    "Reacher-misc",
+    "Swimmer-misc",
+    "Pong-misc",
+    "FrozenLake-misc",
+]
 
 
 def make(name: str, **params: Any) -> Environment:
@@ -72,6 +93,9 @@ def _space(space: Any) -> Space:
 
 def _drawer(env: Any, env_params: Any) -> Any:
     def draw(states: list[Any], path: str) -> None:
+        # No window and no sound card is needed: pygame draws into memory.
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+        os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
         import matplotlib
 
         matplotlib.use("Agg")

@@ -88,7 +88,7 @@ def example_action(space: Space) -> Array:
         case MultiDiscrete(nvec):
             return jnp.zeros(len(nvec), jnp.int32)
         case Box(low, high):
-            return jnp.clip(jnp.zeros(len(low), jnp.float32), np.float32(low), np.float32(high))
+            return jnp.clip(jnp.zeros(len(low), jnp.float32), np.array(low, np.float32), np.array(high, np.float32))
 
 
 def strict(env: Environment) -> Environment:
@@ -133,9 +133,11 @@ def _evaluate(env: Environment, name: str, function: Callable, *args: Any) -> An
 
 
 def _same_tree(env: str, name: str, wanted: Any, given: Any) -> None:
-    if jax.tree.structure(wanted) != jax.tree.structure(given):
+    if str(jax.tree.structure(wanted)) != str(jax.tree.structure(given)):
         raise ValueError(f"{env}: step returns another {name} structure than reset: {given} against {wanted}")
-    shapes = [(jnp.shape(w), jnp.shape(g)) for w, g in zip(jax.tree.leaves(wanted), jax.tree.leaves(given), strict=True)]
+    shapes = [
+        (jnp.shape(w), jnp.shape(g)) for w, g in zip(jax.tree.leaves(wanted), jax.tree.leaves(given), strict=True)
+    ]
     for w, g in shapes:
         if w != g:
             raise ValueError(f"{env}: step returns a {name} of shape {g}, reset one of shape {w}")

@@ -68,7 +68,7 @@ def actor_critic(config: Config, obs_spec: Any, space: Space) -> Network:
         return jax.tree.map(lambda x: x[0], (memories, outputs))
 
     def unroll(params: Any, memory: Any, obs: Any, first: Array) -> tuple[Any, Outputs]:
-        return module.apply(params, memory, obs, first)
+        return module.apply(params, memory, obs, first)  # type: ignore[return-value]
 
     num_towers = 1 if config.shared else 2
     memory = jnp.zeros((num_towers, config.gru), jnp.float32) if config.gru else ()

@@ -55,7 +55,9 @@ class Checkpoints:
         path = self.folder / str(updates)
         wanted = named_leaves(template)
         try:
-            manifest = self._manager.restore(updates, args=self._ocp.args.Composite(manifest=self._ocp.args.JsonRestore()))
+            manifest = self._manager.restore(
+                updates, args=self._ocp.args.Composite(manifest=self._ocp.args.JsonRestore())
+            )
             manifest = manifest["manifest"]
             saved_config, arrays = manifest["config"], manifest["arrays"]
         except Exception as error:

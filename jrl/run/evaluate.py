@@ -9,6 +9,7 @@ from jrl.algorithm import Algorithm, State
 
 Array = jax.Array
 MAX_STEPS = 10_000  # for environments without a time limit
+MAX_FRAMES = 100
 
 
 class Evaluation(NamedTuple):
@@ -49,7 +50,7 @@ def evaluate(algo: Algorithm, state: State, key: Array, episodes: int, greedy: b
 
 
 def record(algo: Algorithm, state: State, key: Array, path: str) -> int:
-    """Play one greedy episode and write it as a GIF; returns its length.
+    """Play one greedy episode and write it as a GIF of at most MAX_FRAMES, evenly spaced; returns the episode's length.
 
     Raises ``ValueError`` if the environment has no picture.
     """
@@ -59,11 +60,11 @@ def record(algo: Algorithm, state: State, key: Array, path: str) -> int:
     obs, env_state = algo.env.reset(key_reset)
     step, act = jax.jit(algo.env.step), jax.jit(lambda s, o, m: algo.act(s, o, None, m))
     states, memory = [env_state], None
-    for t in range(min(algo.env.time_limit or 500, 500)):
+    for t in range(algo.env.time_limit or MAX_STEPS):
         action, memory = act(state, obs, memory)
         obs, env_state, _, terminated, truncated = step(jax.random.fold_in(key_run, t), env_state, action)
         if terminated | truncated:
             break
         states.append(env_state)
-    algo.env.draw(states, path)
+    algo.env.draw(states[:: -(-len(states) // MAX_FRAMES)], path)
     return len(states)

@@ -76,7 +76,9 @@ def over_members(layout: Layout, function: Callable[..., Any]) -> Callable[..., 
 
     def sharded(tree: Any, *args: Any) -> Any:
         specs = (members, *(everywhere for _ in args))
-        return jax.shard_map(on_device, mesh=layout.mesh, in_specs=specs, out_specs=members, check_vma=False)(tree, *args)
+        return jax.shard_map(on_device, mesh=layout.mesh, in_specs=specs, out_specs=members, check_vma=False)(
+            tree, *args
+        )
 
     return sharded
 

@@ -74,6 +74,6 @@ def chunk(algo: Algorithm, log_every: int, max_rows: int) -> Callable[[State, Ar
 
 
 def _weigh(metrics: Metrics) -> Metrics:
-    count = metrics.get("episodes")
+    count = metrics.get("episodes", jnp.float32(1))
     weighted = {k: jnp.where(count > 0, metrics[k] * count, 0.0) for k in PER_EPISODE if k in metrics}
     return metrics | weighted

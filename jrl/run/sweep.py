@@ -9,7 +9,7 @@ Hyper = Any
 
 def names(hyper: Hyper, prefix: str = "") -> list[str]:
     """Every number of a ``Hyper``, nested ones with dots."""
-    found = []
+    found: list[str] = []
     for field in hyper._fields:
         value = getattr(hyper, field)
         found += names(value, f"{prefix}{field}.") if hasattr(value, "_fields") else [prefix + field]
@@ -49,7 +49,9 @@ def parse(texts: Sequence[str]) -> dict[str, list[float]]:
         name, _, listed = text.partition("=")
         name = name.replace("-", "_")
         if name.startswith("config."):
-            raise ValueError(f"cannot sweep {name}: config fields are compiled in; sweep hyper fields, or run once for each")
+            raise ValueError(
+                f"cannot sweep {name}: config fields are compiled in; sweep hyper fields, or run once for each"
+            )
         try:
             numbers = [float(x) for x in listed.split(",")]
         except ValueError:

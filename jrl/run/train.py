@@ -92,7 +92,12 @@ def train(
     checks.positive_int("env_steps", env_steps)
     checks.positive_int("num_seeds", num_seeds)
     checks.positive_int("eval_episodes", eval_episodes, at_least=0)
-    for name, value in (("seeds_at_once", seeds_at_once), ("devices", devices), ("eval_every", eval_every), ("log_every", log_every)):
+    for name, value in (
+        ("seeds_at_once", seeds_at_once),
+        ("devices", devices),
+        ("eval_every", eval_every),
+        ("log_every", log_every),
+    ):
         if value is not None:
             checks.positive_int(name, value)
     checks.within("checkpoint_every", checkpoint_every, 0, float("inf"))
@@ -109,7 +114,9 @@ def train(
     folder = None if run_dir is None else _open_folder(Path(run_dir), resume, settings)
 
     run = _Run(algo, members, total, every, folder, settings, progress, eval_episodes, checkpoint_every)
-    run.compile(layout.choose(len(members.labels), jax.devices()[:devices], seeds_at_once), automatic=seeds_at_once is None)
+    run.compile(
+        layout.choose(len(members.labels), jax.devices()[:devices], seeds_at_once), automatic=seeds_at_once is None
+    )
     run.restore(resume)
     finished = run.loop(None if eval_every is None else max(1, eval_every // algo.env_steps_per_update))
     return run.finish(finished, gif)
@@ -131,7 +138,7 @@ class _Members(NamedTuple):
         if not cells:
             raise ValueError("hypers must hold at least one set of hyperparameters")
         rows = np.repeat(np.arange(len(cells)), num_seeds)
-        stacked = jax.tree.map(lambda *xs: np.float32(xs)[rows], *cells.values())
+        stacked = jax.tree.map(lambda *xs: np.array(xs, np.float32)[rows], *cells.values())
         labels: list[dict[str, Any]] = [
             ({} if hypers is None else {"cell": cell}) | {"seed": seed} for cell in cells for seed in range(num_seeds)
         ]
@@ -174,11 +181,17 @@ class _Run:
                 break
             smaller = max(1, self.layout.group_size // 2) * len(chosen.devices)
             self.layout = layout.choose(chosen.num_members, list(chosen.devices), smaller)
-            self.state = layout.put(self.layout, layout.pad(self.layout, jax.tree.map(lambda x: x[: chosen.num_members], self.state)))
+            self.state = layout.put(
+                self.layout, layout.pad(self.layout, jax.tree.map(lambda x: x[: chosen.num_members], self.state))
+            )
         self.compile_seconds = time.perf_counter() - begin
 
     def _fits(self) -> bool:
-        limit = (self.layout.devices[0].memory_stats() or {}).get("bytes_limit") if self.layout.devices[0].platform != "cpu" else None
+        limit = (
+            (self.layout.devices[0].memory_stats() or {}).get("bytes_limit")
+            if self.layout.devices[0].platform != "cpu"
+            else None
+        )
         used = self.chunk.memory_analysis()
         if limit is None or used is None:
             return True
@@ -197,7 +210,9 @@ class _Run:
             self.state = layout.put(self.layout, layout.pad(self.layout, live))
             self.done = self.first = latest
             if self.done > self.total:
-                raise RunError(f"{self.folder} has done {latest} updates already, more than the {self.total} of this budget")
+                raise RunError(
+                    f"{self.folder} has done {latest} updates already, more than the {self.total} of this budget"
+                )
         self.log = log.Log(self.folder, self.members.labels, self.done if resume else None)
         if latest is not None:
             self._reread()
@@ -245,7 +260,11 @@ class _Run:
                     seconds_per_update = took / n
                     pending = (self.done, n, rows)
                     self.done += n
-                    evaluates = eval_every is not None and self.done < self.total and self.done // eval_every > (self.done - n) // eval_every
+                    evaluates = (
+                        eval_every is not None
+                        and self.done < self.total
+                        and self.done // eval_every > (self.done - n) // eval_every
+                    )
                     if evaluates or time.perf_counter() - saved_at > self.checkpoint_every:
                         self._consume(*pending)
                         pending = None
@@ -296,7 +315,11 @@ class _Run:
         newest = self.history[-1]
         good = [m for m in range(len(self.members.labels)) if m not in self.bad]
         weight = newest["episodes"][good].sum()
-        return float(np.nansum(newest["episode_return"][good] * newest["episodes"][good]) / weight) if weight else float("nan")
+        return (
+            float(np.nansum(newest["episode_return"][good] * newest["episodes"][good]) / weight)
+            if weight
+            else float("nan")
+        )
 
     def _name(self, member: int) -> str:
         label = self.members.labels[member]
@@ -320,7 +343,8 @@ class _Run:
             means[list(self.bad)] = np.nan
             per_mode[mode] = means.reshape(len(self.members.cells), -1)
         cells = {
-            cell: stats.summarize(per_mode["greedy"][i]) | {"mode": "greedy", "sampled": stats.summarize(per_mode["sampled"][i])}
+            cell: stats.summarize(per_mode["greedy"][i])
+            | {"mode": "greedy", "sampled": stats.summarize(per_mode["sampled"][i])}
             for i, cell in enumerate(self.members.cells)
         }
         steps = self.done * self.algo.env_steps_per_update
@@ -430,7 +454,9 @@ def _averages(sums: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, np.n
     return means
 
 
-def _settings(algo: Algorithm, key: jax.Array, env_steps: int, num_seeds: int, members: _Members, every: int) -> dict[str, Any]:
+def _settings(
+    algo: Algorithm, key: jax.Array, env_steps: int, num_seeds: int, members: _Members, every: int
+) -> dict[str, Any]:
     """What must be equal for a run to be resumed, as flat JSON values."""
     hypers = jax.tree.map(lambda x: x[::num_seeds].tolist(), members.hypers)
     tree = {
@@ -453,7 +479,7 @@ def _as_dict(tree: Any) -> Any:
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
@@ -484,7 +510,9 @@ def _surroundings() -> dict[str, Any]:
     packages = ("jrl", "jax", "jaxlib", "flax", "optax", "gymnax", "orbax-checkpoint", "numpy")
     try:
         here = Path(__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = ""
     return {

@@ -1,0 +1,75 @@
+"""Settings that learn, by algorithm and environment. The results they reach are in the README's table."""
+
+from typing import Any, NamedTuple
+
+from jrl import nets
+from jrl.algos import ppo
+
+
+class Preset(NamedTuple):
+    """Budget, static settings and hyperparameters for one environment."""
+
+    env_steps: int
+    config: Any
+    hyper: Any
+
+
+# The setting of CleanRL and PureJaxRL for CartPole, and the default for every environment without one of its own.
+PPO_DEFAULT = Preset(500_000, ppo.Config(), ppo.Hyper())
+
+PPO: dict[str, Preset] = {
+    "CartPole-v1": PPO_DEFAULT,
+    "Acrobot-v1": Preset(
+        500_000,
+        ppo.Config(num_envs=16, num_steps=128, normalize_observations=True),
+        ppo.Hyper(learning_rate=1e-3, gae_lambda=0.94, entropy_weight=0.0),
+    ),
+    "MountainCar-v0": Preset(
+        1_000_000,
+        ppo.Config(num_envs=16, num_steps=64, normalize_observations=True, normalize_rewards=True),
+        ppo.Hyper(learning_rate=1e-3, gae_lambda=0.98, entropy_weight=0.01),
+    ),
+    "Pendulum-v1": Preset(
+        1_000_000,
+        ppo.Config(
+            num_envs=8,
+            num_steps=256,
+            num_epochs=10,
+            num_minibatches=16,
+            value_clip=False,
+            normalize_observations=True,
+            normalize_rewards=True,
+        ),
+        ppo.Hyper(learning_rate=1e-3, gamma=0.9, entropy_weight=0.0),
+    ),
+    "Breakout-MinAtar": Preset(
+        10_000_000,
+        ppo.Config(
+            num_envs=64,
+            num_steps=128,
+            num_minibatches=8,
+            network=nets.Config(torso="mlp", activation="relu"),
+        ),
+        ppo.Hyper(learning_rate=5e-3),
+    ),
+    "Catch-bsuite": Preset(200_000, ppo.Config(num_envs=16, num_steps=32), ppo.Hyper(learning_rate=1e-3)),
+    "MemoryChain-bsuite": Preset(
+        500_000,
+        ppo.Config(num_envs=16, num_steps=64, network=nets.Config(hidden=(64,), gru=64)),
+        ppo.Hyper(learning_rate=1e-3),
+    ),
+}
+
+
+def ppo_preset(name: str, env: str) -> Preset:
+    """``auto``: the environment's own or the default; ``none``: the default; else that environment's.
+
+    Raises ``ValueError`` listing the presets.
+    """
+    if name == "auto":
+        return PPO.get(env, PPO_DEFAULT)
+    if name == "none":
+        return PPO_DEFAULT
+    if name not in PPO:
+        raise ValueError(f"unknown preset {name!r}; there are: auto, none, {', '.join(PPO)}")
+    return PPO[name]
