@@ -61,8 +61,7 @@ def categorical(num_categories: int) -> Distribution:
     def log_prob(logits: Array, action: Array) -> Array:
         # A one-hot sum, not a gather: gathers and their scatter gradients are slow on CPU and TPU.
         log_p = jax.nn.log_softmax(_f32(logits))
-        chosen = action[..., None] == jnp.arange(num_categories, dtype=action.dtype)
-        return jnp.sum(jnp.where(chosen, log_p, 0.0), axis=-1)
+        return jnp.sum(jax.nn.one_hot(action, num_categories) * log_p, axis=-1)
 
     def entropy(logits: Array) -> Array:
         log_p = jax.nn.log_softmax(_f32(logits))
@@ -172,7 +171,8 @@ def tanh_normal(num_dims: int) -> Distribution:
 
     def entropy(params: NormalParams) -> Array:
         mean, std = _f32(params.mean), jnp.exp(_f32(params.log_std))
-        u = mean[..., None] + jnp.broadcast_to(std, mean.shape)[..., None] * nodes
+        std = jnp.broadcast_to(std, mean.shape)
+        u = mean[..., None] + std[..., None] * nodes.reshape((1,) * mean.ndim + (-1,))
         return base.entropy(params) + jnp.sum(log_slope(u) @ weights, axis=-1)
 
     return Distribution(base.noise, from_noise, mode, log_prob, entropy, base.kl)

@@ -16,9 +16,8 @@ def use_cpu_cores() -> None:
     wanted = os.environ.get("JRL_CPU_DEVICES", "")
     if wanted and not (wanted.isdecimal() and int(wanted) > 0):
         raise ValueError(f"JRL_CPU_DEVICES must be a positive integer; got {wanted!r}")
-    already_chosen = jax.config.read("jax_num_cpu_devices") > 0 or "xla_force_host_platform" in os.environ.get(
-        "XLA_FLAGS", ""
-    )
+    chosen: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    already_chosen = chosen > 0 or "xla_force_host_platform" in os.environ.get("XLA_FLAGS", "")
     if already_chosen and not wanted:
         return
     try:

@@ -1,0 +1,106 @@
+"""Networks: shapes, initialization, recurrence and precision."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrl import nets, precision
+from jrl.distributions import MASKED, NormalParams
+from jrl.envs import Box, Discrete, MaskedObs, MultiDiscrete
+from jrl.nets.initializers import orthogonal
+
+VECTOR = jax.ShapeDtypeStruct((5,), jnp.float32)
+IMAGE = jax.ShapeDtypeStruct((10, 10, 4), jnp.bool_)
+
+
+def random_obs(key, spec, *batch):
+    return jax.random.uniform(key, (*batch, *spec.shape)).astype(spec.dtype)
+
+
+@pytest.mark.parametrize("spec", [VECTOR, IMAGE, jax.ShapeDtypeStruct((3, 4), jnp.int32)])
+@pytest.mark.parametrize("config", [nets.Config(), nets.Config(shared=True), nets.Config(gru=8), nets.Config(gru=8, shared=True)])
+def test_unroll_is_the_steps(spec, config, key):
+    net = nets.actor_critic(config, spec, Discrete(3))
+    params = net.init(key)
+    obs, first = random_obs(key, spec, 6, 2), jnp.zeros((6, 2), bool).at[0].set(True).at[3, 1].set(True)
+    start = jax.tree.map(lambda x: jnp.stack([x, x]), net.memory)
+    memories, outputs = net.unroll(params, start, obs, first)
+    assert outputs.policy.shape == (6, 2, 3) and outputs.value.shape == (6, 2)
+    memory = start
+    for t in range(6):
+        memory, now = net.step(params, memory, obs[t], first[t])
+        np.testing.assert_allclose(now.policy, outputs.policy[t], atol=1e-6)
+        np.testing.assert_allclose(now.value, outputs.value[t], atol=1e-6)
+        jax.tree.map(lambda a, b, t=t: np.testing.assert_allclose(a, b[t], atol=1e-6), memory, memories)
+
+
+def test_a_reset_forgets_and_nothing_else_does(key):
+    net = nets.actor_critic(nets.Config(gru=8), VECTOR, Discrete(2))
+    params, obs = net.init(key), random_obs(key, VECTOR, 4, 1)
+    start = net.memory[None] + 1.0
+    value = lambda obs, first: net.unroll(params, start, obs, first)[1].value[-1, 0]  # noqa: E731
+    grads = jax.grad(value)(obs, jnp.zeros((4, 1), bool).at[2].set(True))
+    assert (grads[:2] == 0).all() and (grads[2:] != 0).any()
+    grads = jax.grad(value)(obs, jnp.zeros((4, 1), bool))
+    assert (jnp.abs(grads).sum((1, 2)) > 0).all()
+
+
+def test_heads(key):
+    policy = lambda space: nets.actor_critic(nets.Config(), VECTOR, space)  # noqa: E731
+    obs, first = jnp.zeros((2, 5)), jnp.ones(2, bool)
+    net = policy(MultiDiscrete((2, 3)))
+    assert net.step(net.init(key), (), obs, first)[1].policy.shape == (2, 5)
+    net = policy(Box((-1.0,), (1.0,)))
+    out = net.step(net.init(key), (), obs, first)[1].policy
+    assert isinstance(out, NormalParams) and out.mean.shape == out.log_std.shape == (2, 1)
+    masked = nets.actor_critic(nets.Config(), MaskedObs(VECTOR, jax.ShapeDtypeStruct((3,), jnp.bool_)), Discrete(3))
+    mask = jnp.array([[True, False, True]] * 2)
+    logits = masked.step(masked.init(key), (), MaskedObs(obs, mask), first)[1].policy
+    assert (logits[:, 1] == MASKED).all() and (jnp.abs(logits[:, 0]) < 1).all()
+
+
+def test_a_conv_torso_needs_an_image():
+    with pytest.raises(ValueError, match=r"torso=conv needs observations \[height, width, channels\], got \(5,\)"):
+        nets.actor_critic(nets.Config(torso="conv"), VECTOR, Discrete(2))
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (8, 4), (3, 3, 2, 16)])
+def test_orthogonal(shape, key):
+    kernel = orthogonal(2.0)(key, shape).reshape(-1, shape[-1])
+    gram = kernel.T @ kernel if kernel.shape[0] >= kernel.shape[1] else kernel @ kernel.T
+    np.testing.assert_allclose(gram, 4 * np.eye(len(gram)), atol=1e-5)
+    batch = jax.vmap(lambda k: orthogonal(2.0)(k, shape))(jax.random.split(key, 3))
+    np.testing.assert_allclose(batch[1], orthogonal(2.0)(jax.random.split(key, 3)[1], shape), atol=1e-6)
+
+
+def test_initialization_does_not_hang_over_two_devices(key):
+    net = nets.actor_critic(nets.Config(), VECTOR, Discrete(2))
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    init = jax.jit(jax.shard_map(jax.vmap(net.init), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    assert jax.block_until_ready(jax.tree.leaves(init(jax.random.split(key, 16))))[0].shape[0] == 16
+
+
+@pytest.mark.parametrize("spec", [VECTOR, IMAGE])
+@pytest.mark.parametrize("config", [nets.Config(), nets.Config(gru=8)])
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32(spec, config, key):
+    plain = nets.actor_critic(config, spec, Discrete(3))
+    net = precision.apply(precision.parse("bfloat16"), plain)
+    params = net.init(key)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    start, obs, first = jax.tree.map(lambda x: x[None], net.memory), random_obs(key, spec, 2, 1), jnp.zeros((2, 1), bool)
+    memory, out = net.unroll(params, start, obs, first)
+    assert {x.dtype for x in jax.tree.leaves((memory, out))} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(out.value, plain.unroll(params, start, obs, first)[1].value, atol=0.05)
+    text = str(jax.make_jaxpr(net.unroll)(params, start, obs, first))
+    products = [line for line in text.splitlines() if "dot_general" in line or "conv_general" in line]
+    assert products and all(":bf16" in line.split("=")[0] for line in products)
+
+
+def test_precision_policies_are_parsed():
+    assert precision.parse("bfloat16") == precision.Policy("float32", "bfloat16", "float32")
+    assert precision.parse("params=bfloat16,compute=bfloat16") == precision.Policy("bfloat16", "bfloat16", "float32")
+    for text in ("float8", "params=", "compute=int8", "params=float32,params=float32", "", "compute"):
+        with pytest.raises(ValueError, match="must be one of"):
+            precision.parse(text)
