@@ -50,7 +50,9 @@ def test_steps_are_gymnax_s_own(name, key):
         key_step = jax.random.fold_in(key, i)
         action = theirs.action_space(params).sample(key_step)
         obs, state, reward, terminated, truncated = env.step(jax.random.split(key_step)[0], state, action)
-        _, their_state, their_reward, their_terminated, their_truncated, info = theirs.step(key_step, their_state, action, params)
+        _, their_state, their_reward, their_terminated, their_truncated, info = theirs.step(
+            key_step, their_state, action, params
+        )
         np.testing.assert_allclose(obs, info["final_observation"], rtol=1e-6)
         assert (reward, terminated, truncated) == (their_reward, their_terminated, their_truncated)
 
@@ -81,7 +83,7 @@ def test_parameters_of_gymnax():
 def test_unknown_names_are_refused_with_a_hint():
     with pytest.raises(ValueError, match="did you mean CartPole-v1"):
         envs.make("CartPole")
-    with pytest.raises(ValueError, match="known: .*Breakout-MinAtar"):
+    with pytest.raises(ValueError, match=r"known: .*Breakout-MinAtar"):
         envs.make("zzzzzz")
     with pytest.raises(ValueError, match="no such environment file"):
         envs.make("missing.py")
@@ -143,7 +145,10 @@ def test_an_environment_in_a_file(tmp_path, key):
         (("action_space = Discrete(2)", ""), "must define action_space"),
         (("jnp.full(3, t, float)", "jnp.zeros(4)"), r"observation of shape \(4,\), reset one of shape \(3,\)"),
         (("return jnp.full(3, t, float), t,", "return jnp.full(3, t, float), (t, t),"), "another state structure"),
-        (("action, False, t >= time_limit", "action, False"), "must return \\(obs, state, reward, terminated, truncated\\)"),
+        (
+            ("action, False, t >= time_limit", "action, False"),
+            "must return \\(obs, state, reward, terminated, truncated\\)",
+        ),
         (("action, False,", "jnp.ones(2), False,"), r"scalar reward, got shape \(2,\)"),
         (("t = state + 1", "t = nonsense"), "step cannot be traced: name 'nonsense'"),
     ],

@@ -19,7 +19,9 @@ def random_obs(key, spec, *batch):
 
 
 @pytest.mark.parametrize("spec", [VECTOR, IMAGE, jax.ShapeDtypeStruct((3, 4), jnp.int32)])
-@pytest.mark.parametrize("config", [nets.Config(), nets.Config(shared=True), nets.Config(gru=8), nets.Config(gru=8, shared=True)])
+@pytest.mark.parametrize(
+    "config", [nets.Config(), nets.Config(shared=True), nets.Config(gru=8), nets.Config(gru=8, shared=True)]
+)
 def test_unroll_is_the_steps(spec, config, key):
     net = nets.actor_critic(config, spec, Discrete(3))
     params = net.init(key)
@@ -89,7 +91,11 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(spec, config, key):
     net = precision.apply(precision.parse("bfloat16"), plain)
     params = net.init(key)
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    start, obs, first = jax.tree.map(lambda x: x[None], net.memory), random_obs(key, spec, 2, 1), jnp.zeros((2, 1), bool)
+    start, obs, first = (
+        jax.tree.map(lambda x: x[None], net.memory),
+        random_obs(key, spec, 2, 1),
+        jnp.zeros((2, 1), bool),
+    )
     memory, out = net.unroll(params, start, obs, first)
     assert {x.dtype for x in jax.tree.leaves((memory, out))} == {jnp.dtype("float32")}
     np.testing.assert_allclose(out.value, plain.unroll(params, start, obs, first)[1].value, atol=0.05)
