@@ -74,7 +74,9 @@ def test_probe_policies(name, best):
 def test_probe_memory_needs_memory():
     assert np.abs(score(*trained("Probe-memory"))).max() < 0.4
     config = with_(FAST, network=nets.Config(hidden=(16,), gru=16))
-    np.testing.assert_allclose(score(*trained("Probe-memory", config, HYPER._replace(learning_rate=3e-3), 300)), 1, atol=0.05)
+    np.testing.assert_allclose(
+        score(*trained("Probe-memory", config, HYPER._replace(learning_rate=3e-3), 300)), 1, atol=0.05
+    )
 
 
 @pytest.mark.parametrize("shared", [False, True])

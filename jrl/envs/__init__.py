@@ -29,6 +29,7 @@ __all__ = [
     "names",
     "observation_spec",
     "register",
+    "strict",
     "wrappers",
 ]
 

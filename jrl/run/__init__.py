@@ -3,7 +3,7 @@
 from jrl.run import stats, sweep
 from jrl.run.checkpoint import RunError
 from jrl.run.evaluate import evaluate, record
+from jrl.run.loop import Result, train
 from jrl.run.program import train_fn
-from jrl.run.train import Result, train
 
 __all__ = ["Result", "RunError", "evaluate", "record", "stats", "sweep", "train", "train_fn"]

@@ -14,7 +14,7 @@ from jrl import envs
 from jrl.algorithm import Algorithm
 from jrl.run import sweep as sweeps
 from jrl.run.checkpoint import RunError
-from jrl.run.train import Result, train
+from jrl.run.loop import Result, train
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,6 @@ def read(path: Path, num_members: int) -> tuple[np.ndarray, dict[str, np.ndarray
         skip = header.index("seed") + 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an empty file is an empty array
-            table = np.loadtxt(file, delimiter=",", usecols=[1, *range(skip, len(header))], ndmin=2)
+            table = np.loadtxt(file, delimiter=",", quotechar='"', usecols=[1, *range(skip, len(header))], ndmin=2)
     table = table.reshape(-1, num_members, len(header) - skip + 1)
-    return table[:, 0, 0], {name: table[:, :, i + 1].T for i, name in enumerate(header[skip:])}
+    return table[:, 0, 0].astype(int), {name: table[:, :, i + 1].T for i, name in enumerate(header[skip:])}

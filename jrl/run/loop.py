@@ -1,13 +1,8 @@
 """The run loop: chunks of compiled updates, with everything that has to happen on the host between them."""
 
-import dataclasses
 import json
-import signal
-import subprocess
-import threading
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +12,10 @@ import numpy as np
 
 from jrl import checks
 from jrl.algorithm import Algorithm, over_members
-from jrl.run import checkpoint, layout, log, plot, program, stats
+from jrl.run import checkpoint, folders, layout, log, program, report, stats
 from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
 from jrl.run.evaluate import evaluate, record
+from jrl.run.interrupt import StopOnSignal
 from jrl.run.layout import Layout
 from jrl.run.progress import Progress
 
@@ -109,16 +105,20 @@ def train(
         raise ValueError(f"devices must be at most {len(jax.devices())}, the number of this machine; got {devices}")
     total = program.num_updates(algo, env_steps)
     members = _Members.of(algo, key, num_seeds, hypers)
-    every = log_every or -(-total // 1000)
-    settings = _settings(algo, key, env_steps, num_seeds, members, every)
-    folder = None if run_dir is None else _open_folder(Path(run_dir), resume, settings)
+    saved = folders.saved_setting(Path(run_dir), "log_every") if resume and run_dir is not None else None
+    every = log_every or saved or -(-total // 1000)
+    cells = {"": algo.hyper} if hypers is None else hypers
+    settings = folders.settings(algo, key, env_steps, num_seeds, cells, every)
+    folder = None if run_dir is None else folders.open_folder(Path(run_dir), resume, settings)
 
     run = _Run(algo, members, total, every, folder, settings, progress, eval_episodes, checkpoint_every)
     run.compile(
         layout.choose(len(members.labels), jax.devices()[:devices], seeds_at_once), automatic=seeds_at_once is None
     )
     run.restore(resume)
-    finished = run.loop(None if eval_every is None else max(1, eval_every // algo.env_steps_per_update))
+    if eval_every is not None:
+        eval_every = max(1, eval_every // algo.env_steps_per_update) if eval_episodes else None
+    finished = run.loop(eval_every)
     return run.finish(finished, gif)
 
 
@@ -137,6 +137,8 @@ class _Members(NamedTuple):
         cells = {"": algo.hyper} if hypers is None else dict(hypers)
         if not cells:
             raise ValueError("hypers must hold at least one set of hyperparameters")
+        for hyper in cells.values():
+            jax.eval_shape(lambda k, h=hyper: algo.init(k, h), key)  # refuses a number out of range
         rows = np.repeat(np.arange(len(cells)), num_seeds)
         stacked = jax.tree.map(lambda *xs: np.array(xs, np.float32)[rows], *cells.values())
         labels: list[dict[str, Any]] = [
@@ -187,12 +189,9 @@ class _Run:
         self.compile_seconds = time.perf_counter() - begin
 
     def _fits(self) -> bool:
-        limit = (
-            (self.layout.devices[0].memory_stats() or {}).get("bytes_limit")
-            if self.layout.devices[0].platform != "cpu"
-            else None
-        )
+        device = self.layout.devices[0]
         used = self.chunk.memory_analysis()
+        limit = None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
         if limit is None or used is None:
             return True
         return used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes <= 0.95 * limit
@@ -213,7 +212,8 @@ class _Run:
                 raise RunError(
                     f"{self.folder} has done {latest} updates already, more than the {self.total} of this budget"
                 )
-        self.log = log.Log(self.folder, self.members.labels, self.done if resume else None)
+        with disk_errors(self.folder):
+            self.log = log.Log(self.folder, self.members.labels, self.done if resume else None)
         if latest is not None:
             self._reread()
         self.progress = self._progress()
@@ -223,12 +223,12 @@ class _Run:
             self.progress.say(f"{self.folder}: {where}")
 
     def _reread(self) -> None:
-        _, metrics = log.read(self.folder / "metrics.csv", len(self.members.labels))
-        self.history.append({k: v.astype(np.float32) for k, v in metrics.items()})
+        env_steps, metrics = log.read(self.folder / "metrics.csv", len(self.members.labels))
+        self.history.append({k: v.astype(np.float32) for k, v in metrics.items()} | {"env_steps": env_steps})
         for name, values in metrics.items():
             if name not in program.PER_EPISODE:
                 for member, row in np.argwhere(~np.isfinite(values)).tolist():
-                    update = min((row + 1) * self.every, self.done)
+                    update = int(env_steps[row]) // self.algo.env_steps_per_update
                     self.bad[member] = min(update, self.bad.get(member, update))
         path = self.folder / "evaluations.json"
         if path.exists():
@@ -246,7 +246,7 @@ class _Run:
         """Train to the end; returns false if a signal stopped it, with everything saved."""
         pending: tuple[int, int, Any] | None = None
         seconds_per_update, saved_at = 0.0, time.perf_counter()
-        with _StopOnSignal() as stop:
+        with StopOnSignal() as stop:
             try:
                 while self.done < self.total and not stop.requested:
                     n = self._chunk_length(seconds_per_update, eval_every)
@@ -297,17 +297,15 @@ class _Run:
         rows = layout.fetch(self.layout, rows)
         for member in np.flatnonzero(rows.first_bad >= 0).tolist():
             if member not in self.bad:
-                self.bad[member] = start + int(rows.first_bad[member]) + 1
-                self.progress.say(
-                    f"{self._name(member)} turned NaN at update {self.bad[member]}; it is left out of the aggregates, the others go on"
-                )
+                self._report_nan(member, start + int(rows.first_bad[member]) + 1)
         num_rows = -(-n // self.every)
         counts = np.minimum(self.every, n - self.every * np.arange(num_rows))
         metrics = _averages({k: v[:, :num_rows] for k, v in rows.sums.items()}, counts)
-        self.history.append(metrics)
         updates = start + np.minimum(self.every * (1 + np.arange(num_rows)), n)
+        env_steps = updates * self.algo.env_steps_per_update
+        self.history.append(metrics | {"env_steps": env_steps})
         if self.log is not None:
-            self.log.write(updates, updates * self.algo.env_steps_per_update, metrics)
+            self.log.write(updates, env_steps, metrics)
         steps = (start + n) * self.algo.env_steps_per_update * len(self.members.labels)
         self.progress.advance(steps, self._recent_return())
 
@@ -320,10 +318,6 @@ class _Run:
             if weight
             else float("nan")
         )
-
-    def _name(self, member: int) -> str:
-        label = self.members.labels[member]
-        return f"seed {label['seed']}" + (f" of {label['cell']}" if "cell" in label else "")
 
     def _save(self) -> None:
         if self.checkpoints is not None:
@@ -351,23 +345,29 @@ class _Run:
         self.evaluations.append({"env_steps": steps, "episodes": self.eval_episodes, "cells": cells})
         if self.folder is not None:
             with disk_errors(self.folder):
-                _write_json(self.folder / "evaluations.json", self.evaluations)
+                folders.write_json(self.folder / "evaluations.json", self.evaluations)
             if self.log is not None and self.done < self.total:
                 self.log.write_evaluation(steps, {f"return {c}".strip(): s for c, s in cells.items()})
         return cells
 
     def finish(self, finished: bool, gif: bool) -> Result:
+        self._find_late_nans()
         metrics = self._metrics()
         cells = self._evaluate() if finished and self.eval_episodes else None
-        summary = self._summary(finished, cells)
+        summary = self._summary(finished)
+        if cells is not None:
+            summary = report.add_evaluation(summary, cells, self.eval_episodes)
         if self.folder is not None:
             with disk_errors(self.folder):
-                _write_json(self.folder / "summary.json", summary)
-                self._plot(metrics)
+                folders.write_json(self.folder / "summary.json", summary)
+                title = f"{self.algo.name.upper()} on {self.algo.env.name}"
+                report.write_curves(self.folder / "curve.png", title, self.members.cells, metrics, set(self.bad))
                 if cells is not None and len(cells) > 1:
-                    _write_table(self.folder / "sweep.csv", cells)
+                    report.write_table(self.folder / "sweep.csv", cells)
                 if gif and finished:
-                    self._record(cells)
+                    best = report.best_member(cells)
+                    state = jax.device_put(jax.tree.map(lambda x: x[best], self.state), self.layout.devices[0])
+                    record(self.algo, state, jax.random.key(EVAL_SEED), str(self.folder / "policy.gif"))
         shape = self.members.shape
         real = jax.tree.map(lambda x: x[: len(self.members.labels)], self.state)
         state = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), real)
@@ -376,72 +376,47 @@ class _Run:
 
     def _metrics(self) -> dict[str, np.ndarray]:
         names = self.history[0] if self.history else {}
-        metrics = {name: np.concatenate([part[name] for part in self.history], axis=1) for name in names}
-        rows = -(-self.done // self.every)
-        updates = np.minimum(self.every * (1 + np.arange(rows)), self.done)
-        return metrics | {"env_steps": updates * self.algo.env_steps_per_update}
+        metrics = {name: np.concatenate([part[name] for part in self.history], axis=-1) for name in names}
+        return {"env_steps": np.zeros(0, int)} | metrics
 
-    def _summary(self, finished: bool, cells: dict[str, Any] | None) -> dict[str, Any]:
+    def _summary(self, finished: bool) -> dict[str, Any]:
+        """The result, and the speed of this process; a finished run that is resumed keeps the speed it had."""
         trained = (self.done - self.first) * self.algo.env_steps_per_update * len(self.members.labels)
-        summary: dict[str, Any] = {
+        speed = {
+            "compile_seconds": round(self.compile_seconds, 3),
+            "run_seconds": round(self.seconds, 3),
+            "env_steps_per_second": round(trained / self.seconds) if trained else None,
+        }
+        if not trained and self.folder is not None and (self.folder / "summary.json").exists():
+            before = json.loads((self.folder / "summary.json").read_text())
+            speed = {name: before.get(name, value) for name, value in speed.items()}
+        return {
             "algorithm": self.algo.name,
             "env": self.algo.env.name,
             "env_steps": self.done * self.algo.env_steps_per_update,
             "num_seeds": self.members.shape[-1],
             "finished": finished,
             "eval": None,
-            "compile_seconds": round(self.compile_seconds, 3),
-            "run_seconds": round(self.seconds, 3),
-            "env_steps_per_second": round(trained / self.seconds) if self.seconds else None,
+            **speed,
             "nan_seeds": [self.members.labels[m] | {"update": update} for m, update in sorted(self.bad.items())],
         }
-        if cells is not None:
-            scored = {c: s["iqm"] for c, s in cells.items() if s["iqm"] is not None}
-            best = max(scored, key=scored.__getitem__) if scored else next(iter(cells))
-            summary["eval"] = cells[best] | {"episodes": self.eval_episodes}
-            if len(cells) > 1:
-                summary |= {"best_cell": best, "cells": cells}
-        return summary
 
-    def _plot(self, metrics: dict[str, np.ndarray]) -> None:
-        if "episode_return" not in metrics:
-            return
-        num_seeds = self.members.shape[-1]
-        curves = []
-        for i, cell in enumerate(self.members.cells):
-            good = [m for m in range(i * num_seeds, (i + 1) * num_seeds) if m not in self.bad]
-            if good:
-                parts = (metrics["episode_return"][good], metrics["episodes"][good], metrics["env_steps"])
-                curves.append((cell, *plot.curve(*parts)))
-        plot.learning_curves(self.folder / "curve.png", f"{self.algo.name.upper()} on {self.algo.env.name}", curves)
+    def _find_late_nans(self) -> None:
+        """Members that the very last update broke show no NaN in any metric yet."""
 
-    def _record(self, cells: dict[str, Any] | None) -> None:
-        scores = np.concatenate([np.array(s["per_seed"], float) for s in cells.values()]) if cells else np.zeros(1)
-        best = 0 if np.isnan(scores).all() else int(np.nanargmax(scores))
-        state = jax.device_put(jax.tree.map(lambda x: x[best], self.state), self.layout.devices[0])
-        record(self.algo, state, jax.random.key(EVAL_SEED), str(self.folder / "policy.gif"))
+        def broken(state: Any) -> jax.Array:
+            floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+            return jnp.stack([jnp.isnan(x).any(tuple(range(1, x.ndim))) for x in floats]).any(0)
 
+        for member in np.flatnonzero(layout.fetch(self.layout, jax.jit(broken)(self.state))).tolist():
+            if member not in self.bad:
+                self._report_nan(member, self.done)
 
-class _StopOnSignal:
-    """Ctrl-C and termination ask the loop to stop after its chunk; a second Ctrl-C interrupts at once."""
-
-    requested = False
-
-    def __enter__(self) -> "_StopOnSignal":
-        self._old = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._request)
-        return self
-
-    def _request(self, number: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+    def _report_nan(self, member: int, update: int) -> None:
+        self.bad[member] = update
+        label = self.members.labels[member]
+        name = f"seed {label['seed']}" + (f" of {label['cell']}" if "cell" in label else "")
+        self.progress.say(f"{name} turned NaN at update {update}; it is left out of the aggregates, the others go on")
 
 
 def _averages(sums: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -452,94 +427,3 @@ def _averages(sums: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, np.n
         with np.errstate(invalid="ignore", divide="ignore"):
             means |= {k: sums[k] / sums["episodes"] for k in program.PER_EPISODE if k in sums}
     return means
-
-
-def _settings(
-    algo: Algorithm, key: jax.Array, env_steps: int, num_seeds: int, members: _Members, every: int
-) -> dict[str, Any]:
-    """What must be equal for a run to be resumed, as flat JSON values."""
-    hypers = jax.tree.map(lambda x: x[::num_seeds].tolist(), members.hypers)
-    tree = {
-        "algorithm": algo.name,
-        "env": algo.env.name,
-        "num_seeds": num_seeds,
-        "key": jax.random.key_data(key).tolist(),
-        "log_every": every,
-        "cells": members.cells,
-        "config": dataclasses.asdict(algo.config),
-        "hyper": _as_dict(hypers),
-    }
-    if algo.uses_length:
-        tree["env_steps"] = env_steps
-    return json.loads(json.dumps(_flatten(tree)))
-
-
-def _as_dict(tree: Any) -> Any:
-    return {k: _as_dict(v) for k, v in tree._asdict().items()} if hasattr(tree, "_fields") else tree
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
-def _open_folder(folder: Path, resume: bool, settings: dict[str, Any]) -> Path:
-    """Make the folder and its ``config.json``; refuse one that holds another run."""
-    path = folder / "config.json"
-    if path.exists():
-        if not resume:
-            raise RunError(f"{folder} holds a run already: resume it (--resume), or choose another folder")
-        try:
-            saved = json.loads(path.read_text())["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise RunError(f"{path} is damaged: it is not the configuration of a run") from None
-        checkpoint.same_config(saved, settings, folder)
-        return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} exists and is not the folder of a run; choose another")
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {"settings": settings} | _surroundings())
-    return folder
-
-
-def _surroundings() -> dict[str, Any]:
-    """Versions, devices and commit, for the record."""
-    packages = ("jrl", "jax", "jaxlib", "flax", "optax", "gymnax", "orbax-checkpoint", "numpy")
-    try:
-        here = Path(__file__).parent
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
-    return {
-        "versions": {p: _version(p) for p in packages},
-        "devices": [str(d) for d in jax.devices()],
-        "platform": jax.default_backend(),
-        "commit": commit or None,
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _write_json(path: Path, data: Any) -> None:
-    """Whole or not at all."""
-    fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(data, indent=2) + "\n")
-    fresh.replace(path)
-
-
-def _write_table(path: Path, cells: dict[str, Any]) -> None:
-    lines = ["cell,iqm,ci_low,ci_high,sampled_iqm"]
-    for cell, s in cells.items():
-        numbers = (s["iqm"], s["ci_low"], s["ci_high"], s["sampled"]["iqm"])
-        lines.append(f'"{cell}",' + ",".join("" if x is None else f"{x:.6g}" for x in numbers))
-    path.write_text("\n".join(lines) + "\n")

@@ -1,0 +1,104 @@
+"""The folder of a run: what a run is made of, opened once and refused to any other."""
+
+import dataclasses
+import json
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jrl.algorithm import Algorithm
+from jrl.run.checkpoint import RunError, disk_errors, same_config
+
+
+def settings(
+    algo: Algorithm, key: jax.Array, env_steps: int, num_seeds: int, cells: Mapping[str, Any], every: int
+) -> dict[str, Any]:
+    """What must be equal for a run to be resumed, as flat JSON values."""
+    tree = {
+        "algorithm": algo.name,
+        "env": algo.env.name,
+        "num_seeds": num_seeds,
+        "key": jax.random.key_data(key).tolist(),
+        "log_every": every,
+        "cells": list(cells),
+        "config": dataclasses.asdict(algo.config),
+        "hyper": {cell: _as_dict(hyper) for cell, hyper in cells.items()},
+    }
+    if algo.uses_length:
+        tree["env_steps"] = env_steps
+    return json.loads(json.dumps(_flatten(tree)))
+
+
+def _as_dict(tree: Any) -> Any:
+    return {k: _as_dict(v) for k, v in tree._asdict().items()} if hasattr(tree, "_fields") else float(tree)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def saved_setting(folder: Path, name: str) -> Any:
+    """One setting of the run in a folder, or None where there is none."""
+    try:
+        return json.loads((folder / "config.json").read_text())["settings"].get(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # open_folder says what is wrong
+
+
+def open_folder(folder: Path, resume: bool, settings: dict[str, Any]) -> Path:
+    """Make the folder and its ``config.json``; refuse one that holds another run."""
+    path = folder / "config.json"
+    if path.exists():
+        if not resume:
+            raise RunError(f"{folder} holds a run already: resume it (--resume), or choose another folder")
+        try:
+            saved = json.loads(path.read_text())["settings"]
+        except (ValueError, KeyError, TypeError):
+            raise RunError(f"{path} is damaged: it is not the configuration of a run") from None
+        same_config(saved, settings, folder)
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists and is not the folder of a run; choose another")
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"settings": settings} | _surroundings())
+    return folder
+
+
+def _surroundings() -> dict[str, Any]:
+    """Versions, devices and commit, for the record."""
+    packages = ("jrl", "jax", "jaxlib", "flax", "optax", "gymnax", "orbax-checkpoint", "numpy")
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return {
+        "versions": {p: _version(p) for p in packages},
+        "devices": [str(d) for d in jax.devices()],
+        "platform": jax.default_backend(),
+        "commit": commit or None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Whole or not at all."""
+    fresh = path.with_suffix(".tmp")
+    fresh.write_text(json.dumps(data, indent=2) + "\n")
+    fresh.replace(path)

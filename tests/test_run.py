@@ -1,0 +1,473 @@
+"""The run loop: same numbers as the pure function, bit for bit resumable, and hard to break."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrl import envs, nets, optim, run
+from jrl.algos import ppo
+from jrl.run import layout, program, stats
+
+jax.config.update("jax_numpy_rank_promotion", "allow")  # gymnax promotes ranks
+
+TINY = ppo.Config(
+    num_envs=2,
+    num_steps=8,
+    num_epochs=1,
+    num_minibatches=2,
+    network=nets.Config(hidden=(8,)),
+    optimizer=optim.Config(schedule="constant"),
+)
+PER_UPDATE = 16
+ROOT = Path(__file__).parents[1]
+
+
+def make(env="CartPole-v1", **fields):
+    return ppo.make(envs.make(env), dataclasses.replace(TINY, **fields))
+
+
+def train(algo, updates, **kwargs):
+    kwargs = {"num_seeds": 2, "eval_episodes": 0, "progress": False} | kwargs
+    return run.train(algo, jax.random.key(0), updates * PER_UPDATE, **kwargs)
+
+
+def host(tree):
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, host(a), host(b))
+
+
+def assert_close(a, b):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=1e-4, atol=1e-5), host(a), host(b)
+    )
+
+
+def test_train_is_train_fn():
+    algo = make()
+    result = train(algo, 4, num_seeds=3)
+    states, metrics = jax.jit(jax.vmap(run.train_fn(algo, 4 * PER_UPDATE)))(jax.random.split(jax.random.key(0), 3))
+    assert_close(result.state, states)
+    for name, values in metrics.items():
+        np.testing.assert_allclose(result.metrics[name], values, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert result.metrics["env_steps"].tolist() == [16, 32, 48, 64] and result.finished
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"normalize_observations": True, "normalize_rewards": True},
+        {"network": nets.Config(hidden=(8,), gru=4)},
+        {"precision": "bfloat16"},
+    ],
+    ids=["plain", "normalized", "gru", "bfloat16"],
+)
+def test_resume_is_bitwise(fields, tmp_path):
+    algo = make(**fields)
+    whole = train(algo, 6, num_seeds=3, run_dir=tmp_path / "whole")
+    train(algo, 3, num_seeds=3, run_dir=tmp_path / "parts")
+    parts = train(algo, 6, num_seeds=3, run_dir=tmp_path / "parts", resume=True)
+    assert_same_bits(parts.state, whole.state)
+    for name in whole.metrics:
+        np.testing.assert_array_equal(parts.metrics[name], whole.metrics[name], err_msg=name)
+    assert (tmp_path / "parts/metrics.csv").read_text() == (tmp_path / "whole/metrics.csv").read_text()
+
+
+def test_grouping_and_devices_change_nothing():
+    algo = make()
+    whole = train(algo, 3, num_seeds=5, devices=1)
+    for kwargs in ({"devices": 2}, {"devices": 2, "seeds_at_once": 2}, {"devices": 1, "seeds_at_once": 2}):
+        parts = train(algo, 3, num_seeds=5, **kwargs)
+        assert_close(parts.state, whole.state)
+        assert jax.tree.leaves(parts.state)[0].shape[0] == 5
+
+
+def test_layouts():
+    for members, devices, at_once, slots in (
+        (16, 2, None, 16),
+        (7, 2, None, 8),
+        (100, 2, 16, 100),
+        (128, 2, None, 128),
+        (1, 2, None, 1),
+    ):
+        chosen = layout.choose(members, jax.devices()[:devices], at_once)
+        assert chosen.num_slots == slots
+        assert chosen.group_size <= max(1, (at_once or 16) // len(chosen.devices))
+
+
+def test_sweep_cells_are_their_solo_runs(tmp_path):
+    algo = make()
+    grid = run.sweep.grid(algo.hyper, {"learning_rate": [1e-3, 1e-2], "optimizer.b1": [0.9]})
+    assert list(grid) == ["learning_rate=0.001, optimizer.b1=0.9", "learning_rate=0.01, optimizer.b1=0.9"]
+    result = train(algo, 3, hypers=grid, run_dir=tmp_path / "run", eval_episodes=2)
+    for i, hyper in enumerate(grid.values()):
+        alone = train(ppo.make(algo.env, algo.config, hyper), 3)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], result.state), alone.state)
+    assert result.metrics["loss"].shape == (2, 2, 3)
+    assert set(result.summary["cells"]) == set(grid) and result.summary["best_cell"] in grid
+    rows = list(csv.DictReader((tmp_path / "run/sweep.csv").open()))
+    assert [r["cell"] for r in rows] == list(grid)
+    assert {r["cell"] for r in csv.DictReader((tmp_path / "run/metrics.csv").open())} == set(grid)
+
+
+def test_a_run_folder(tmp_path):
+    result = train(make(), 5, run_dir=tmp_path / "a/run", eval_every=2 * PER_UPDATE, eval_episodes=4, log_every=2)
+    folder = tmp_path / "a/run"
+    summary = json.loads((folder / "summary.json").read_text())
+    wanted = "algorithm env env_steps num_seeds eval compile_seconds run_seconds env_steps_per_second"
+    assert set(wanted.split()) <= summary.keys()
+    assert (summary["algorithm"], summary["env"], summary["env_steps"], summary["num_seeds"]) == (
+        "ppo",
+        "CartPole-v1",
+        80,
+        2,
+    )
+    assert {"iqm", "ci_low", "ci_high", "per_seed"} <= summary["eval"].keys() and len(summary["eval"]["per_seed"]) == 2
+    config = json.loads((folder / "config.json").read_text())
+    assert (
+        config["settings"]["config.num_envs"] == 2
+        and config["versions"]["jax"] == jax.__version__
+        and config["devices"]
+    )
+    assert (folder / "curve.png").read_bytes()[:4] == b"\x89PNG" and list((folder / "events").iterdir())
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [(r["update"], r["env_steps"], r["seed"]) for r in rows[::2]] == [
+        ("2", "32", "0"),
+        ("4", "64", "0"),
+        ("5", "80", "0"),
+    ]
+    assert [e["env_steps"] for e in json.loads((folder / "evaluations.json").read_text())] == [32, 64, 80]
+    assert result.metrics["loss"].shape == (2, 3)
+
+
+def test_rows_are_means_of_updates():
+    algo = make()
+    fine, coarse = train(algo, 6, log_every=1).metrics, train(algo, 6, log_every=3).metrics
+    np.testing.assert_allclose(coarse["loss"], fine["loss"].reshape(2, 2, 3).mean(-1), rtol=1e-3)
+    episodes = fine["episodes"].reshape(2, 2, 3)
+    np.testing.assert_allclose(coarse["episodes"], episodes.sum(-1))
+    total = np.nansum(fine["episode_return"].reshape(2, 2, 3) * episodes, -1)
+    ended = episodes.sum(-1) > 0
+    np.testing.assert_allclose(
+        coarse["episode_return"][ended], (total / np.maximum(episodes.sum(-1), 1))[ended], rtol=1e-4
+    )
+    assert np.isnan(coarse["episode_return"][~ended]).all()
+
+
+def test_the_budget_is_never_exceeded():
+    assert train(make(), 3).summary["env_steps"] == 48
+    assert run.train(make(), jax.random.key(0), 63, progress=False, eval_episodes=0).summary["env_steps"] == 48
+    with pytest.raises(ValueError, match="env_steps must be at least one update, 16; got 9"):
+        run.train(make(), jax.random.key(0), 9)
+
+
+def test_one_program_serves_every_chunk(monkeypatch):
+    algo, traces = make(), []
+
+    def counted(state):
+        traces.append(1)
+        return algo.update(state)
+
+    monkeypatch.setattr("jrl.run.loop.CHUNK_SECONDS", 0.0)  # many chunks
+    train(algo._replace(update=counted), 9)
+    assert len(traces) <= 2  # once for the shapes of its metrics, once for the program
+
+
+# Evaluation
+
+
+def test_evaluation_counts_whole_episodes_once(key):
+    """Half of the episodes last 1 step and half 9: a count by steps or by first-to-finish would not give 5."""
+
+    def reset(key):
+        length = jnp.where(jax.random.bernoulli(key), 9, 1)
+        return jnp.zeros(1), (jnp.int32(0), length)
+
+    def step(key, state, action):
+        t, length = state
+        return jnp.zeros(1), (t + 1, length), 1.0, t + 1 >= length, False
+
+    env = envs.types.strict(envs.Environment("Lengths", reset, step, envs.Discrete(2)))
+    algo = ppo.make(env, TINY)
+    out = jax.jit(lambda s, k: run.evaluate(algo, s, k, 2000))(algo.init(key), key)
+    assert set(np.unique(out.returns)) == {1.0, 9.0} and out.finished.all()
+    np.testing.assert_allclose(out.returns.mean(), 5, atol=0.3)
+    np.testing.assert_array_equal(out.returns, out.lengths)
+
+
+def test_evaluation_keys_are_shared_over_seeds():
+    algo = make("Probe-observation")
+    states = jax.vmap(lambda k: algo.init(k))(jax.random.split(jax.random.key(0), 3))
+    returns = jax.vmap(lambda s: run.evaluate(algo, s, jax.random.key(1), 16).returns)(states)
+    assert (returns == returns[0]).all() and len(np.unique(returns[0])) == 2
+
+
+def test_iqm_and_interval():
+    assert stats.iqm([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5
+    low, high = stats.interval(np.arange(40.0))
+    assert 10 < low < 19.5 < high < 29
+    summary = stats.summarize([1.0, float("nan"), 3.0])
+    assert summary["iqm"] == 2 and summary["per_seed"] == [1.0, None, 3.0]
+    assert stats.summarize([float("nan")])["iqm"] is None
+
+
+# What goes wrong
+
+
+def bad_seed(algo, at=3):
+    """Parameters of the second of three seeds turn NaN at update ``at``."""
+    unlucky = algo.init(jax.random.split(jax.random.key(0), 3)[1]).actors.obs.sum()
+
+    def init(key, hyper=None, num_updates=None):
+        state = algo.init(key, hyper, num_updates)
+        is_unlucky = jnp.abs(state.actors.obs.sum() - unlucky) < 1e-6
+        return state._replace(kl_weight=jnp.where(is_unlucky, 777.0, state.kl_weight))
+
+    def update(state):
+        poison = jnp.where((state.kl_weight == 777.0) & (state.updates == at - 1), jnp.nan, 0.0)
+        return algo.update(state._replace(params=jax.tree.map(lambda x: x + poison, state.params)))
+
+    return algo._replace(init=init, update=update)
+
+
+def test_a_nan_is_reported_and_the_others_go_on(tmp_path, capsys):
+    result = train(bad_seed(make()), 6, num_seeds=3, run_dir=tmp_path / "run", eval_episodes=2, progress=True)
+    assert "seed 1 turned NaN at update 3; it is left out" in capsys.readouterr().err
+    assert result.summary["nan_seeds"] == [{"seed": 1, "update": 3}]
+    per_seed = result.summary["eval"]["per_seed"]
+    assert (
+        per_seed[1] is None
+        and per_seed[0] > 0
+        and result.summary["eval"]["iqm"] == pytest.approx((per_seed[0] + per_seed[2]) / 2)
+    )
+    clean = train(make(), 6, num_seeds=3)
+    for i in (0, 2):
+        assert_close(
+            jax.tree.map(lambda x, i=i: x[i], result.state.params),
+            jax.tree.map(lambda x, i=i: x[i], clean.state.params),
+        )
+
+
+def test_a_nan_seed_stays_out_after_resuming(tmp_path):
+    algo = bad_seed(make())
+    train(algo, 4, num_seeds=3, run_dir=tmp_path / "run")
+    result = train(algo, 6, num_seeds=3, run_dir=tmp_path / "run", resume=True)
+    assert result.summary["nan_seeds"] == [{"seed": 1, "update": 3}]
+
+
+def test_another_configuration_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    train(make(), 2, run_dir=folder)
+    with pytest.raises(run.RunError, match="holds a run already: resume it"):
+        train(make(), 2, run_dir=folder)
+    with pytest.raises(run.RunError, match=r"of another configuration: config.network.hidden was \[8\], is \[4\]"):
+        train(make(network=nets.Config(hidden=(4,))), 2, run_dir=folder, resume=True)
+    with pytest.raises(run.RunError, match="num_seeds was 2, is 3"):
+        train(make(), 2, run_dir=folder, resume=True, num_seeds=3)
+    with pytest.raises(run.RunError, match="has done 2 updates already, more than the 1"):
+        train(make(), 1, run_dir=folder, resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").touch()
+    with pytest.raises(run.RunError, match="not the folder of a run"):
+        train(make(), 2, run_dir=tmp_path / "other")
+
+
+def test_an_annealed_run_keeps_its_length(tmp_path):
+    algo = make(optimizer=optim.Config(schedule="linear"))
+    train(algo, 2, run_dir=tmp_path / "run")
+    with pytest.raises(run.RunError, match="env_steps was 32, is 64"):
+        train(algo, 4, run_dir=tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
+    folder = tmp_path / "run"
+    train(make(), 2, run_dir=folder)
+    step = folder / "checkpoints/2"
+    data = [p for p in (step / "state").rglob("*") if p.is_file()]
+    largest = max(data, key=lambda p: p.stat().st_size)
+    if damage == "flip":
+        for path in (p for p in data if "d" in p.parts[-2:]):
+            content = bytearray(path.read_bytes())
+            for i in range(len(content) // 3, len(content), 50):
+                content[i] ^= 0xFF
+            path.write_bytes(content)
+    elif damage == "truncate":
+        largest.write_bytes(largest.read_bytes()[:20])
+    elif damage == "remove":
+        shutil.rmtree(step / "state")
+    else:
+        for path in (step / "manifest").rglob("*"):
+            if path.is_file():
+                path.write_text("{}")
+    with pytest.raises(run.RunError, match=f"checkpoint {step} is damaged"):
+        train(make(), 4, run_dir=folder, resume=True)
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path):
+    for name, fields in (
+        ("a", {}),
+        ("b", {"normalize_observations": True}),
+        ("c", {"network": nets.Config(hidden=(9,))}),
+    ):
+        train(make(**fields), 2, run_dir=tmp_path / name)
+    for other, message in (("b", "of another configuration"), ("c", "of another configuration")):
+        shutil.rmtree(tmp_path / "a/checkpoints")
+        shutil.copytree(tmp_path / other / "checkpoints", tmp_path / "a/checkpoints")
+        with pytest.raises(run.RunError, match=message):
+            train(make(), 4, run_dir=tmp_path / "a", resume=True)
+
+
+def test_arrays_are_compared_by_path_shape_and_dtype(tmp_path):
+    from jrl.run.checkpoint import Checkpoints
+
+    saved = Checkpoints(tmp_path, {})
+    saved.save(1, {"a": np.zeros(3, np.float32), "b": np.zeros(2)})
+    saved.wait()
+    for template, message in (
+        ({"a": np.zeros(3, np.float32)}, "only the checkpoint has b"),
+        ({"a": np.zeros(4, np.float32), "b": np.zeros(2)}, r"a has shape \[3\], this run needs \[4\]"),
+        ({"a": np.zeros(3, np.int32), "b": np.zeros(2)}, "a has dtype float32, this run needs int32"),
+    ):
+        with pytest.raises(run.RunError, match=message):
+            saved.restore(1, template)
+    saved.close()
+
+
+def test_wrong_arguments_are_refused_before_compiling(tmp_path):
+    def never(*args):
+        raise AssertionError("compiled")
+
+    algo = make()._replace(init=never)
+    for kwargs, message in (
+        ({"num_seeds": 0}, "num_seeds must be an integer of at least 1; got 0"),
+        ({"devices": 9}, "devices must be at most 2"),
+        ({"resume": True}, "resume needs a run_dir"),
+        ({"hypers": {}}, "at least one set"),
+        ({"eval_every": -1}, "eval_every must be an integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(algo, 2, **kwargs)
+
+
+# Interruptions, in processes of their own
+
+SCRIPT = """
+import sys, jax
+from jrl import envs, nets, optim, run
+from jrl.algos import ppo
+from jrl.run import loop
+loop.CHUNK_SECONDS = 0.05
+config = ppo.Config(num_envs=2, num_steps=8, num_epochs=1, num_minibatches=2, network=nets.Config(hidden=(8,)))
+algo = ppo.make(envs.make("CartPole-v1"), config)
+try:
+    result = run.train(algo, jax.random.key(0), int(sys.argv[2]) * 16, num_seeds=2, run_dir=sys.argv[1], resume=True,
+                       checkpoint_every=0.3, eval_episodes=0, log_every=50)
+    print("finished", result.finished, result.summary["env_steps"])
+except run.RunError as error:
+    sys.exit(f"error: {error}")
+"""
+
+
+def start(folder, updates):
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(updates)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JRL_CPU_DEVICES": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(condition, process, seconds=180):
+    begin = time.monotonic()
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - begin < seconds
+        time.sleep(0.05)
+
+
+def saved_steps(folder):
+    return (
+        sorted(int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdecimal()) if folder.exists() else []
+    )
+
+
+def final_rows(folder):
+    return (folder / "metrics.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    process = start(folder, 20_000)
+    out, err = process.communicate(timeout=300)
+    assert "finished True 320000" in out, err
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_run_goes_on_bit_for_bit(number, tmp_path, uninterrupted):
+    folder = tmp_path / "run"
+    process = start(folder, 20_000)
+    wait_for(lambda: saved_steps(folder), process)
+    begin = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 15
+    if number != signal.SIGKILL:
+        assert "finished False" in out, err
+    steps = saved_steps(folder)
+    assert steps and steps[-1] < 20_000
+    out, err = start(folder, 20_000).communicate(timeout=300)
+    assert "finished True 320000" in out and f"resumed at {steps[-1] * 16:,} steps" in err
+    assert final_rows(folder) == final_rows(uninterrupted)
+
+
+def test_a_full_disk_gives_one_line_and_keeps_what_was_saved(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("needs root, to mount a small disk")
+    try:
+        process = start(folder / "run", 2_000_000)
+        wait_for(lambda: saved_steps(folder / "run"), process)
+        (folder / "ballast").write_bytes(b"")
+        with (folder / "ballast").open("wb", buffering=0) as ballast, pytest.raises(OSError, match="No space"):
+            while True:
+                ballast.write(b"x" * 4096)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 1
+        (line,) = [x for x in err.splitlines() if x.startswith("error:")]
+        assert "disk full while writing" in line and "Traceback" not in err
+        (folder / "ballast").unlink()
+        steps = saved_steps(folder / "run")
+        assert steps
+        process = start(folder / "run", 2_000_000)
+        wait_for(lambda: saved_steps(folder / "run")[-1:] > steps[-1:], process)
+        process.send_signal(signal.SIGINT)
+        assert f"resumed at {steps[-1] * 16:,} steps" in process.communicate(timeout=60)[1]
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def test_num_updates_rounds_down():
+    algo = make()
+    assert program.num_updates(algo, 47) == 2

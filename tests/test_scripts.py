@@ -1,0 +1,147 @@
+"""The command line and the scripts as a user meets them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--config.num-envs",
+    "2",
+    "--config.num-steps",
+    "8",
+    "--config.num-minibatches",
+    "2",
+    "--config.network.hidden",
+    "8",
+]
+
+
+def experiment(*args, cwd=None):
+    command = [sys.executable, str(ROOT / "experiments/ppo.py"), *map(str, args)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+
+
+def test_the_experiment_trains_and_resumes(tmp_path):
+    args = (*TINY, "--env-steps", 320, "--num-seeds", 2, "--eval-episodes", 2, "--run-dir", tmp_path / "run")
+    first = experiment(*args)
+    assert first.returncode == 0, first.stderr
+    assert "return, greedy: IQM" in first.stdout
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["env_steps"] == 320 and summary["num_seeds"] == 2
+    again = experiment(*args)
+    assert again.returncode == 1 and again.stderr.strip().startswith("error:") and "holds a run already" in again.stderr
+    resumed = experiment(*args, "--resume")
+    assert resumed.returncode == 0 and "resumed at 320 steps" in resumed.stderr
+
+
+def test_a_sweep_with_an_environment_of_one_s_own_and_a_picture(tmp_path):
+    source = (
+        "import jax.numpy as jnp\nfrom jrl.envs import Discrete\naction_space = Discrete(2)\ntime_limit = 3\n"
+        "def reset(key):\n    return jnp.zeros(1), 0\n"
+        "def step(key, state, action):\n    return jnp.zeros(1), state + 1, action, False, state + 1 >= 3\n"
+    )
+    (tmp_path / "mine.py").write_text(source)
+    args = (*TINY, "--env", "mine.py", "--env-steps", 64, "--num-seeds", 2, "--run-dir", "run", "--eval-episodes", 2)
+    done = experiment(*args, "--sweep", "hyper.learning_rate=1e-3,1e-2", "hyper.clip_eps=0.1,0.2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "run/summary.json").read_text())["cells"]) == 4
+    assert done.stdout.count("greedy") == 4
+
+
+def test_a_gif(tmp_path):
+    args = (*TINY, "--env", "Catch-bsuite", "--env-steps", 32, "--num-seeds", 1, "--eval-episodes", 1, "--gif")
+    done = experiment(*args, "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/policy.gif").read_bytes()[:3] == b"GIF"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--env", "CartPol-v1"], "unknown environment 'CartPol-v1'; did you mean CartPole-v1"),
+        (["--precision", "float8"], "precision must be one of float32, bfloat16"),
+        (["--preset", "Doom"], "unknown preset 'Doom'; there are: auto, none, CartPole-v1"),
+        (["--sweep", "hyper.lr=1,2"], "unknown hyperparameter 'lr'; there are: learning_rate"),
+        (["--sweep", "hyper.gamma=a"], "a sweep is written hyper.NAME=NUMBER"),
+        (["--sweep", "config.num_envs=1,2"], "cannot sweep config.num_envs: config fields are compiled in"),
+        (["--hyper.gamma", "1.5"], "hyper.gamma must be between 0 and 1; got 1.5"),
+        (["--sweep", "hyper.gamma=0.9,1.5"], "hyper.gamma must be between 0 and 1; got 1.5"),
+        (["--resume"], "--resume needs --run-dir"),
+        (["--num-seeds", "0"], "num_seeds must be an integer of at least 1; got 0"),
+        (["--config.num-minibatches", "7"], "config.num_minibatches must divide num_envs * num_steps = 512; got 7"),
+        (["--config.loss", "foo"], "'penalty'"),
+        (["--num-seeds", "many"], "invalid literal for int()"),
+        (["--bogus"], "--bogus"),
+        (["--env-params", "x=1"], "CartPole-v1 has no parameter 'x'; it has:"),
+        (["--env", "MNISTBandit-bsuite"], "unknown environment"),
+    ],
+)
+def test_wrong_words_say_what_is_allowed(args, message, tmp_path):
+    done = experiment(*args, cwd=tmp_path)
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_reads_well():
+    done = experiment("--help", "--env", "Breakout-MinAtar")
+    assert done.returncode == 0
+    for text in ("--env", "--hyper.learning-rate FLOAT", "--config.network.hidden", "--sweep", "(default: 10000000)"):
+        assert text in done.stdout
+
+
+# Shell scripts
+
+
+def shell(script, *args, **environment):
+    command = ["bash", str(ROOT / "scripts" / script), *args]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+
+
+def test_scripts_refuse_an_old_python(tmp_path):
+    old = tmp_path / "python"
+    old.write_text('#!/bin/sh\ncase "$2" in *version_info*) exit 1;; *) echo 3.10.13;; esac\n')
+    old.chmod(0o755)
+    for script in ("run", "test"):
+        done = shell(script, "x.py", JRL_PYTHON=str(old))
+        assert done.returncode == 1
+        assert done.stderr == "error: jrl needs Python 3.11 or newer; JRL_PYTHON is 3.10.13\n"
+
+
+def test_scripts_refuse_a_wrong_accelerator_or_interpreter():
+    done = shell("run", "x.py", JRL_ACCEL="gpu")
+    assert done.returncode == 1 and done.stderr == "error: JRL_ACCEL must be cpu, tpu, cuda12 or cuda13; got 'gpu'\n"
+    done = shell("run", "x.py", JRL_PYTHON="/nonexistent/python")
+    assert done.returncode == 1 and "not a Python interpreter" in done.stderr
+    done = shell("run")
+    assert done.returncode == 1 and "usage: bash scripts/run" in done.stderr
+
+
+def test_run_uses_the_interpreter_it_is_given(tmp_path):
+    script = tmp_path / "hello.py"
+    script.write_text("import jrl, sys; print(jrl.__version__, *sys.argv[1:])")
+    done = shell("run", str(script), "a b", JRL_PYTHON=sys.executable)
+    assert done.stdout == "0.1.0 a b\n"
+
+
+# TPU, by the compiler alone
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "v5p"])
+def test_the_update_compiles_for_tpu(chip):
+    pytest.importorskip("libtpu")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts/tpu_check.py"), "--chips", chip, "--seeds", "16"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith(f"| {chip}")]
+    assert 0 < float(row.split("|")[2]) < 1
