@@ -26,7 +26,7 @@ class Args(cli.Options):
 def main(argv: list[str]) -> Result:
     preset = ppo_preset(*cli.preset_of(argv))
     defaults = Args(env_steps=preset.env_steps, config=preset.config, hyper=preset.hyper)
-    args = tyro.cli(Args, args=argv, default=defaults, description=__doc__)
+    args = tyro.cli(Args, args=argv, default=defaults, description=cli.paragraphs(__doc__))
     config = args.config if args.precision is None else replace(args.config, precision=args.precision)
     return cli.run(args, ppo.make(cli.environment(args), config, args.hyper))
 

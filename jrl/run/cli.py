@@ -1,6 +1,7 @@
 """Command lines of experiments: typed dataclasses in, one clear line on an error."""
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -67,6 +68,11 @@ def preset_of(argv: list[str]) -> tuple[str, str]:
     ahead.add_argument("--env", default=Options.env)
     known, _ = ahead.parse_known_args(argv)
     return known.preset, known.env
+
+
+def paragraphs(doc: str | None) -> str:
+    """A docstring whose examples, one a line, stay apart in ``--help``."""
+    return "\n\n".join(line.strip() for line in (doc or "").splitlines() if line.strip())
 
 
 def parse_params(texts: tuple[str, ...]) -> dict[str, float | int]:
@@ -145,6 +151,8 @@ def main(experiment: Callable[[list[str]], Result]) -> NoReturn:
         sys.exit(f"error: {str(error).strip()}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os._exit(0)
     sys.exit(0 if result.finished else 130)
 
 
