@@ -100,4 +100,7 @@ def with_evaluation(algo: Algorithm, evaluate: Callable[[State, Array], Metrics]
         means = jax.tree.map(lambda m: m.mean(0), metrics)
         return state, means | {f"eval_{name}": x for name, x in evaluate(state, key).items()}
 
-    return algo._replace(update=update, env_steps_per_update=algo.env_steps_per_update * every)
+    def init(key: Array, hyper: Hyper = None, num_updates: Array | int | None = None) -> State:
+        return algo.init(key, hyper, None if num_updates is None else num_updates * every)
+
+    return algo._replace(init=init, update=update, env_steps_per_update=algo.env_steps_per_update * every)

@@ -24,6 +24,7 @@ detect_accelerator() {
     major=$(nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p' | head -n 1)
     if [ "${major:-12}" -ge 13 ]; then echo cuda13; else echo cuda12; fi
   elif compgen -G '/dev/accel*' >/dev/null; then echo tpu
+  elif compgen -G '/dev/vfio/[0-9]*' >/dev/null && grep -qs 0x1ae0 /sys/bus/pci/devices/*/vendor; then echo tpu
   else echo cpu
   fi
 }
@@ -46,13 +47,15 @@ setup() {
 
   base=$(find_python) || fail "jrl needs Python 3.11 or newer; python3 is $(version_of python3 || echo missing) (JRL_PYTHON names another)"
   PYTHON=$ROOT/.venv/bin/python
-  stamp=$( (cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt"; echo "$accel"; version_of "$base") | cksum)
+  stamp=$( (cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt"; echo "$accel $ROOT"; version_of "$base") | cksum)
   for file in core test; do  # the test set-up holds the core one
     if { [ "$file" = "$extras" ] || [ "$file" = test ]; } && [ "$(cat "$ROOT/.venv/.jrl-$file" 2>/dev/null)" = "$stamp" ]; then return; fi
   done
 
   echo "Setting up $ROOT/.venv with Python $(version_of "$base") for $accel (a minute or two, once)" >&2
-  "$base" -m venv --clear "$ROOT/.venv" >/dev/null || fail "cannot make a virtual environment; on Debian: apt install python3-venv"
+  local fresh=--clear  # keep an environment that another script may be using
+  if [ "$(version_of "$PYTHON")" = "$(version_of "$base")" ]; then fresh=; fi
+  "$base" -m venv $fresh "$ROOT/.venv" >/dev/null || fail "cannot make a virtual environment; on Debian: apt install python3-venv"
   what=$( [ "$extras" = test ] && echo test || true)
   if [ "$accel" != cpu ]; then what=${what:+$what,}$accel; fi
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$ROOT/constraints.txt" -e "$ROOT${what:+[$what]}" >&2 \

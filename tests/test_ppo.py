@@ -250,7 +250,8 @@ def test_over_devices_changes_nothing(key):
 def test_evaluation_within_a_run_leaves_training_alone(key):
     algo = ppo.make(envs.make("CartPole-v1"), TINY)
     evaluate = lambda s, k: {"return": run.evaluate(algo, s, k, 4).returns.mean()}  # noqa: E731
-    state, metrics = jax.jit(with_evaluation(algo, evaluate, 3, jax.random.key(9)).update)(algo.init(key, None, 3))
+    evaluated = with_evaluation(algo, evaluate, 3, jax.random.key(9))
+    state, metrics = jax.jit(evaluated.update)(evaluated.init(key, None, 1))
     plain, _ = jax.jit(run.train_fn(algo, 3 * algo.env_steps_per_update))(key)
     close(state.params, plain.params)
     assert metrics["eval_return"] > 5
@@ -316,3 +317,29 @@ def test_wrong_numbers_are_refused():
         ppo.make(env, TINY).init(jax.random.key(0), ppo.Hyper(learning_rate=-1.0))
     with pytest.raises(ValueError, match="env_steps must be at least one update, 16; got 15"):
         run.train_fn(ppo.make(env, TINY), 15)
+
+
+def test_a_shuffle_is_uniform():
+    orders = jax.jit(jax.vmap(lambda k: ppo.shuffle(k, 5)))(jax.random.split(jax.random.key(0), 20_000))
+    assert (jnp.sort(orders, axis=1) == jnp.arange(5)).all()
+    counts = jax.vmap(lambda row: jnp.bincount(row, length=5), in_axes=1)(orders)
+    np.testing.assert_allclose(counts / 20_000, 0.2, atol=0.015)
+    assert ppo.shuffle(jax.random.key(0), 1).tolist() == [0]
+
+
+def test_early_truncations_all_bootstrap(key):
+    """An environment that truncates far sooner than its time limit: a bound taken from the limit would drop some."""
+    step = lambda key, t, action: (jnp.ones(1), t + 1, 1.0, False, t % 2 == 1)  # noqa: E731
+    losses = []
+    for limit in (None, 2, 1000):
+        env = envs.types.strict(
+            envs.Environment("Early", lambda key: (jnp.zeros(1), jnp.int32(0)), step, envs.Discrete(2), limit)
+        )
+        algo = ppo.make(env, TINY)
+        losses.append(float(jax.jit(algo.update)(algo.init(key))[1]["value_loss"]))
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_masks_hold_in_float16():
+    config = with_(FAST, precision="params=float32,compute=float16,output=float32")
+    np.testing.assert_allclose(score(*trained("Probe-mask", config, updates=60)), 1, atol=0.1)

@@ -80,6 +80,7 @@ def make(name: str, **params: Any) -> Environment:
         step=step,
         action_space=_space(env.action_space(env_params)),
         time_limit=int(env_params.max_steps_in_episode),
+        first_truncation=int(env_params.max_steps_in_episode),
         draw=_drawer(env, env_params),
     )
 

@@ -62,8 +62,10 @@ class Environment(NamedTuple):
         reset: ``key -> (obs, state)``.
         step: ``(key, state, action) -> (obs, state, reward, terminated, truncated)``; reward float32 ``[]``, flags bool ``[]``.
         action_space: ``Discrete``, ``MultiDiscrete`` or ``Box``.
-        time_limit: no episode is longer than this many steps; None if unknown. It bounds evaluation and lets the rollout
-            skip values that cannot be needed; it does not truncate (``wrappers.time_limit`` does).
+        time_limit: no episode is longer than this many steps; None if unknown. It bounds evaluation; it does not truncate
+            (``wrappers.time_limit`` does).
+        first_truncation: no episode is truncated sooner than after this many steps; None if unknown. It lets a learner
+            skip values that cannot be needed.
         draw: ``(states: list, path) -> None`` writes a GIF of an episode, or None.
     """
 
@@ -72,6 +74,7 @@ class Environment(NamedTuple):
     step: Callable[[Array, State, Array], tuple[Obs, State, Array, Array, Array]]
     action_space: Space
     time_limit: int | None = None
+    first_truncation: int | None = None
     draw: Callable[[list[State], str], None] | None = None
 
 

@@ -24,7 +24,8 @@ def time_limit(env: Environment, steps: int) -> Environment:
         return obs, (inner, t + 1), reward, terminated, truncated | (t + 1 >= steps)
 
     limit = steps if env.time_limit is None else min(steps, env.time_limit)
-    return env._replace(reset=reset, step=step, time_limit=limit, draw=_inner_draw(env))
+    first = None if env.first_truncation is None else min(steps, env.first_truncation)
+    return env._replace(reset=reset, step=step, time_limit=limit, first_truncation=first, draw=_inner_draw(env))
 
 
 def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:

@@ -167,4 +167,4 @@ class Policy(nn.Module):
         if isinstance(self.space, Box):
             log_std = self.param("log_std", nn.initializers.constant(self.log_std), (width,))
             return NormalParams(out, jnp.broadcast_to(log_std, out.shape).astype(out.dtype))
-        return out if mask is None else jnp.where(mask, out, jnp.asarray(MASKED, out.dtype))
+        return out if mask is None else jnp.where(mask, out, max(MASKED, float(jnp.finfo(out.dtype).min)))

@@ -42,7 +42,7 @@ def choose(num_members: int, devices: list[Any], at_once: int | None) -> Layout:
 
     ``at_once`` counts members over all devices; None means 8 on each CPU device, and all on an accelerator.
     """
-    devices = devices[: min(len(devices), num_members)]
+    devices = devices[: min(len(devices), num_members, at_once or num_members)]
     per_device = -(-num_members // len(devices))
     if at_once is None:
         most = CPU_GROUP if devices[0].platform == "cpu" else per_device

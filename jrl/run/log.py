@@ -2,6 +2,7 @@
 
 import csv
 import warnings
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ class Log:
     ``labels`` are the constant columns of each member: its seed, and in a sweep the values of its cell.
     """
 
-    def __init__(self, folder: Path, labels: list[dict[str, Any]], resume_at: int | None) -> None:
+    def __init__(
+        self, folder: Path, labels: list[dict[str, Any]], resume_at: int | None, env_steps_per_update: int
+    ) -> None:
         self._path = folder / "metrics.csv"
         self._labels = labels
         if resume_at is not None:
@@ -25,10 +28,16 @@ class Log:
         self._file = self._path.open("a", newline="")
         from tensorboardX import SummaryWriter
 
-        self._events = SummaryWriter(str(folder / "events"), purge_step=None if resume_at is None else resume_at + 1)
+        purge = None if resume_at is None else resume_at * env_steps_per_update + 1
+        self._events = SummaryWriter(str(folder / "events"), purge_step=purge)
 
-    def write(self, updates: np.ndarray, env_steps: np.ndarray, metrics: dict[str, np.ndarray]) -> None:
-        """Rows of several updates: ``updates`` and ``env_steps`` ``[rows]``, metrics ``[members, rows]``."""
+    def write(
+        self, updates: np.ndarray, env_steps: np.ndarray, metrics: dict[str, np.ndarray], bad: Container[int]
+    ) -> None:
+        """Rows of several updates: ``updates`` and ``env_steps`` ``[rows]``, metrics ``[members, rows]``.
+
+        The CSV takes all members, the events aggregate those that are not ``bad``.
+        """
         with disk_errors(self._path):
             writer = csv.writer(self._file)
             if self._file.tell() == 0:
@@ -38,7 +47,7 @@ class Log:
                 for member, label in enumerate(self._labels):
                     writer.writerow([update, steps, *label.values(), *(c[member][row] for c in columns)])
             self._file.flush()
-            self._write_events(env_steps, metrics)
+            self._write_events(env_steps, metrics, bad)
 
     def write_evaluation(self, env_steps: int, summaries: dict[str, dict[str, Any]]) -> None:
         """IQMs of an evaluation, by label, as events."""
@@ -55,13 +64,16 @@ class Log:
             except OSError:
                 pass
 
-    def _write_events(self, env_steps: np.ndarray, metrics: dict[str, np.ndarray]) -> None:
-        for name, values in metrics.items():
-            for row, steps in enumerate(env_steps.tolist()):
-                x = values[:, row]
-                x = x[np.isfinite(x)]
-                if len(x):
-                    self._events.add_scalar(f"training/{name}", iqm(x), steps)
+    def _write_events(self, env_steps: np.ndarray, metrics: dict[str, np.ndarray], bad: Container[int]) -> None:
+        cells: dict[str, list[int]] = {}
+        for member, label in enumerate(self._labels):
+            if member not in bad:
+                cells.setdefault(label.get("cell", ""), []).append(member)
+        for cell, members in cells.items():
+            for name, values in metrics.items():
+                for steps, x in zip(env_steps.tolist(), values[members].T, strict=True):
+                    if np.isfinite(x).any():
+                        self._events.add_scalar(f"training/{name} {cell}".strip(), iqm(x[np.isfinite(x)]), steps)
         self._events.flush()
 
 

@@ -178,9 +178,14 @@ class _Run:
         self.state = jax.jit(layout.over_members(chosen, start))(pairs)
         while True:
             chunk = layout.over_members(self.layout, program.chunk(self.algo, self.every, MAX_ROWS))
-            self.chunk = jax.jit(chunk, donate_argnums=0).lower(self.state, jnp.int32(1)).compile()
-            if not automatic or self.layout.group_size == 1 or self._fits():
-                break
+            smallest = not automatic or self.layout.group_size == 1
+            try:
+                self.chunk = jax.jit(chunk, donate_argnums=0).lower(self.state, jnp.int32(1)).compile()
+                if smallest or self._fits():
+                    break
+            except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
+                if smallest or "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
             smaller = max(1, self.layout.group_size // 2) * len(chosen.devices)
             self.layout = layout.choose(chosen.num_members, list(chosen.devices), smaller)
             self.state = layout.put(
@@ -213,7 +218,9 @@ class _Run:
                     f"{self.folder} has done {latest} updates already, more than the {self.total} of this budget"
                 )
         with disk_errors(self.folder):
-            self.log = log.Log(self.folder, self.members.labels, self.done if resume else None)
+            self.log = log.Log(
+                self.folder, self.members.labels, self.done if resume else None, self.algo.env_steps_per_update
+            )
         if latest is not None:
             self._reread()
         self.progress = self._progress()
@@ -305,7 +312,7 @@ class _Run:
         env_steps = updates * self.algo.env_steps_per_update
         self.history.append(metrics | {"env_steps": env_steps})
         if self.log is not None:
-            self.log.write(updates, env_steps, metrics)
+            self.log.write(updates, env_steps, metrics, self.bad)
         steps = (start + n) * self.algo.env_steps_per_update * len(self.members.labels)
         self.progress.advance(steps, self._recent_return())
 
@@ -342,6 +349,7 @@ class _Run:
             for i, cell in enumerate(self.members.cells)
         }
         steps = self.done * self.algo.env_steps_per_update
+        self.evaluations = [e for e in self.evaluations if e["env_steps"] != steps]  # a finished run that is resumed
         self.evaluations.append({"env_steps": steps, "episodes": self.eval_episodes, "cells": cells})
         if self.folder is not None:
             with disk_errors(self.folder):

@@ -38,7 +38,7 @@ def grid(hyper: Hyper, values: Mapping[str, Sequence[float]]) -> dict[str, Hyper
         cell = hyper
         for name, value in zip(values, combination, strict=True):
             cell = replace(cell, name, value)
-        cells[", ".join(f"{n}={v:g}" for n, v in zip(values, combination, strict=True))] = cell
+        cells[", ".join(f"{n}={v!r}" for n, v in zip(values, combination, strict=True))] = cell
     return cells
 
 
