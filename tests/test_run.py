@@ -98,6 +98,18 @@ def test_grouping_and_devices_change_nothing():
         assert jax.tree.leaves(parts.state)[0].shape[0] == 5
 
 
+def test_seeds_that_do_not_fit_run_in_smaller_groups(monkeypatch):
+    groups = []
+    monkeypatch.setattr(
+        "jrl.run.loop._Run._fits", lambda self: groups.append(self.layout.group_size) or groups[-1] <= 2
+    )
+    algo = make()
+    result = train(algo, 3, num_seeds=5, devices=1)
+    assert groups == [5, 2]
+    monkeypatch.undo()
+    assert_close(result.state, train(algo, 3, num_seeds=5, devices=1).state)
+
+
 def test_layouts():
     for members, devices, at_once, slots in (
         (16, 2, None, 16),

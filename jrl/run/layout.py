@@ -49,8 +49,9 @@ def choose(num_members: int, devices: list[Any], at_once: int | None) -> Layout:
     else:
         most = max(1, at_once // len(devices))
     fewest = -(-per_device // most)
-    # A few more groups than needed may waste less padding; prefer few groups among the equal.
-    num_groups = min(range(fewest, 2 * fewest + 1), key=lambda g: (g * -(-per_device // g), g))
+    # A few more groups than needed may waste less padding, but groups of less than half the wanted size waste more.
+    usable = [g for g in range(fewest, 2 * fewest + 1) if g == fewest or 2 * -(-per_device // g) > most]
+    num_groups = min(usable, key=lambda g: (g * -(-per_device // g), g))
     return Layout(num_members, tuple(devices), num_groups, -(-per_device // num_groups))
 
 
