@@ -9,7 +9,8 @@ It says that the program compiles and what it needs, not that it ran. Needs the 
 import os
 from dataclasses import dataclass, replace
 
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+# The compiler holds no TPU, so several processes may load it at once.
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
 
 import jax
 import tyro

@@ -132,16 +132,16 @@ def test_run_uses_the_interpreter_it_is_given(tmp_path):
 # TPU, by the compiler alone
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e", "v5p"])
-def test_the_update_compiles_for_tpu(chip):
+def test_the_update_compiles_for_tpus():
     pytest.importorskip("libtpu")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/tpu_check.py"), "--chips", chip, "--seeds", "16"],
+        [sys.executable, str(ROOT / "scripts/tpu_check.py"), "--seeds", "16"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    (row,) = [line for line in done.stdout.splitlines() if line.startswith(f"| {chip}")]
-    assert 0 < float(row.split("|")[2]) < 1
+    for chip in ("v5e", "v6e", "v5p"):
+        (row,) = [line for line in done.stdout.splitlines() if line.startswith(f"| {chip}")]
+        assert 0 < float(row.split("|")[2]) < 1

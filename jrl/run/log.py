@@ -1,6 +1,7 @@
 """Metrics on disk as they come: a CSV of all members for people, TensorBoard events of the aggregates for the viewer."""
 
 import csv
+import time
 import warnings
 from collections.abc import Container
 from pathlib import Path
@@ -26,10 +27,8 @@ class Log:
         if resume_at is not None:
             truncate(self._path, resume_at)
         self._file = self._path.open("a", newline="")
-        from tensorboardX import SummaryWriter
-
         purge = None if resume_at is None else resume_at * env_steps_per_update + 1
-        self._events = SummaryWriter(str(folder / "events"), purge_step=purge)
+        self._events = Events(folder / "events", purge)
 
     def write(
         self, updates: np.ndarray, env_steps: np.ndarray, metrics: dict[str, np.ndarray], bad: Container[int]
@@ -54,7 +53,8 @@ class Log:
         with disk_errors(self._path):
             for label, summary in summaries.items():
                 if summary["iqm"] is not None:
-                    self._events.add_scalar(f"evaluation/{label}", summary["iqm"], env_steps)
+                    self._events.write(f"evaluation/{label}", summary["iqm"], env_steps)
+            self._events.flush()
 
     def close(self) -> None:
         """Flush and close; a full disk was reported when it happened."""
@@ -73,8 +73,40 @@ class Log:
             for name, values in metrics.items():
                 for steps, x in zip(env_steps.tolist(), values[members].T, strict=True):
                     if np.isfinite(x).any():
-                        self._events.add_scalar(f"training/{name} {cell}".strip(), iqm(x[np.isfinite(x)]), steps)
+                        self._events.write(f"training/{name} {cell}".strip(), float(iqm(x[np.isfinite(x)])), steps)
         self._events.flush()
+
+
+class Events:
+    """Scalars in a TensorBoard event file, written as they come.
+
+    tensorboardX's own ``SummaryWriter`` writes from a thread behind a queue of ten: on a full disk the thread dies, and the
+    caller waits for it for ever.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = Event, scalar
+        self._writer = EventsWriter(str(folder / "events"))
+        if purge_step is not None:  # the viewer hides what an interrupted process wrote from this step on
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(step=purge_step, wall_time=time.time(), session_log=start))
+
+    def write(self, tag: str, value: float, step: int) -> None:
+        """One scalar."""
+        summary = self._scalar(tag, value)
+        self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
+
+    def flush(self) -> None:
+        """Until all of it is on disk; raises ``OSError`` if it does not fit."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def truncate(path: Path, updates: int) -> None:
