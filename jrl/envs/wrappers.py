@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl.envs.types import Environment
+from jrl.envs.types import Environment, example_action
 
 Array = jax.Array
 
@@ -35,8 +35,6 @@ def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
     """
 
     def reset(key: Array) -> tuple[Any, Any]:
-        from jrl.envs.types import example_action
-
         obs, state = env.reset(key)
         return obs, (state, example_action(env.action_space), jnp.bool_(True))
 

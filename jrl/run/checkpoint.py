@@ -128,7 +128,7 @@ class disk_errors:
 
 
 def _describe(x: np.ndarray) -> dict[str, Any]:
-    return {"shape": list(x.shape), "dtype": str(x.dtype), "crc32": zlib.crc32(np.ascontiguousarray(x).tobytes())}
+    return _describe_abstract(x) | {"crc32": zlib.crc32(np.ascontiguousarray(x).tobytes())}
 
 
 def _same_arrays(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
