@@ -34,6 +34,7 @@ class Algorithm(NamedTuple):
         hyper: default hyperparameters, a NamedTuple of floats.
         uses_length: whether ``num_updates`` changes the course of a run (an annealed learning rate): such a run cannot be
             resumed with another length.
+        remake: ``config -> Algorithm``: the same algorithm, transforms included, with other static settings.
     """
 
     init: Callable[..., State]
@@ -44,7 +45,8 @@ class Algorithm(NamedTuple):
     env: Environment
     config: Any
     hyper: Hyper
-    uses_length: bool = True
+    uses_length: bool
+    remake: Callable[[Any], "Algorithm"]
 
 
 def over_seeds(algo: Algorithm) -> Algorithm:
@@ -53,6 +55,7 @@ def over_seeds(algo: Algorithm) -> Algorithm:
         init=lambda keys, hyper=None, num_updates=None: jax.vmap(lambda k: algo.init(k, hyper, num_updates))(keys),
         update=jax.vmap(algo.update),
         act=jax.vmap(algo.act),
+        remake=lambda config: over_seeds(algo.remake(config)),
     )
 
 
@@ -66,6 +69,7 @@ def over_hypers(algo: Algorithm) -> Algorithm:
         init=lambda key, hyper, num_updates=None: jax.vmap(lambda h: algo.init(key, h, num_updates))(hyper),
         update=jax.vmap(algo.update),
         act=jax.vmap(algo.act),
+        remake=lambda config: over_hypers(algo.remake(config)),
     )
 
 
@@ -75,6 +79,7 @@ def over_members(algo: Algorithm) -> Algorithm:
         init=lambda keys, hypers, num_updates=None: jax.vmap(lambda k, h: algo.init(k, h, num_updates))(keys, hypers),
         update=jax.vmap(algo.update),
         act=jax.vmap(algo.act),
+        remake=lambda config: over_members(algo.remake(config)),
     )
 
 
@@ -85,7 +90,7 @@ def over_devices(algo: Algorithm, mesh: Mesh) -> Algorithm:
     """
     spec = PartitionSpec(mesh.axis_names[0])
     update = jax.shard_map(algo.update, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return algo._replace(update=update)
+    return algo._replace(update=update, remake=lambda config: over_devices(algo.remake(config), mesh))
 
 
 def with_evaluation(algo: Algorithm, evaluate: Callable[[State, Array], Metrics], every: int, key: Array) -> Algorithm:
@@ -103,4 +108,9 @@ def with_evaluation(algo: Algorithm, evaluate: Callable[[State, Array], Metrics]
     def init(key: Array, hyper: Hyper = None, num_updates: Array | int | None = None) -> State:
         return algo.init(key, hyper, None if num_updates is None else num_updates * every)
 
-    return algo._replace(init=init, update=update, env_steps_per_update=algo.env_steps_per_update * every)
+    return algo._replace(
+        init=init,
+        update=update,
+        env_steps_per_update=algo.env_steps_per_update * every,
+        remake=lambda config: with_evaluation(algo.remake(config), evaluate, every, key),
+    )

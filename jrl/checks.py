@@ -1,7 +1,7 @@
 """Checks that fail at trace time, or before, with one clear line."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -31,9 +31,23 @@ def positive_int(field: str, value: Any, at_least: int = 1) -> None:
 
 def within(field: str, value: Any, low: float, high: float) -> None:
     """Raise ``ValueError`` unless a concrete number lies in ``[low, high]``; traced values pass unchecked."""
+    bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+    _all(field, value, lambda x: low <= x <= high, bounds)
+
+
+def below_one(field: str, value: Any) -> None:
+    """Raise ``ValueError`` unless a concrete number is in ``[0, 1)``, in float32 too; traced values pass unchecked."""
+    _all(field, value, lambda x: x >= 0 and float(np.float32(x)) < 1, "at least 0 and below 1")
+
+
+def above_zero(field: str, value: Any) -> None:
+    """Raise ``ValueError`` unless a concrete number is above 0, as a normal float32; traced values pass unchecked."""
+    _all(field, value, lambda x: float(np.finfo(np.float32).tiny) <= x < math.inf, "above 0")
+
+
+def _all(field: str, value: Any, good: Callable[[float], bool], bounds: str) -> None:
     if isinstance(value, jax.core.Tracer):
         return
     for x in np.ravel(np.asarray(value, float)).tolist():
-        if not (low <= x <= high) or math.isnan(x):
-            bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        if not good(x):
             raise ValueError(f"{field} must be {bounds}; got {x:g}")

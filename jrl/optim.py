@@ -1,53 +1,99 @@
-"""Optimizers from optax, their numbers traced.
+"""Optimizers from optax, put together from one typed configuration, their numbers traced.
 
 ``make`` builds an ``optax.GradientTransformation`` from numbers that may be traced. Call it where you use it, in the
 ``init`` and again in each ``update``: the state's structure does not depend on the numbers, so nothing is closed over
 and a learning rate, a beta or a weight decay can differ between vmapped runs.
+
+    tx = optim.make(OptimizerConfig("adamw", clip="none"), Hyper(weight_decay=0.1), learning_rate=1e-3)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
-from jrl import checks
+from jrl import checks, rounding
 
 Array = jax.Array
-Name = Literal["adam", "adamw", "sgd"]
-Schedule = Literal["constant", "linear", "cosine"]
+Name = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "muon", "schedule_free_adamw"]
+Schedule = Literal["constant", "linear", "cosine", "piecewise"]
+Clip = Literal["norm", "value", "adaptive", "none"]
+Rounding = Literal["nearest", "stochastic", "kahan", "master"]
+Kind = Literal["weights", "biases", "norms", "embeddings"]
+DECOUPLED = ("adamw", "lion", "muon", "schedule_free_adamw")  # decay weights by themselves
 
 
 @dataclass(frozen=True)
-class Config:
+class OptimizerConfig:
     """What an optimizer is made of; its numbers are in ``Hyper``.
 
     Attributes:
-        name: adam (Kingma & Ba 2015, arXiv 1412.6980), adamw (Loshchilov & Hutter 2019, arXiv 1711.05101), or sgd
-            with momentum.
-        schedule: course of the learning rate over the run: constant, linear to 0, or cosine to 0.
-        nesterov: Nesterov momentum for sgd.
+        name: sgd, adam (1412.6980), adamw (1711.05101), rmsprop, lion (2302.06675), muon (Jordan 2024; adamw for what is
+            not a matrix), schedule_free_adamw (2405.15682; best with a constant schedule).
+        schedule: course of the learning rate over the run: constant, linear or cosine down to hyper.final of it, or
+            piecewise, times hyper.drop at each share in drops.
+        warmup: share of the run over which the learning rate first rises from 0.
+        drops: shares of the run at which the piecewise schedule drops.
+        clip: of gradients: by global norm, by value, adaptive (a ratio to each unit's weights, 2102.06171), or none.
+        nesterov: Nesterov momentum for sgd and muon.
+        l2: add weight decay to the gradient, before the optimizer scales it, for sgd, adam and rmsprop.
+        no_decay: kinds of parameters that weight decay spares, of weights, biases (and all other vectors), norms, embeddings.
+        accumulate: gradients that are averaged into one step.
+        ema: evaluate with an exponential moving average of the parameters, of decay hyper.ema_decay.
+        rounding: how parameters of half width are stepped: nearest, stochastic, kahan, or from a float32 master copy.
+        moments: dtype that the optimizer's own state is kept in, float32 or bfloat16 (rounded stochastically).
     """
 
     name: Name = "adam"
     schedule: Schedule = "linear"
+    warmup: float = 0.0
+    drops: tuple[float, ...] = (0.5, 0.75)
+    clip: Clip = "norm"
     nesterov: bool = False
+    l2: bool = False
+    no_decay: tuple[Kind, ...] = ("biases", "norms", "embeddings")
+    accumulate: int = 1
+    ema: bool = False
+    rounding: Rounding = "nearest"
+    moments: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         checks.one_of("optimizer.name", self.name, get_args(Name))
         checks.one_of("optimizer.schedule", self.schedule, get_args(Schedule))
+        checks.one_of("optimizer.clip", self.clip, get_args(Clip))
+        checks.one_of("optimizer.rounding", self.rounding, get_args(Rounding))
+        checks.one_of("optimizer.moments", self.moments, ("float32", "bfloat16"))
+        for kind in self.no_decay:
+            checks.one_of("optimizer.no_decay", kind, get_args(Kind))
+        for share in (self.warmup, *self.drops):
+            checks.within("optimizer.warmup and optimizer.drops", share, 0, 1)
+        checks.positive_int("optimizer.accumulate", self.accumulate)
+        if self.l2 and self.name in DECOUPLED:
+            raise ValueError(f"optimizer.l2 is for sgd, adam and rmsprop; {self.name} decays weights by itself")
+
+    @property
+    def uses_length(self) -> bool:
+        """Whether the learning rate depends on how long the run is."""
+        return self.schedule != "constant" or self.warmup > 0
 
 
 class Hyper(NamedTuple):
-    """Numbers of the optimizer, floats or traced scalars; each may be swept.
+    """Numbers of the optimizer, floats or traced float32 scalars; each may be swept.
 
     Attributes:
-        b1: decay of Adam's first moment.
-        b2: decay of Adam's second moment.
-        eps: added to the root of Adam's second moment.
-        weight_decay: decoupled decay of adamw, on weights only (arrays of two or more axes), a share of the step.
-        momentum: of sgd.
+        b1: decay of the first moment (adam's family, lion); the interpolation of schedule_free_adamw.
+        b2: decay of the second moment (adam's family, rmsprop), of lion's momentum.
+        eps: added to the root of the second moment.
+        weight_decay: decay of the weights in a step, times the learning rate; of adamw, lion, muon, schedule_free_adamw, and
+            with config.l2 of the others.
+        momentum: of sgd and muon.
+        final: the learning rate at the end of a linear or cosine schedule, as a share of its start.
+        drop: factor on the learning rate at each of a piecewise schedule's drops.
+        ema_decay: decay of the parameters' moving average, a step.
     """
 
     b1: float = 0.9
@@ -55,37 +101,214 @@ class Hyper(NamedTuple):
     eps: float = 1e-5
     weight_decay: float = 1e-2
     momentum: float = 0.9
+    final: float = 0.0
+    drop: float = 0.1
+    ema_decay: float = 0.999
 
 
-def schedule(name: Schedule, progress: Array) -> Array:
+def check_hyper(hyper: Hyper, prefix: str = "hyper.optimizer.") -> None:
+    """Raise ``ValueError`` for a concrete number outside its range, or a traced one that is not float32.
+
+    A decay of 1 would divide by 1 - 1, and an eps of 0 would divide 0 by 0 where a gradient is 0. In bfloat16 0.999 is 1.
+    """
+    for name, value in hyper._asdict().items():
+        dtype = getattr(value, "dtype", None)
+        if dtype in (jnp.bfloat16, jnp.float16):
+            raise ValueError(f"{prefix}{name} must be float32; got {dtype}, in which 0.999 may round to 1")
+        match name:
+            case "eps":
+                checks.above_zero(f"{prefix}{name}", value)
+            case "weight_decay" | "final" | "drop":
+                checks.within(f"{prefix}{name}", value, 0, float("inf"))
+            case _:
+                checks.below_one(f"{prefix}{name}", value)
+
+
+def schedule(config: OptimizerConfig, hyper: Hyper, progress: Array | float) -> Array:
     """Factor on the learning rate at ``progress`` in [0, 1] of the run, float32."""
-    progress = jnp.clip(progress, 0.0, 1.0)
-    match name:
+    progress = jnp.clip(jnp.asarray(progress, jnp.float32), 0.0, 1.0)
+    warm = progress / config.warmup if config.warmup else jnp.ones_like(progress)
+    rest = jnp.clip((progress - config.warmup) / max(1 - config.warmup, 1e-6), 0.0, 1.0)
+    match config.schedule:
         case "constant":
-            return jnp.ones_like(progress)
+            factor = jnp.ones_like(progress)
         case "linear":
-            return 1 - progress
+            factor = 1 - (1 - hyper.final) * rest
         case "cosine":
-            return 0.5 * (1 + jnp.cos(jnp.pi * progress))
+            factor = hyper.final + (1 - hyper.final) * 0.5 * (1 + jnp.cos(jnp.pi * rest))
+        case "piecewise":
+            dropped = [jnp.where(progress >= at, hyper.drop, 1.0) for at in config.drops]
+            factor = jnp.prod(jnp.stack([jnp.ones_like(progress), *dropped]), axis=0)
+    return jnp.minimum(warm, 1.0) * factor
 
 
 def make(
-    config: Config, hyper: Hyper, learning_rate: Array | float, max_grad_norm: Array | float
+    config: OptimizerConfig = OptimizerConfig(),
+    hyper: Hyper = Hyper(),
+    learning_rate: Array | float = 1e-3,
+    max_grad: Array | float = float("inf"),
+    key: Array | None = None,
 ) -> optax.GradientTransformation:
-    """Clip by global norm, then the configured optimizer, then the learning rate."""
+    """Clip gradients to ``max_grad``, step as configured, round to the parameters' dtype; all in float32.
+
+    ``max_grad`` is the global norm, the value or the ratio of ``config.clip``. ``key`` seeds stochastic rounding, and is used
+    by ``init`` alone. The schedule is not in it: give the learning rate of now.
+    """
+    key_moments, key_params = (None, None) if key is None else jax.random.split(key)
+    tx = optax.chain(_clip(config, max_grad), _step(config, hyper, learning_rate))
+    if config.moments == "bfloat16":
+        tx = rounding.bfloat16_moments(tx, key_moments)
+    if config.ema:
+        tx = parameter_average(tx, hyper.ema_decay)
+    if config.accumulate > 1:
+        tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
+    match config.rounding:
+        case "nearest":
+            return rounding.in_float32(tx)
+        case "stochastic":
+            return rounding.stochastic_rounding(tx, key_params)
+        case "kahan":
+            return rounding.kahan_summation(tx)
+        case "master":
+            return rounding.master_weights(tx)
+
+
+def _clip(config: OptimizerConfig, most: Array | float) -> optax.GradientTransformation:
+    match config.clip:
+        case "norm":
+            return optax.clip_by_global_norm(most)
+        case "value":
+            return optax.clip(most)
+        case "adaptive":
+            return optax.adaptive_grad_clip(most)
+        case "none":
+            return optax.identity()
+
+
+def _step(config: OptimizerConfig, hyper: Hyper, learning_rate: Array | float) -> optax.GradientTransformation:
+    """From gradients to updates, by optax's transforms."""
+    h = hyper
+    decay = optax.add_decayed_weights(h.weight_decay, decays(config.no_decay))
+    lr = optax.scale_by_learning_rate(learning_rate)
     match config.name:
         case "sgd":
-            scale = optax.trace(decay=hyper.momentum, nesterov=config.nesterov)
+            parts = [optax.trace(h.momentum, config.nesterov), lr]
         case "adam":
-            scale = optax.scale_by_adam(hyper.b1, hyper.b2, hyper.eps)
+            parts = [optax.scale_by_adam(h.b1, h.b2, h.eps), lr]
         case "adamw":
-            scale = optax.chain(
-                optax.scale_by_adam(hyper.b1, hyper.b2, hyper.eps),
-                optax.add_decayed_weights(hyper.weight_decay, mask=is_weight),
+            parts = [optax.scale_by_adam(h.b1, h.b2, h.eps), decay, lr]
+        case "rmsprop":
+            parts = [optax.scale_by_rms(h.b2, h.eps, eps_in_sqrt=False, bias_correction=True), lr]
+        case "lion":
+            parts = [optax.scale_by_lion(h.b1, h.b2), decay, lr]
+        case "muon":
+            # Steps as large as Adam's, so that one learning rate serves both (2502.16982, section 2.2).
+            muon = contrib.muon(
+                1.0,
+                beta=h.momentum,
+                eps=h.eps,
+                nesterov=config.nesterov,
+                adam_b1=h.b1,
+                adam_b2=h.b2,
+                muon_weight_dimension_numbers=_muon_matrices,
+                consistent_rms=0.2,
             )
-    return optax.chain(optax.clip_by_global_norm(max_grad_norm), scale, optax.scale_by_learning_rate(learning_rate))
+            parts = [muon, optax.scale(-1.0), decay, lr]
+        case "schedule_free_adamw":
+            base = optax.chain(optax.scale_by_rms(h.b2, h.eps, eps_in_sqrt=False, bias_correction=True), decay, lr)
+            parts = [contrib.schedule_free(base, learning_rate, jnp.maximum(h.b1, 1e-3))]
+    return optax.chain(*([decay] if config.l2 else []), *parts)
 
 
-def is_weight(params: Any) -> Any:
-    """True for weight matrices and kernels, False for biases, norms and other vectors; the mask of weight decay."""
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
+def _muon_matrices(params: Any) -> Any:
+    """Weights as matrices: the last axis against all others."""
+
+    def numbers(path: Any, p: Array) -> Any:
+        if kind_of(path, p) != "weights":
+            return None
+        return contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def kind_of(path: Any, param: Array) -> Kind:
+    """What a parameter is, by the names on its path, else by its rank: a vector counts as a bias."""
+    names = [str(getattr(part, "key", getattr(part, "name", part))).lower() for part in path]
+    if any("embed" in name for name in names):
+        return "embeddings"
+    if any("norm" in name for name in names) or names[-1:] == ["scale"]:
+        return "norms"
+    if names[-1:] == ["bias"] or param.ndim < 2:
+        return "biases"
+    return "weights"
+
+
+def decays(no_decay: tuple[Kind, ...]) -> Callable[[Any], Any]:
+    """The mask of weight decay: true for parameters whose kind is not in ``no_decay``."""
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, p: kind_of(path, p) not in no_decay, params)
+
+
+class ParameterAverage(NamedTuple):
+    """State of ``parameter_average``."""
+
+    inner: Any
+    average: Any
+
+
+def parameter_average(inner: optax.GradientTransformation, decay: Array | float) -> optax.GradientTransformation:
+    """Beside ``inner``'s steps, the exponential moving average of the parameters they lead to (Polyak & Juditsky 1992).
+
+    It starts at the initial parameters; ``eval_params`` finds it in the state.
+    """
+
+    def init(params: Any) -> ParameterAverage:
+        return ParameterAverage(inner.init(params), jax.tree.map(jnp.array, params))
+
+    def update(grads: Any, state: ParameterAverage, params: Any = None) -> tuple[Any, ParameterAverage]:
+        updates, inner_state = inner.update(grads, state.inner, params)
+        reached = optax.apply_updates(params, updates)
+        return updates, ParameterAverage(inner_state, optax.incremental_update(reached, state.average, 1 - decay))
+
+    return optax.GradientTransformation(init, update)
+
+
+def eval_params(opt_state: Any, params: Any) -> Any:
+    """The parameters to evaluate: the moving average, or what a schedule-free optimizer is after, else ``params``."""
+    kinds = (ParameterAverage, contrib.ScheduleFreeState)
+    for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)):
+        if isinstance(node, kinds):
+            average = isinstance(node, ParameterAverage)
+            found = node.average if average else contrib.schedule_free_eval_params(node, params)
+            return jax.tree.map(lambda x, p: x.astype(p.dtype), found, params)
+    return params
+
+
+class Step(NamedTuple):
+    """What one gradient step leaves: parameters, optimizer state, the loss's extra output, and the gradients' norm."""
+
+    params: Any
+    opt_state: Any
+    extra: Any
+    grad_norm: Array
+
+
+def minimize(
+    tx: optax.GradientTransformation, loss: Callable[[Any], tuple[Array, Any]], params: Any, opt_state: Any
+) -> Step:
+    """One step down ``loss: params -> (float32 scalar, extra)``, scaled as the optimizer's state asks.
+
+    ``grad_norm`` is before clipping, and 0 where a scaled gradient overflowed and the step was skipped.
+    """
+    scale = rounding.loss_scale(opt_state)
+
+    def scaled(params: Any) -> tuple[Array, Any]:
+        value, extra = loss(params)
+        return value * scale, extra
+
+    grads, extra = jax.grad(scaled, has_aux=True)(params)
+    grads = rounding.cast(grads, "float32")
+    norm = optax.global_norm(grads) / scale
+    if not isinstance(scale, float):
+        norm = jnp.where(jnp.isfinite(norm) | (scale <= 1), norm, 0.0)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return Step(optax.apply_updates(params, updates), opt_state, extra, norm)

@@ -1,46 +1,59 @@
 """Precision policies: which dtype parameters are kept in, computed in, and given out in.
 
 Mixed precision as in Micikevicius et al. 2018 (arXiv 1710.03740) with bfloat16 (Kalamkar et al. 2019, arXiv 1905.12322):
-float32 parameters, bfloat16 matrix products, float32 outputs. What comes after a network (softmax, log-probabilities,
-returns, losses, optimizer moments, normalizer statistics) stays float32 under every policy.
+float32 parameters, half-width matrix products, float32 outputs. What comes after a network (softmax, log-probabilities,
+returns, losses, optimizer moments, normalizer statistics) is computed in float32 under every policy.
+
+How parameters of half width are stepped (rounding, master copies, loss scaling) is in ``jrl.rounding``.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 DTYPES = ("float32", "bfloat16", "float16")
+FIELDS = ("params", "compute", "output")
 NAMED = {
     "float32": ("float32", "float32", "float32"),
     "bfloat16": ("float32", "bfloat16", "float32"),
+    "float16": ("float32", "float16", "float32"),
+    "pure_bfloat16": ("bfloat16", "bfloat16", "bfloat16"),
 }
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Dtype names of parameters, computation and outputs. ``parse`` makes one from a string."""
+    """Dtype names of parameters, computation and outputs. ``parse`` makes one from a string, ``str`` gives it back."""
 
     params: str = "float32"
     compute: str = "float32"
     output: str = "float32"
 
     def __post_init__(self) -> None:
-        for field in ("params", "compute", "output"):
+        for field in FIELDS:
             if getattr(self, field) not in DTYPES:
                 raise ValueError(f"precision {field} must be one of {', '.join(DTYPES)}; got {getattr(self, field)!r}")
 
+    def __str__(self) -> str:
+        dtypes = tuple(getattr(self, field) for field in FIELDS)
+        named = [name for name, those in NAMED.items() if those == dtypes]
+        return named[0] if named else ",".join(f"{f}={d}" for f, d in zip(FIELDS, dtypes, strict=True))
+
 
 def parse(text: str) -> Policy:
-    """A policy from ``"float32"``, ``"bfloat16"`` or ``"params=float32,compute=bfloat16,output=float32"``.
+    """A policy from ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"pure_bfloat16"`` or the long form.
 
-    Parts left out of the long form are float32. Raises ``ValueError`` naming what is allowed.
+    The long form is ``"params=float32,compute=bfloat16,output=float32"``; parts left out are float32. Raises ``ValueError``
+    naming what is allowed.
     """
     if text in NAMED:
         return Policy(*NAMED[text])
-    fields = {name: dtype for name, _, dtype in (part.partition("=") for part in text.split(","))}
-    if not set(fields) <= {"params", "compute", "output"} or len(fields) != len(text.split(",")):
+    parts = [part.partition("=") for part in text.split(",")]
+    fields = {name.strip(): dtype.strip() for name, _, dtype in parts}
+    if not set(fields) <= set(FIELDS) or len(fields) != len(parts):
         raise ValueError(
             f"precision must be one of {', '.join(NAMED)}, or like 'params=float32,compute=bfloat16,output=float32'; got {text!r}"
         )
@@ -48,32 +61,65 @@ def parse(text: str) -> Policy:
 
 
 def cast(tree: Any, dtype: str) -> Any:
-    """The tree with its floating-point leaves in ``dtype``; integers, booleans and keys as they were."""
+    """The tree with its floating-point leaves in ``dtype``; integers, booleans and keys as they were.
+
+    What is finite stays finite: numbers beyond the range of float16 become its largest.
+    """
 
     def leaf(x: Any) -> Any:
-        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == dtype:
+            return x
+        if dtype == "float16":
+            most = float(jnp.finfo(dtype).max)
+            x = jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x)
+        return x.astype(dtype)
 
     return jax.tree.map(leaf, tree)
 
 
-def apply(policy: Policy, network: Any) -> Any:
-    """A network (``jrl.nets.Network``) that keeps, computes and answers in the policy's dtypes.
+def apply(policy: Policy | str, target: Any) -> Any:
+    """The target under a policy: a network, a function ``(params, *inputs) -> outputs``, or a whole algorithm.
 
-    Recurrent memory stays in the output dtype between steps.
+    A network (``jrl.nets.Network``) then keeps its parameters, computes and answers in the policy's dtypes; recurrent
+    memory stays in the output dtype between steps. Applied twice, the inner policy says how to compute and the outer one
+    what goes in and comes out. An algorithm (``jrl.algorithm.Algorithm``, vmapped or not) is made anew with
+    ``config.precision`` replaced. Raises ``ValueError`` for a wrong string, ``TypeError`` for anything else.
     """
-    if policy == Policy():
-        return network
+    policy = parse(policy) if isinstance(policy, str) else policy
+    if hasattr(target, "remake"):
+        return target.remake(replace(target.config, precision=str(policy)))
+    if hasattr(target, "unroll"):
+        return target._replace(
+            init=lambda key: cast(target.init(key), policy.params),
+            step=_over_function(policy, target.step),
+            unroll=_over_function(policy, target.unroll),
+            memory=cast(target.memory, policy.output),
+        )
+    if callable(target):
+        return _over_function(policy, target)
+    raise TypeError(f"precision applies to a network, a function of parameters, or an algorithm; got {type(target)}")
 
-    def wrap(function):
-        def run(params, *inputs):
-            outputs = function(cast(params, policy.compute), *cast(inputs, policy.compute))
-            return cast(outputs, policy.output)
+
+def _over_function(policy: Policy, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(params: Any, *inputs: Any) -> Any:
+        outputs = function(cast(params, policy.compute), *cast(inputs, policy.compute))
+        return cast(outputs, policy.output)
+
+    return run
+
+
+def float32_outputs(network: Any) -> Any:
+    """The network as algorithms see it: its outputs (not its memory) in float32, so that all that follows is too.
+
+    Its equations stand in the scope ``network`` of a jaxpr; outside of it no arithmetic is of half width.
+    """
+
+    def over(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with jax.named_scope("network"):
+                memory, outputs = function(*args)
+            return memory, cast(outputs, "float32")
 
         return run
 
-    return network._replace(
-        init=lambda key: cast(network.init(key), policy.params),
-        step=wrap(network.step),
-        unroll=wrap(network.unroll),
-        memory=cast(network.memory, policy.output),
-    )
+    return network._replace(step=over(network.step), unroll=over(network.unroll))

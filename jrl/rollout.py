@@ -103,3 +103,8 @@ def _where(condition: Array, x: Any, y: Any) -> Any:
         return jnp.where(condition.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
 
     return jax.tree.map(leaf, x, y)
+
+
+def mean_or_nan(total: Array, count: Array) -> Array:
+    """``total / count``, NaN where nothing was counted."""
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)

@@ -16,6 +16,7 @@ import tyro
 from jrl import envs, run
 from jrl.algos import ppo
 from jrl.algos.presets import PPO, Preset
+from jrl.run import stats
 
 TARGETS = {
     "CartPole-v1": "490 +- 6 (CleanRL, 500k)",
@@ -72,12 +73,9 @@ def main(args: Args) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for name in args.only or chosen:
         s = result(name, chosen[name], args)
-        greedy, sampled = (
-            f"{e['iqm']:.1f} ({e['ci_low']:.1f} to {e['ci_high']:.1f})" for e in (s["eval"], s["eval"]["sampled"])
-        )
-        print(
-            f"| {name} | {s['env_steps']:,} | {s['num_seeds']} | {greedy} | {sampled} | {TARGETS[name]} |", flush=True
-        )
+        greedy, sampled = stats.text(s["eval"]), stats.text(s["eval"]["sampled"])
+        row = (name, f"{s['env_steps']:,}", s["num_seeds"], greedy, sampled, TARGETS[name])
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ jax.config.update("jax_numpy_rank_promotion", "allow")  # gymnax promotes ranks
 
 SMALL = nets.Config(hidden=(16,))
 FAST = ppo.Config(
-    num_envs=8, num_steps=16, num_minibatches=2, network=SMALL, optimizer=optim.Config(schedule="constant")
+    num_envs=8, num_steps=16, num_minibatches=2, network=SMALL, optimizer=optim.OptimizerConfig(schedule="constant")
 )
 HYPER = ppo.Hyper(learning_rate=1e-2)
 TINY = ppo.Config(num_envs=2, num_steps=8, num_epochs=1, num_minibatches=2, network=nets.Config(hidden=(8,)))
@@ -109,7 +109,10 @@ def test_truncation_is_not_termination(shared, gru):
         {"normalize_observations": True, "normalize_rewards": True},
         {"precision": "bfloat16"},
         {"precision": "params=bfloat16,compute=bfloat16"},
-        {"optimizer": optim.Config("adamw", "cosine")},
+        {"precision": "pure_bfloat16", "optimizer": optim.OptimizerConfig(rounding="stochastic", moments="bfloat16")},
+        {"optimizer": optim.OptimizerConfig("adamw", "cosine", warmup=0.1, accumulate=2)},
+        {"optimizer": optim.OptimizerConfig("schedule_free_adamw", "constant")},
+        {"optimizer": optim.OptimizerConfig("rmsprop", "piecewise", clip="value", ema=True)},
         {"network": nets.Config(hidden=(16,), shared=True, activation="relu")},
     ],
     ids=lambda f: ",".join(f"{k}={v}" for k, v in f.items())[:40],
@@ -119,7 +122,7 @@ def test_every_variant_learns(fields):
 
 
 def test_sgd_learns():
-    config = with_(FAST, optimizer=optim.Config("sgd", "constant"))
+    config = with_(FAST, optimizer=optim.OptimizerConfig("sgd", "constant"))
     np.testing.assert_allclose(score(*trained("Probe-policy", config, ppo.Hyper(learning_rate=0.1))), 1, atol=0.1)
 
 

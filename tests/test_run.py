@@ -28,7 +28,7 @@ TINY = ppo.Config(
     num_epochs=1,
     num_minibatches=2,
     network=nets.Config(hidden=(8,)),
-    optimizer=optim.Config(schedule="constant"),
+    optimizer=optim.OptimizerConfig(schedule="constant"),
 )
 PER_UPDATE = 16
 ROOT = Path(__file__).parents[1]
@@ -75,8 +75,17 @@ def test_train_is_train_fn():
         {"normalize_observations": True, "normalize_rewards": True},
         {"network": nets.Config(hidden=(8,), gru=4)},
         {"precision": "bfloat16"},
+        {"precision": "float16", "optimizer": optim.OptimizerConfig("adamw", "constant", accumulate=2)},
+        {
+            "precision": "pure_bfloat16",
+            "optimizer": optim.OptimizerConfig("adam", "constant", rounding="stochastic", moments="bfloat16", ema=True),
+        },
+        {
+            "precision": "pure_bfloat16",
+            "optimizer": optim.OptimizerConfig("schedule_free_adamw", "constant", rounding="kahan"),
+        },
     ],
-    ids=["plain", "normalized", "gru", "bfloat16"],
+    ids=["plain", "normalized", "gru", "bfloat16", "float16", "stochastic", "kahan"],
 )
 def test_resume_is_bitwise(fields, tmp_path):
     algo = make(**fields)
@@ -301,7 +310,7 @@ def test_another_configuration_is_refused(tmp_path):
 
 
 def test_an_annealed_run_keeps_its_length(tmp_path):
-    algo = make(optimizer=optim.Config(schedule="linear"))
+    algo = make(optimizer=optim.OptimizerConfig(schedule="linear"))
     train(algo, 2, run_dir=tmp_path / "run")
     with pytest.raises(run.RunError, match="env_steps was 32, is 64"):
         train(algo, 4, run_dir=tmp_path / "run", resume=True)

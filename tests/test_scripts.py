@@ -1,5 +1,6 @@
 """The command line and the scripts as a user meets them."""
 
+import csv
 import json
 import os
 import subprocess
@@ -21,8 +22,8 @@ TINY = [
 ]
 
 
-def experiment(*args, cwd=None):
-    command = [sys.executable, str(ROOT / "experiments/ppo.py"), *map(str, args)]
+def experiment(*args, name="ppo", cwd=None):
+    command = [sys.executable, str(ROOT / f"experiments/{name}.py"), *map(str, args)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
 
@@ -86,6 +87,40 @@ def test_wrong_words_say_what_is_allowed(args, message, tmp_path):
     done = experiment(*args, cwd=tmp_path)
     assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_optimizers_are_compared(tmp_path):
+    args = ("--optimizers", "sgd", "muon", "--learning-rates", "0.01", "0.1", "--num-seeds", 2, "--env", "Catch-bsuite")
+    args = (*args, "--env-steps", 1024, "--toy-steps", 100, "--folder", tmp_path)
+    done = experiment(*args, name="optimizers")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "optimizers.csv").open()))
+    assert [(r["optimizer"], r["learning rate"]) for r in rows] == [
+        (name, rate) for name in ("sgd", "muon") for rate in ("0.01", "0.1")
+    ]
+    assert (tmp_path / "optimizers.png").stat().st_size > 10_000
+    for words, message in (
+        (["--optimizers", "adagrad"], "optimizers must be one of sgd, adam, adamw"),
+        (["--toy-steps", "20"], "toy_steps must be a multiple of 50; got 20"),
+        (["--learning-rates", "-1"], "learning_rates must be at least 0; got -1"),
+    ):
+        done = experiment(*words, name="optimizers", cwd=tmp_path)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_precisions_are_compared(tmp_path):
+    args = ("--variants", "float32", "all bfloat16 stochastic", "--num-seeds", 2, "--env", "Catch-bsuite")
+    args = (*args, "--folder", tmp_path, "--memory-width", 128)
+    done = experiment(*args, "--env-steps", 1024, name="precision")
+    assert done.returncode == 0, done.stderr
+    wide, narrow = csv.DictReader((tmp_path / "precision.csv").open())
+    assert int(narrow["state KiB"]) <= 0.51 * int(wide["state KiB"])
+    assert narrow["overlaps float32"] in ("yes", "no") and (tmp_path / "precision.png").exists()
+    done = experiment(*args, "--speed-widths", 16, name="precision")
+    assert done.returncode == 0, done.stderr
+    assert [r["width"] for r in csv.DictReader((tmp_path / "speed.csv").open())] == ["16", "16"]
+    done = experiment("--variants", "float8", name="precision", cwd=tmp_path)
+    assert done.returncode == 1 and "error: variants must be one of float32, bfloat16" in done.stderr
 
 
 def test_help_reads_well():

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jrl import checks, distributions, losses, nets, normalize, optim, precision, returns, rollout
+from jrl import checks, distributions, losses, nets, normalize, optim, precision, returns, rollout, rounding
 from jrl.algorithm import Algorithm, Metrics
 from jrl.distributions import Distribution
 from jrl.envs.types import Box, Discrete, Environment, MaskedObs, MultiDiscrete, Space, observation_spec
@@ -49,8 +49,9 @@ class Config:
         continuous: policy for real actions, normal (clipped to the bounds) or tanh_normal; both act in units where
             finite bounds are -1 and 1.
         network: shape of the network.
-        optimizer: kind and schedule of the optimizer.
-        precision: float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
+        optimizer: what the optimizer is made of.
+        precision: float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like
+            'params=float32,compute=bfloat16,output=float32'.
     """
 
     num_envs: int = 4
@@ -66,7 +67,7 @@ class Config:
     normalize_rewards: bool = False
     continuous: Literal["normal", "tanh_normal"] = "normal"
     network: nets.Config = field(default_factory=nets.Config)
-    optimizer: optim.Config = field(default_factory=optim.Config)
+    optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)
     precision: str = "float32"
 
     def __post_init__(self) -> None:
@@ -94,7 +95,7 @@ class Hyper(NamedTuple):
         value_clip_eps: range of a value update, in units of return.
         entropy_weight: weight of the entropy bonus.
         value_weight: weight of the value loss.
-        max_grad_norm: global norm that gradients are scaled down to.
+        max_grad_norm: global norm that gradients are scaled down to (or the bound of config.optimizer.clip).
         dual_clip: bound on the ratio where the advantage is negative.
         target_kl: KL that the penalty steers to; kl_stop stops at 1.5 times it.
         kl_weight: initial weight of the KL penalty.
@@ -121,10 +122,7 @@ def check_hyper(hyper: Hyper) -> None:
     ranges = {"gamma": (0, 1), "gae_lambda": (0, 1), "dual_clip": (1, inf), "target_kl": (1e-12, inf)}
     for name in hyper._fields[:-1]:
         checks.within(f"hyper.{name}", getattr(hyper, name), *ranges.get(name, (0, inf)))
-    for name in ("b1", "b2", "momentum"):
-        checks.within(f"hyper.optimizer.{name}", getattr(hyper.optimizer, name), 0, 1)
-    for name in ("eps", "weight_decay"):
-        checks.within(f"hyper.optimizer.{name}", getattr(hyper.optimizer, name), 0, inf)
+    optim.check_hyper(hyper.optimizer)
 
 
 class State(NamedTuple):
@@ -162,24 +160,23 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     """
     check_hyper(hyper)
     obs_spec = observation_spec(env)
-    network = precision.apply(
-        precision.parse(config.precision), nets.actor_critic(config.network, obs_spec, env.action_space)
-    )
+    network = nets.actor_critic(config.network, obs_spec, env.action_space)
+    network = precision.float32_outputs(precision.apply(config.precision, network))
     distribution = action_distribution(env.action_space, config.continuous)
     recurrent = bool(config.network.gru)
-    anneals = config.optimizer.schedule != "constant"
+    anneals = config.optimizer.uses_length
     defaults = hyper
 
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = defaults if hyper is None else hyper
         check_hyper(hyper)
-        key_params, key_envs, key_run = jax.random.split(key, 3)
+        key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
         hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
         params = network.init(key_params)
         shape = (obs_spec.obs if isinstance(obs_spec, MaskedObs) else obs_spec).shape
         return State(
             params=params,
-            opt_state=optimizer(config, hyper, 0.0).init(precision.cast(params, "float32")),
+            opt_state=optimizer(config, hyper, jnp.float32(1), key_optimizer).init(params),
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
             obs_stats=normalize.init(shape) if config.normalize_observations else None,
             reward_stats=normalize.init_rewards(config.num_envs) if config.normalize_rewards else None,
@@ -201,8 +198,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         metrics = learning | {
             "explained_variance": losses.explained_variance(batch.value, batch.target),
             "episodes": episodes.ended,
-            "episode_return": _mean_or_nan(episodes.return_sum, episodes.ended),
-            "episode_length": _mean_or_nan(episodes.length_sum, episodes.ended),
+            "episode_return": rollout.mean_or_nan(episodes.return_sum, episodes.ended),
+            "episode_length": rollout.mean_or_nan(episodes.length_sum, episodes.ended),
         }
         return state, metrics
 
@@ -266,7 +263,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     def learn(state: State, batch: Batch, key: Array) -> tuple[dict[str, Any], Metrics]:
         """Epochs of minibatch steps; returns the parts of the state that changed, and the mean metrics."""
         num_sequences = batch.first.shape[1]
-        tx = optimizer(config, state.hyper, _progress(state))
+        tx = optimizer(config, state.hyper, _rate(config, state))
         orders = jax.vmap(lambda k: shuffle(k, num_sequences))(jax.random.split(key, config.num_epochs))
         orders = orders.reshape(config.num_epochs * config.num_minibatches, -1)
         memory = state.actors.memory
@@ -275,11 +272,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             params, opt_state, go = carry
             part = jax.tree.map(lambda x: x[:, rows], batch)
             start = jax.tree.map(lambda x: x[rows], memory)
-            grads, metrics = jax.grad(loss, has_aux=True)(params, start, part, state)
-            grads = precision.cast(grads, "float32")
-            steps, next_opt_state = tx.update(grads, opt_state, precision.cast(params, "float32"))
-            stepped = (optax.apply_updates(params, steps), next_opt_state)
-            metrics |= {"grad_norm": optax.global_norm(grads), "minibatches": jnp.float32(1)}
+            step = optim.minimize(tx, lambda p: loss(p, start, part, state), params, opt_state)
+            stepped = (step.params, step.opt_state)
+            metrics = step.extra | {"grad_norm": step.grad_norm, "minibatches": jnp.float32(1)}
             if config.kl_stop:
                 go = go & ~(metrics["approximate_kl"] > 1.5 * state.hyper.target_kl)
                 stepped = jax.tree.map(lambda new, old: jnp.where(go, new, old), stepped, (params, opt_state))
@@ -349,22 +344,27 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         memory = network.memory if memory is None else memory
         seen = normalize.observations(state.obs_stats, obs)
         one = jax.tree.map(lambda x: x[None], (memory, seen, first))
-        later, outputs = jax.tree.map(lambda x: x[0], network.step(state.params, *one))
+        params = optim.eval_params(state.opt_state, state.params)
+        later, outputs = jax.tree.map(lambda x: x[0], network.step(params, *one))
         chosen = distribution.mode(outputs.policy) if key is None else distribution.sample(key, outputs.policy)
         return to_env(env.action_space, chosen), later
 
     per_update = config.num_envs * config.num_steps
-    return Algorithm(init, update, act, per_update, "ppo", env, config, hyper, anneals)
+    return Algorithm(init, update, act, per_update, "ppo", env, config, hyper, anneals, lambda c: make(env, c, hyper))
 
 
-def optimizer(config: Config, hyper: Hyper, progress: Array | float) -> optax.GradientTransformation:
-    """The optimizer at ``progress`` in [0, 1] of the run."""
-    factor = optim.schedule(config.optimizer.schedule, jnp.float32(progress))
-    return optim.make(config.optimizer, hyper.optimizer, hyper.learning_rate * factor, hyper.max_grad_norm)
+def optimizer(
+    config: Config, hyper: Hyper, rate: Array | float, key: Array | None = None
+) -> optax.GradientTransformation:
+    """The optimizer at ``rate`` times the learning rate; with loss scaling where the network computes in float16."""
+    tx = optim.make(config.optimizer, hyper.optimizer, hyper.learning_rate * rate, hyper.max_grad_norm, key)
+    return rounding.dynamic_loss_scaling(tx) if precision.parse(config.precision).compute == "float16" else tx
 
 
-def _progress(state: State) -> Array:
-    return state.updates / jnp.maximum(state.num_updates, 1) * (state.num_updates > 0)
+def _rate(config: Config, state: State) -> Array:
+    """Factor on the learning rate now; 1 where the length of the run is unknown."""
+    progress = state.updates / jnp.maximum(state.num_updates, 1)
+    return jnp.where(state.num_updates > 0, optim.schedule(config.optimizer, state.hyper.optimizer, progress), 1.0)
 
 
 def action_distribution(space: Space, continuous: Literal["normal", "tanh_normal"] = "normal") -> Distribution:
@@ -399,7 +399,3 @@ def shuffle(key: Array, n: int) -> Array:
     bits = jax.random.bits(key, (n,), jnp.uint32)
     mixed = jnp.sort((bits >> index_bits << index_bits) | jnp.arange(n, dtype=jnp.uint32))
     return (mixed & ((1 << index_bits) - 1)).astype(jnp.int32)
-
-
-def _mean_or_nan(total: Array, count: Array) -> Array:
-    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)

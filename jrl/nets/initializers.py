@@ -24,7 +24,7 @@ def orthogonal(scale: float = 1.0):
         num_rows = math.prod(rows)
         tall = jax.random.normal(key, (max(num_rows, columns), min(num_rows, columns)))
         q, r = _qr(tall)
-        q = q * jnp.sign(jnp.diagonal(r))  # makes the distribution uniform over orthogonal matrices
+        q = q * jnp.sign(jnp.diagonal(r))[None]  # makes the distribution uniform over orthogonal matrices
         q = q if num_rows >= columns else q.T
         return (scale * q).reshape(shape).astype(dtype)
 

@@ -140,7 +140,7 @@ def _score(scores: dict[str, Any]) -> str:
     return f"IQM {scores['iqm']:.1f}, 95% interval {scores['ci_low']:.1f} to {scores['ci_high']:.1f}"
 
 
-def main(experiment: Callable[[list[str]], Result]) -> NoReturn:
+def main(experiment: Callable[[list[str]], Result | None]) -> NoReturn:
     """Run an experiment on the command line's words; an error a user can mend is one line and exit code 1.
 
     An interrupted run exits with 130.
@@ -153,7 +153,7 @@ def main(experiment: Callable[[list[str]], Result]) -> NoReturn:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os._exit(0)
-    sys.exit(0 if result.finished else 130)
+    sys.exit(0 if result is None or result.finished else 130)
 
 
 def environment(options: Options) -> envs.Environment:

@@ -1,7 +1,8 @@
 """Learning curves: IQM over seeds with its 95% band, every seed faint behind it."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,29 +26,56 @@ def curve(returns: np.ndarray, episodes: np.ndarray, env_steps: np.ndarray) -> t
     return np.array([env_steps[s[-1]] for s in spans]), means
 
 
+class Panel(NamedTuple):
+    """One plot: lines ``(label, x [points], y [seeds, points])``; ``log`` names the logarithmic axes, as in "xy"."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    lines: list[tuple[str, np.ndarray, np.ndarray]]
+    log: str = ""
+
+
 def learning_curves(path: Path, title: str, cells: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
     """Write a PNG with one curve for each cell ``(label, env_steps [spans], returns [seeds, spans])``."""
+    draw(path, [Panel(title, "environment steps per seed", "episode return in training", cells)])
+
+
+def draw(path: Path, panels: Sequence[Panel]) -> None:
+    """Write a PNG of panels, two in a row: IQM over seeds with its 95% band; a line that stands alone shows its seeds too.
+
+    Points whose IQM is not finite are left out.
+    """
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for i, (label, steps, returns) in enumerate(cells):
-        shown = ~np.isnan(returns).any(0)
-        steps, returns = steps[shown], returns[:, shown]
-        if not len(steps):
-            continue
-        color = f"C{i % 10}"
-        if len(cells) == 1:
-            axes.plot(steps, returns.T, color=color, alpha=0.15, linewidth=0.8)
-        low, high = interval(returns, samples=300)
-        name = f"{label}IQM of {len(returns)} seeds" if len(cells) == 1 else label
-        axes.plot(steps, iqm(returns), color=color, linewidth=2, label=name)
-        axes.fill_between(steps, low, high, color=color, alpha=0.25, linewidth=0)
-    axes.set(title=title, xlabel="environment steps per seed", ylabel="episode return in training")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.has_data():
-        axes.legend(fontsize="small")
+    rows, columns = -(-len(panels) // 2), min(len(panels), 2)
+    figure, grid = plt.subplots(rows, columns, figsize=(7 * columns, 4.2 * rows), layout="constrained", squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for i, line in enumerate(panel.lines):
+            _draw_line(axes, f"C{i % 10}", *line, alone=len(panel.lines) == 1)
+        axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        axes.set_xscale("log" if "x" in panel.log else "linear")
+        axes.set_yscale("log" if "y" in panel.log else "linear")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.has_data():
+            axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _draw_line(axes: Any, color: str, label: str, x: np.ndarray, y: np.ndarray, alone: bool) -> None:
+    y = np.where(np.isnan(y), np.inf, y)
+    shown = np.isfinite(iqm(y))
+    x, y = x[shown], y[:, shown]
+    if not len(x):
+        return
+    if alone:
+        axes.plot(x, y.T, color=color, alpha=0.15, linewidth=0.8)
+    low, high = interval(y, samples=300)
+    axes.plot(x, iqm(y), color=color, linewidth=2, label=f"{label}IQM of {len(y)} seeds" if alone else label)
+    axes.fill_between(x, low, np.where(np.isfinite(high), high, iqm(y)), color=color, alpha=0.25, linewidth=0)
 
 
 def _pyplot() -> Any:

@@ -1,5 +1,6 @@
 """What a finished run shows: its summary, its curves, its table, its picture."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,15 @@ def write_table(path: Path, cells: Cells) -> None:
         numbers = (s["iqm"], s["ci_low"], s["ci_high"], s["sampled"]["iqm"])
         lines.append(f'"{cell}",' + ",".join("" if x is None else f"{x:.6g}" for x in numbers))
     path.write_text("\n".join(lines) + "\n")
+
+
+def print_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a Markdown table, and write them to a CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
+    for row in rows:
+        print("| " + " | ".join(map(str, row.values())) + " |")

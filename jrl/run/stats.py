@@ -34,3 +34,10 @@ def summarize(per_seed: Any) -> dict[str, Any]:
         return {"iqm": None, "ci_low": None, "ci_high": None, "per_seed": listed}
     low, high = interval(good)
     return {"iqm": float(iqm(good)), "ci_low": float(low), "ci_high": float(high), "per_seed": listed}
+
+
+def text(scores: dict[str, Any]) -> str:
+    """What ``summarize`` gives, as ``"419.3 (401.5 to 430.8)"``."""
+    if scores["iqm"] is None:
+        return "no seed stayed finite"
+    return f"{scores['iqm']:.1f} ({scores['ci_low']:.1f} to {scores['ci_high']:.1f})"

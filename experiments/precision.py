@@ -1,0 +1,165 @@
+"""Does precision change what is learned, and what does it save? PPO under each way of computing, over many seeds.
+
+python experiments/precision.py                                   all variants, 16 seeds of CartPole-v1
+python experiments/precision.py --env Breakout-MinAtar --env-steps 2000000 --variants float32 bfloat16
+python experiments/precision.py --speed-widths 64 256 1024 4096   how fast one update is, by the width of the layers
+
+What is finished in the folder is not trained again. It leaves precision.png and precision.csv there.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tyro
+
+from jrl import algorithm, checks, envs, precision, run
+from jrl.algorithm import Algorithm
+from jrl.algos import ppo
+from jrl.algos.presets import Preset, ppo_preset
+from jrl.run import cli, memory, plot, report, stats
+
+# The policy, how parameters are stepped, and the dtype of the optimizer's moments.
+VARIANTS = {
+    "float32": ("float32", "nearest", "float32"),
+    "bfloat16": ("bfloat16", "nearest", "float32"),
+    "float16 scaled": ("float16", "nearest", "float32"),
+    "pure bfloat16": ("pure_bfloat16", "nearest", "float32"),
+    "pure bfloat16 stochastic": ("pure_bfloat16", "stochastic", "float32"),
+    "pure bfloat16 kahan": ("pure_bfloat16", "kahan", "float32"),
+    "pure bfloat16 master": ("pure_bfloat16", "master", "float32"),
+    "all bfloat16 stochastic": ("pure_bfloat16", "stochastic", "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare precisions on PPO.
+
+    Attributes:
+        env: environment, with its preset.
+        variants: which to compare; the first is what the others are compared with.
+        env_steps: budget of each seed; default from the preset.
+        num_seeds: seeds of each variant.
+        seed: the key that every seed's key is split from.
+        folder: where the runs are kept; default runs/precision-ENV.
+        memory_width: hidden layers of so many units, for a second look at the memory.
+        speed_widths: measure only the speed of an update with hidden layers of these widths (the default on a GPU or TPU
+            measures it too, at 64, 256, 1024 and 4096).
+    """
+
+    env: str = "CartPole-v1"
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    env_steps: int | None = None
+    num_seeds: int = 16
+    seed: int = 0
+    folder: Path | None = None
+    memory_width: int = 1024
+    speed_widths: tuple[int, ...] = ()
+
+
+def variant(preset: Preset, env: envs.Environment, name: str, width: int | None = None) -> Algorithm:
+    """The preset under a variant of precision, with hidden layers of ``width`` if given."""
+    policy, rounding, moments = VARIANTS[name]
+    optimizer = replace(preset.config.optimizer, rounding=rounding, moments=moments)
+    config = replace(preset.config, optimizer=optimizer)
+    if width is not None:
+        config = replace(config, network=replace(config.network, hidden=(width, width)))
+    return precision.apply(policy, ppo.make(env, config, preset.hyper))
+
+
+def compare(args: Args, preset: Preset, folder: Path) -> None:
+    """Train every variant, draw the curves and print the table."""
+    env, steps = envs.make(args.env), args.env_steps or preset.env_steps
+    rows, curves = [], []
+    first: dict[str, Any] = {}
+    for name in args.variants:
+        print(name, flush=True)
+        algo, home = variant(preset, env, name), folder / name.replace(" ", "-")
+        key = jax.random.key(args.seed)
+        result = run.train(algo, key, steps, num_seeds=args.num_seeds, run_dir=home, resume=home.exists())
+        if not result.finished:
+            raise KeyboardInterrupt
+        m, scores = result.metrics, result.summary["eval"]
+        first = first or scores
+        curves.append((name, *plot.curve(m["episode_return"], m["episodes"], m["env_steps"])))
+        wide = variant(preset, env, name, args.memory_width)
+        rows.append(
+            {
+                "variant": name,
+                "return": stats.text(scores),
+                f"overlaps {args.variants[0]}": "yes" if overlap(scores, first) else "no",
+                **sizes(algo, args.num_seeds, ""),
+                **sizes(wide, args.num_seeds, f" at width {args.memory_width}"),
+            }
+        )
+        title = f"PPO on {env.name} by precision, {args.num_seeds} seeds"
+        plot.learning_curves(folder / "precision.png", title, curves)
+    report.print_table(folder / "precision.csv", rows)
+    print(f"{folder}/precision.png")
+
+
+def overlap(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two 95% intervals have a point in common; none has where no seed stayed finite."""
+    bounds = (a["ci_low"], b["ci_high"], b["ci_low"], a["ci_high"])
+    return None not in bounds and bounds[0] <= bounds[1] and bounds[2] <= bounds[3]
+
+
+def sizes(algo: Algorithm, num_seeds: int, suffix: str) -> dict[str, str]:
+    """Memory of parameters and optimizer, KiB a seed, and of the whole update on a v5e by its compiler."""
+    state = memory.init_shapes(algo)
+    kib = memory.state_bytes((state.params, state.opt_state)) / 2**10
+    try:
+        gib = f"{memory.tpu_gib('v5e', algo, num_seeds):.3f}"
+    except ImportError:
+        gib = "needs libtpu"
+    return {f"state KiB{suffix}": f"{kib:,.0f}", f"v5e GiB{suffix}": gib}
+
+
+def compare_speed(args: Args, preset: Preset, widths: tuple[int, ...], folder: Path) -> None:
+    """Print environment steps a second of each variant by the width of the hidden layers, learning included."""
+    env = envs.make(args.env)
+    rows: list[dict[str, Any]] = []
+    for width in widths:
+        speeds = {n: steps_per_second(variant(preset, env, n, width), args.num_seeds, args.seed) for n in args.variants}
+        for name, speed in speeds.items():
+            ratio = f"{speed / speeds[args.variants[0]]:.2f}"
+            rows.append({"width": width, "variant": name, "steps/s": f"{speed:,.0f}", "speed": ratio})
+    report.print_table(folder / "speed.csv", rows)
+
+
+def steps_per_second(algo: Algorithm, num_seeds: int, seed: int) -> float:
+    """Environment steps of all seeds a second: the median over updates of at least a second."""
+    algo = algorithm.over_seeds(algo)
+    state = jax.jit(algo.init)(jax.random.split(jax.random.key(seed), num_seeds))
+    update = jax.jit(algo.update, donate_argnums=0)
+    state = jax.block_until_ready(update(state)[0])
+    seconds: list[float] = []
+    while len(seconds) < 3 or sum(seconds) < 1.0:
+        begin = time.perf_counter()
+        state = jax.block_until_ready(update(state)[0])
+        seconds.append(time.perf_counter() - begin)
+    return num_seeds * algo.env_steps_per_update / float(np.median(seconds))
+
+
+def main(argv: list[str]) -> None:
+    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    checks.positive_int("num_seeds", args.num_seeds)
+    for width in (args.memory_width, *args.speed_widths):
+        checks.positive_int("widths", width)
+    for name in args.variants:
+        checks.one_of("variants", name, VARIANTS)
+    preset = ppo_preset("auto", args.env)
+    folder = args.folder or Path("runs") / f"precision-{args.env}"
+    accelerated = jax.default_backend() != "cpu"
+    if not args.speed_widths:
+        compare(args, preset, folder)
+    if widths := args.speed_widths or ((64, 256, 1024, 4096) if accelerated else ()):
+        compare_speed(args, preset, widths, folder)
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,214 @@
+"""Gradient transforms for training at half width, in optax's form.
+
+Each wraps another transform and computes it in float32; alone (without one) it stands in an ``optax.chain`` as is:
+
+    optax.chain(optax.adam(1e-3), stochastic_rounding())      moments in the dtype of the parameters
+    stochastic_rounding(optax.adam(1e-3))                     moments in float32
+
+A bfloat16 number has 8 significant bits: adding less than 1/512 of it changes nothing when rounded to nearest, so that
+plain bfloat16 parameters stall. Stochastic rounding moves them rightly on average, Kahan summation carries what was lost in
+a second bfloat16 (both: Zamirai et al. 2020, arXiv 2010.06192, algorithms 2 and 3), a float32 master copy loses nothing
+(Micikevicius et al. 2018, arXiv 1710.03740, section 3.1).
+
+Updates leave in float32, and ``optax.apply_updates`` adds them to the parameter exactly.
+"""
+
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jrl.precision import cast
+
+Array = jax.Array
+Transform: TypeAlias = optax.GradientTransformation
+IDENTITY = optax.identity()
+
+
+class _Rounded(NamedTuple):
+    inner: Any
+    key: Array
+
+
+class _Compensated(NamedTuple):
+    inner: Any
+    lost: Any  # dtype of the parameters: what they still lack
+
+
+class _Master(NamedTuple):
+    inner: Any
+    params: Any  # float32
+
+
+class LossScale(NamedTuple):
+    """State of ``dynamic_loss_scaling``: the scale (float32) and the steps since it last changed (int32)."""
+
+    inner: Any
+    scale: Array
+    steps: Array
+
+
+def in_float32(inner: Transform) -> Transform:
+    """``inner`` on gradients and parameters in float32, whatever their dtype; parameters are rounded to nearest."""
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(cast(grads, "float32"), state, cast(params, "float32"))
+
+    return Transform(lambda params: inner.init(cast(params, "float32")), update)
+
+
+def stochastic_rounding(inner: Transform = IDENTITY, key: Array | None = None) -> Transform:
+    """Parameters rounded up or down with the probability that makes the mean right.
+
+    bfloat16 leaves are rounded so; float32 leaves need no rounding. ``key`` (default ``jax.random.key(0)``) is kept in the
+    state and split at every step. Raises ``ValueError`` for float16 parameters.
+    """
+
+    def init(params: Any) -> _Rounded:
+        if any(p.dtype == jnp.float16 for p in jax.tree.leaves(params)):
+            raise ValueError("stochastic rounding is for bfloat16 and float32 parameters; got float16")
+        return _Rounded(inner.init(cast(params, "float32")), jax.random.key(0) if key is None else key)
+
+    def update(grads: Any, state: _Rounded, params: Any = None) -> tuple[Any, _Rounded]:
+        _need(params, "stochastic_rounding")
+        wide = cast(params, "float32")
+        updates, inner_state = inner.update(cast(grads, "float32"), state.inner, wide)
+        key, key_now = jax.random.split(state.key)
+        wanted = jax.tree.map(lambda p, u: p + u, wide, updates)
+        rounded = round_tree(key_now, wanted, params)
+        return jax.tree.map(lambda new, p: new - p, rounded, wide), _Rounded(inner_state, key)
+
+    return Transform(init, update)
+
+
+def kahan_summation(inner: Transform = IDENTITY) -> Transform:
+    """Parameters whose rounding errors are carried in a second array of their dtype and added to the next step."""
+
+    def init(params: Any) -> _Compensated:
+        return _Compensated(inner.init(cast(params, "float32")), jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads: Any, state: _Compensated, params: Any = None) -> tuple[Any, _Compensated]:
+        _need(params, "kahan_summation")
+        wide = cast(params, "float32")
+        updates, inner_state = inner.update(cast(grads, "float32"), state.inner, wide)
+        wanted = jax.tree.map(lambda u, c: u + c, updates, cast(state.lost, "float32"))
+        steps = jax.tree.map(lambda p, y, like: nearest(p + y, like.dtype) - p, wide, wanted, params)
+        lost = jax.tree.map(lambda y, s, c: (y - s).astype(c.dtype), wanted, steps, state.lost)
+        return steps, _Compensated(inner_state, lost)
+
+    return Transform(init, update)
+
+
+def master_weights(inner: Transform = IDENTITY) -> Transform:
+    """Parameters that are the rounding of a float32 copy, which is what ``inner`` steps."""
+
+    def init(params: Any) -> _Master:
+        # A copy even where the parameters are float32 already: both may be donated to one program.
+        master = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+        return _Master(inner.init(master), master)
+
+    def update(grads: Any, state: _Master, params: Any = None) -> tuple[Any, _Master]:
+        _need(params, "master_weights")
+        updates, inner_state = inner.update(cast(grads, "float32"), state.inner, state.params)
+        master = jax.tree.map(lambda m, u: m + u, state.params, updates)
+        wide = cast(params, "float32")
+        steps = jax.tree.map(lambda m, p, like: nearest(m, like.dtype) - p, master, wide, params)
+        return steps, _Master(inner_state, master)
+
+    return Transform(init, update)
+
+
+def bfloat16_moments(inner: Transform, key: Array | None = None) -> Transform:
+    """``inner`` with the arrays of its state kept in bfloat16, rounded stochastically; scalars stay as they are.
+
+    Rounded to nearest, an Adam second moment with a decay of 0.999 would never fall: each step changes it by less than
+    half of its last bit.
+    """
+
+    def narrow(key: Array, state: Any) -> Any:
+        floats = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 0, state)
+        like = jax.tree.map(lambda x, yes: jax.ShapeDtypeStruct(x.shape, "bfloat16" if yes else x.dtype), state, floats)
+        rounded = round_tree(key, state, like)
+        return jax.tree.map(lambda x, to: x.astype(to.dtype), rounded, like)
+
+    def init(params: Any) -> _Rounded:
+        key_state, key_init = jax.random.split(jax.random.key(0) if key is None else key)
+        return _Rounded(narrow(key_init, inner.init(cast(params, "float32"))), key_state)
+
+    def update(grads: Any, state: _Rounded, params: Any = None) -> tuple[Any, _Rounded]:
+        key, key_now = jax.random.split(state.key)
+        wide = cast(state.inner, "float32")
+        updates, inner_state = inner.update(cast(grads, "float32"), wide, cast(params, "float32"))
+        return updates, _Rounded(narrow(key_now, inner_state), key)
+
+    return Transform(init, update)
+
+
+def dynamic_loss_scaling(
+    inner: Transform = IDENTITY, initial: float = 2.0**15, growth_interval: int = 1000, most: float = 2.0**24
+) -> Transform:
+    """Gradients of a loss that was multiplied by ``loss_scale(state)``, unscaled (1710.03740, section 3.2).
+
+    Where a gradient is not finite, nothing is stepped (neither parameters nor the state of ``inner``) and the scale is
+    halved, to at least 1; after ``growth_interval`` good steps it is doubled, to at most ``most``. Stateful transforms
+    belong into ``inner``, so that they too skip the step.
+    """
+
+    def init(params: Any) -> LossScale:
+        return LossScale(inner.init(params), jnp.float32(initial), jnp.int32(0))
+
+    def update(grads: Any, state: LossScale, params: Any = None) -> tuple[Any, LossScale]:
+        grads = jax.tree.map(lambda g: g / state.scale, cast(grads, "float32"))
+        good = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
+        finite = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
+        updates, inner_state = inner.update(finite, state.inner, params)
+        updates = jax.tree.map(lambda u: jnp.where(good, u, 0.0), updates)
+        inner_state = jax.tree.map(lambda new, old: jnp.where(good, new, old), inner_state, state.inner)
+        steps = jnp.where(good, state.steps + 1, 0)
+        grow = steps >= growth_interval
+        scale = jnp.where(good, jnp.where(grow, state.scale * 2, state.scale), state.scale / 2)
+        return updates, LossScale(inner_state, jnp.clip(scale, 1.0, most), jnp.where(grow, 0, steps))
+
+    return Transform(init, update)
+
+
+def loss_scale(opt_state: Any) -> Array | float:
+    """The factor that the loss wants before it is differentiated: of ``dynamic_loss_scaling`` in the state, else 1."""
+    for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LossScale)):
+        if isinstance(node, LossScale):
+            return node.scale
+    return 1.0
+
+
+def nearest(x: Array, dtype: Any) -> Array:
+    """float32 ``x`` rounded to the numbers of ``dtype``, as float32. XLA may drop a cast there and back; this it keeps."""
+    if dtype == jnp.float32:
+        return x
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
+
+
+def stochastic(key: Array, x: Array) -> Array:
+    """float32 ``x`` rounded to bfloat16's numbers with the right mean, as float32; what is not finite stays.
+
+    The 16 bits that bfloat16 lacks carry into the rest when random bits are added to them.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x)
+
+
+def round_tree(key: Array, tree: Any, like: Any) -> Any:
+    """Leaves rounded stochastically, as float32, where ``like`` is bfloat16; all others as they are."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, max(1, len(leaves)))
+    narrow = [x.dtype == jnp.bfloat16 for x in jax.tree.leaves(like)]
+    rounded = [stochastic(k, x) if yes else x for k, x, yes in zip(keys, leaves, narrow, strict=True)]
+    return jax.tree.unflatten(structure, rounded)
+
+
+def _need(params: Any, name: str) -> None:
+    if params is None:
+        raise ValueError(f"{name} needs the parameters: update(grads, state, params)")

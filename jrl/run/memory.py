@@ -1,0 +1,59 @@
+"""Memory, known before anything runs: of a state by its shapes, of an update on a TPU by the TPU's compiler."""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from jrl.algorithm import Algorithm, over_seeds
+
+
+class Chip(NamedTuple):
+    """A TPU: the smallest topology the compiler knows it by, and the memory of one chip in GiB."""
+
+    topology: str
+    gib: int
+
+
+TPUS = {"v5e": Chip("v5e:2x2", 16), "v6e": Chip("v6e:2x2", 32), "v5p": Chip("v5p:2x2x1", 95)}
+
+
+def state_bytes(tree: Any) -> int:
+    """Bytes of the arrays of a tree, or of their shapes (``jax.eval_shape``)."""
+
+    def leaf(x: Any) -> int:
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x = jax.eval_shape(jax.random.key_data, x)
+        return x.size * x.dtype.itemsize
+
+    return sum(map(leaf, jax.tree.leaves(tree)))
+
+
+def init_shapes(algo: Algorithm) -> Any:
+    """The state of one seed, as shapes."""
+    return jax.eval_shape(algo.init, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def tpu_gib(chip: str, algo: Algorithm, num_seeds: int) -> float:
+    """Memory that one update of ``num_seeds`` seeds needs on one chip, ahead of time and without a TPU.
+
+    Raises ``ValueError`` for an unknown chip, ``ImportError`` without the package libtpu, and XLA's error if the program does
+    not fit.
+    """
+    if chip not in TPUS:
+        raise ValueError(f"chips must be of {', '.join(TPUS)}; got {chip!r}")
+    import libtpu  # noqa: F401
+
+    # The compiler holds no TPU: it need not look for one, and several processes may load it at once.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
+    device = topologies.get_topology_desc(TPUS[chip].topology, platform="tpu").devices[0]
+    algo = over_seeds(algo)
+    state = jax.eval_shape(algo.init, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_seeds)))
+    place = SingleDeviceSharding(device)
+    compiled = jax.jit(algo.update, donate_argnums=0, in_shardings=place, out_shardings=place).lower(state).compile()
+    used: Any = compiled.memory_analysis()
+    total = used.argument_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes + used.temp_size_in_bytes
+    return total / 2**30

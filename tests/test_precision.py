@@ -1,0 +1,244 @@
+"""Precision policies: on networks, on functions, on whole algorithms, and where they must not reach."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import jaxprs
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from jrl import envs, nets, precision, run
+from jrl.algorithm import over_devices, over_hypers, over_seeds
+from jrl.algos import ppo
+from jrl.envs.types import Discrete
+from jrl.optim import OptimizerConfig
+
+jax.config.update("jax_numpy_rank_promotion", "allow")  # gymnax promotes ranks
+
+TINY = ppo.Config(num_envs=2, num_steps=8, num_epochs=1, num_minibatches=2, network=nets.Config(hidden=(8,)))
+OBS = jax.random.normal(jax.random.key(7), (3, 2, 4))  # [T, B, features]
+FIRST = jnp.zeros((3, 2), bool)
+POLICIES = ("float32", "bfloat16", "float16", "pure_bfloat16", "params=bfloat16,compute=float16,output=bfloat16")
+
+
+def network(policy=None):
+    net = nets.actor_critic(nets.Config(hidden=(8,)), jax.ShapeDtypeStruct((4,), jnp.float32), Discrete(3))
+    return net if policy is None else precision.apply(policy, net)
+
+
+def dtypes(tree):
+    return {str(x.dtype) for x in jax.tree.leaves(tree)}
+
+
+def make(env="Probe-policy", policy="float32", **fields):
+    return ppo.make(envs.make(env), dataclasses.replace(TINY, precision=policy, **fields))
+
+
+# Strings
+
+
+@pytest.mark.parametrize(
+    "text, params, compute, output",
+    [
+        ("float32", "float32", "float32", "float32"),
+        ("bfloat16", "float32", "bfloat16", "float32"),
+        ("float16", "float32", "float16", "float32"),
+        ("pure_bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+        ("params=bfloat16,compute=bfloat16", "bfloat16", "bfloat16", "float32"),
+        ("output=float16, compute=bfloat16", "float32", "bfloat16", "float16"),
+    ],
+)
+def test_strings_and_back(text, params, compute, output):
+    policy = precision.parse(text)
+    assert policy == precision.Policy(params, compute, output)
+    assert precision.parse(str(policy)) == policy
+
+
+@pytest.mark.parametrize("text", ["float8", "params=", "compute=int8", "params=float32,params=float32", "", "compute"])
+def test_wrong_strings_say_what_is_allowed(text):
+    with pytest.raises(ValueError, match=r"must be one of float32, bfloat16, (float16|float16, pure_bfloat16)"):
+        precision.parse(text)
+    with pytest.raises(ValueError, match="must be one of"):
+        precision.apply(text, network())
+    with pytest.raises(TypeError, match="a network, a function of parameters, or an algorithm"):
+        precision.apply("float32", 3)
+
+
+# Networks and functions
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_network_keeps_computes_and_answers_as_told(policy, key):
+    p = precision.parse(policy)
+    net = network(policy)
+    params = net.init(key)
+    assert dtypes(params) == {p.params}
+    _, outputs = net.unroll(params, (), OBS, FIRST)
+    assert dtypes(outputs) == {p.output}
+    products = [
+        e for e, _ in jaxprs.equations(jaxprs.of(net.unroll, params, (), OBS, FIRST)) if "dot" in str(e.primitive)
+    ]
+    assert len(products) == 4 and {str(v.aval.dtype) for e in products for v in e.invars} == {p.compute}
+    plain = network().unroll(precision.cast(params, "float32"), (), OBS, FIRST)[1]
+    np.testing.assert_allclose(outputs.value.astype("float32"), plain.value, atol=0.05)
+
+
+def test_float32_changes_no_bit(key):
+    params = network().init(key)
+    plain, same = (net.unroll(params, (), OBS, FIRST) for net in (network(), network("float32")))
+    jax.tree.map(np.testing.assert_array_equal, plain, same)
+
+
+def test_it_nests():
+    net = precision.apply("params=bfloat16,compute=float32,output=float16", network("bfloat16"))
+    params = net.init(jax.random.key(0))
+    assert dtypes(params) == {"bfloat16"}
+    assert dtypes(net.unroll(params, (), OBS, FIRST)[1]) == {"float16"}
+    eqns = [e for e, _ in jaxprs.equations(jaxprs.of(net.unroll, params, (), OBS, FIRST)) if "dot" in str(e.primitive)]
+    assert {str(v.aval.dtype) for e in eqns for v in e.invars} == {"bfloat16"}  # the inner policy computes
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "pure_bfloat16"])
+def test_it_composes(policy, key):
+    """vmap, grad, remat, scan and shards give what a plain call gives."""
+    net = network(policy)
+    params = net.init(key)
+
+    def loss(params, obs):
+        return jnp.sum(net.unroll(params, (), obs, FIRST)[1].value.astype(jnp.float32) ** 2)
+
+    wanted = jax.jit(jax.grad(loss))(params, OBS)
+    assert dtypes(wanted) == {precision.parse(policy).params}
+    close = lambda a, b: jax.tree.map(  # noqa: E731
+        lambda x, y: np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=0.03, atol=0.03), a, b
+    )
+    close(jax.jit(jax.grad(jax.checkpoint(loss)))(params, OBS), wanted)
+    many = jax.tree.map(lambda x: jnp.stack([x, x]), params)
+    over = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))
+    close(jax.tree.map(lambda x: x[1], over(many, OBS)), wanted)
+    _, scanned = jax.jit(lambda m: jax.lax.scan(lambda c, p: (c, jax.grad(loss)(p, OBS)), 0, m))(many)
+    close(jax.tree.map(lambda x: x[1], scanned), wanted)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("seeds",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("seeds")
+    sharded = jax.shard_map(lambda m: over(m, OBS), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    close(jax.tree.map(lambda x: x[1], jax.jit(sharded)(many)), wanted)
+
+
+def test_a_function_of_parameters():
+    double = precision.apply("params=float32,compute=bfloat16,output=float16", lambda p, x: p["w"] * x)
+    out = double({"w": jnp.float32(1 + 2**-10)}, jnp.float32(3.0))
+    assert out.dtype == jnp.float16 and out == 3  # the weight was rounded to 1
+
+
+def test_float16_saturates_instead_of_overflowing():
+    big = precision.cast({"x": jnp.array([1e9, -1e9, jnp.nan]), "i": jnp.array([70_000])}, "float16")
+    assert big["x"][:2].tolist() == [65504, -65504] and jnp.isnan(big["x"][2]) and big["i"].dtype == jnp.int32
+
+
+# Algorithms
+
+
+def test_an_algorithm_under_a_policy(key):
+    algo = precision.apply("pure_bfloat16", make())
+    assert algo.config.precision == "pure_bfloat16"
+    assert dtypes(algo.init(key).params) == {"bfloat16"}
+    assert dtypes(precision.apply("float32", algo).init(key).params) == {"float32"}
+
+
+def test_policies_commute_with_the_transforms_of_an_algorithm(key):
+    keys = jax.random.split(key, 2)
+    first = precision.apply("bfloat16", over_seeds(make()))
+    second = over_seeds(precision.apply("bfloat16", make()))
+    states = [jax.jit(lambda k, a=a: a.update(a.init(k))[0].params)(keys) for a in (first, second)]
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("members",), axis_types=(AxisType.Auto,))
+    sharded = precision.apply("pure_bfloat16", over_devices(over_seeds(make()), mesh))
+    assert dtypes(jax.jit(sharded.update)(jax.jit(sharded.init)(keys))[0].params) == {"bfloat16"}
+    grid = precision.apply("pure_bfloat16", over_hypers(make()))
+    hypers = jax.tree.map(lambda x: jnp.array([x, x]), ppo.Hyper())
+    assert jax.tree.leaves(jax.eval_shape(grid.init, key, hypers).params)[0].dtype == jnp.bfloat16
+
+
+# Islands
+
+VARIANTS = {
+    "clip": {},
+    "penalty": {"loss": "penalty", "kl_stop": True},
+    "normalized": {"normalize_observations": True, "normalize_rewards": True, "dual_clip": True},
+    "gru": {"network": nets.Config(hidden=(8,), gru=4), "standardize_advantages": "batch"},
+    "stochastic": {"optimizer": OptimizerConfig("adamw", rounding="stochastic", ema=True, moments="bfloat16")},
+    "kahan": {"optimizer": OptimizerConfig("muon", rounding="kahan", accumulate=2)},
+    "master": {"optimizer": OptimizerConfig("schedule_free_adamw", rounding="master")},
+}
+
+
+CASES = [
+    *(("Probe-mask", policy, variant) for policy in ("bfloat16", "float16", "pure_bfloat16") for variant in VARIANTS),
+    *(("Pendulum-v1", "pure_bfloat16", variant) for variant in ("penalty", "normalized", "gru")),
+    ("Probe-mask", POLICIES[-1], "clip"),
+]
+
+
+@pytest.mark.parametrize("env, policy, variant", CASES, ids=["-".join(case) for case in CASES])
+def test_only_the_network_computes_in_half_width(env, policy, variant, key):
+    """Softmax, log-probabilities, ratios, returns, advantages, statistics, losses and optimizer: float32, by the jaxpr."""
+    algo = make(env, policy, **VARIANTS[variant])
+    state = jax.eval_shape(algo.init, key)
+    program = list(jaxprs.equations(jaxprs.of(algo.update, state)))
+    half = [(e, scope) for e, scope in program if any(map(jaxprs.is_half, [*e.invars, *e.outvars]))]
+    outside = [
+        f"{e.primitive} in {scope}"
+        for e, scope in half
+        if "network" not in scope and str(e.primitive) not in jaxprs.MOVES
+    ]
+    assert not outside
+    inside = {str(e.primitive) for e, scope in half if "network" in scope}
+    assert "dot_general" in inside
+    assert not inside & {"exp", "log", "log1p", "cumsum", "reduce_prod", "argmax", "erf_inv"}
+    kept = [
+        state.obs_stats,
+        state.reward_stats,
+        state.kl_weight,
+        state.hyper,
+        state.actors.memory if policy == "bfloat16" else (),
+    ]
+    assert dtypes(kept) <= {"float32"}
+    if variant in ("clip", "penalty", "normalized", "gru"):  # no bfloat16 moments were asked for
+        assert dtypes(state.opt_state) <= {"float32", "int32"}
+
+
+# Training
+
+
+def test_float16_scales_its_loss_and_learns(key):
+    config = dataclasses.replace(TINY, num_envs=8, num_steps=16, num_epochs=4, precision="float16")
+    algo = ppo.make(envs.make("Probe-policy"), config, ppo.Hyper(learning_rate=1e-2))
+    train = jax.jit(jax.vmap(run.train_fn(algo, 60 * algo.env_steps_per_update)))
+    states, metrics = train(jax.random.split(key, 4))
+    assert metrics["episode_return"][:, -10:].mean() > 0.9
+    assert states.opt_state.scale.shape == (4,) and (states.opt_state.scale >= 2.0**15).all()
+
+
+def test_an_overflow_is_skipped_alone_and_is_no_nan(key):
+    """A seed whose scale is too large skips its steps and halves it; the one beside it trains."""
+    algo = over_seeds(make(policy="float16"))
+    state = algo.init(jax.random.split(key, 2))
+    scale = jnp.array([2.0**24, 2.0**10])
+    state = state._replace(opt_state=state.opt_state._replace(scale=scale))
+    grown = state.hyper._replace(value_weight=jnp.array([1e6, 1.0]))
+    after, metrics = jax.jit(algo.update)(state._replace(hyper=grown))
+    assert (after.opt_state.scale[0] < 2.0**24) and after.opt_state.scale[1] == 2.0**10
+    for new, old in zip(jax.tree.leaves(after.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(new[0], old[0])
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a[1] - b[1]).max()), after.params, state.params)
+    assert max(jax.tree.leaves(moved)) > 0
+    assert all(jnp.isfinite(m).all() for name, m in metrics.items() if not name.startswith("episode"))
+
+
+def test_numbers_of_half_width_are_refused():
+    algo = make()
+    half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), ppo.Hyper())
+    with pytest.raises(ValueError, match=r"hyper.optimizer.b1 must be float32; got bfloat16"):
+        jax.eval_shape(lambda h: algo.init(jax.random.key(0), h), half)
