@@ -46,7 +46,7 @@ class Args:
         num_seeds: seeds of each variant.
         seed: the key that every seed's key is split from.
         folder: where the runs are kept; default runs/precision-ENV.
-        memory_width: hidden layers of so many units, for a second look at the memory.
+        memory_width: hidden layers of so many units, for a second look at the memory; 0 for none.
         speed_widths: measure only the speed of an update with hidden layers of these widths (the default on a GPU or TPU
             measures it too, at 64, 256, 1024 and 4096).
     """
@@ -86,16 +86,13 @@ def compare(args: Args, preset: Preset, folder: Path) -> None:
         m, scores = result.metrics, result.summary["eval"]
         first = first or scores
         curves.append((name, *plot.curve(m["episode_return"], m["episodes"], m["env_steps"])))
-        wide = variant(preset, env, name, args.memory_width)
-        rows.append(
-            {
-                "variant": name,
-                "return": stats.text(scores),
-                f"overlaps {args.variants[0]}": "yes" if overlap(scores, first) else "no",
-                **sizes(algo, args.num_seeds, ""),
-                **sizes(wide, args.num_seeds, f" at width {args.memory_width}"),
-            }
-        )
+        row = {"variant": name, "return": stats.text(scores)}
+        row |= {f"overlaps {args.variants[0]}": "yes" if overlap(scores, first) else "no"}
+        row |= sizes(algo, args.num_seeds, "")
+        if args.memory_width:
+            wide = variant(preset, env, name, args.memory_width)
+            row |= sizes(wide, args.num_seeds, f" at width {args.memory_width}")
+        rows.append(row)
         title = f"PPO on {env.name} by precision, {args.num_seeds} seeds"
         plot.learning_curves(folder / "precision.png", title, curves)
     report.print_table(folder / "precision.csv", rows)
@@ -148,8 +145,9 @@ def steps_per_second(algo: Algorithm, num_seeds: int, seed: int) -> float:
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
     checks.positive_int("num_seeds", args.num_seeds)
-    for width in (args.memory_width, *args.speed_widths):
-        checks.positive_int("widths", width)
+    checks.positive_int("memory_width", args.memory_width, at_least=0)
+    for width in args.speed_widths:
+        checks.positive_int("speed_widths", width)
     for name in args.variants:
         checks.one_of("variants", name, VARIANTS)
     preset = ppo_preset("auto", args.env)

@@ -9,6 +9,8 @@ All arrays are float32 ``[T]`` unless said otherwise; ``vmap`` them over batches
 trace time if shapes disagree. None stops gradients: callers decide.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -63,6 +65,39 @@ def n_step_returns(r_t: Array, discount_t: Array, v_t: Array, continue_t: Array,
         following = jnp.concatenate([returns[1:], v_t[-1:]])
         returns = jnp.where(more > 0, r_t + discount_t * following, one_step)
     return returns
+
+
+def n_step_transitions(r_t: Array, discount_t: Array, continue_t: Array, n: int) -> tuple[Array, Array, Array]:
+    """Each transition stretched over up to ``n`` steps: ``(reward [T], discount [T], last [T] int32)``.
+
+    From step t the discounted rewards up to step ``last[t]`` sum to ``reward[t]``, and ``discount[t]`` multiplies the value of
+    the observation that followed step ``last[t]``, before any reset: ``t + n - 1``, or sooner where an episode or the
+    trajectory ends. So ``reward + discount * v_t[last]`` is the n-step return (Sutton & Barto, eq. 7.1) for values that are
+    not known yet. Raises ``ValueError`` if ``n < 1``.
+    """
+    same_shape("n_step_transitions", r_t=r_t, discount_t=discount_t, continue_t=continue_t)
+    if n < 1:
+        raise ValueError(f"n_step_transitions: n must be at least 1, got {n}")
+    steps = len(r_t)
+    t = jnp.arange(steps)
+    end = jax.lax.cummin(jnp.where((continue_t == 0) | (t == steps - 1), t, steps - 1), reverse=True)  # of t's episode
+
+    def join(a: Any, b: Any) -> Any:
+        """``a`` steps from t followed by ``b`` steps from there, if the episode goes on so long."""
+        (reward, discount, length), (reward_b, discount_b, length_b) = a, b
+        reward_b, discount_b = (jnp.pad(x[length:], (0, min(length, steps))) for x in (reward_b, discount_b))
+        on = t + length <= end
+        joined = jnp.where(on, reward + discount * reward_b, reward), jnp.where(on, discount * discount_b, discount)
+        return *joined, length + length_b
+
+    # Spans of 1, 2, 4, ... steps, and of them one of n: log2(n) passes.
+    whole, power = None, (r_t, discount_t, 1)
+    for bit in bin(n)[:1:-1]:
+        if bit == "1":
+            whole = power if whole is None else join(whole, power)
+        power = join(power, power)
+    assert whole is not None
+    return whole[0], whole[1], jnp.minimum(t + n - 1, end)
 
 
 def gae(v_tm1: Array, r_t: Array, discount_t: Array, v_t: Array, continue_t: Array, lambda_: Array | float) -> Array:

@@ -90,13 +90,13 @@ def test_wrong_words_say_what_is_allowed(args, message, tmp_path):
 
 
 def test_optimizers_are_compared(tmp_path):
-    args = ("--optimizers", "sgd", "muon", "--learning-rates", "0.01", "0.1", "--num-seeds", 2, "--env", "Catch-bsuite")
+    args = ("--optimizers", "sgd", "adam", "--learning-rates", "0.01", "0.1", "--num-seeds", 2, "--env", "Catch-bsuite")
     args = (*args, "--env-steps", 1024, "--toy-steps", 100, "--folder", tmp_path)
     done = experiment(*args, name="optimizers")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "optimizers.csv").open()))
     assert [(r["optimizer"], r["learning rate"]) for r in rows] == [
-        (name, rate) for name in ("sgd", "muon") for rate in ("0.01", "0.1")
+        (name, rate) for name in ("sgd", "adam") for rate in ("0.01", "0.1")
     ]
     assert (tmp_path / "optimizers.png").stat().st_size > 10_000
     for words, message in (
@@ -110,7 +110,7 @@ def test_optimizers_are_compared(tmp_path):
 
 def test_precisions_are_compared(tmp_path):
     args = ("--variants", "float32", "all bfloat16 stochastic", "--num-seeds", 2, "--env", "Catch-bsuite")
-    args = (*args, "--folder", tmp_path, "--memory-width", 128)
+    args = (*args, "--folder", tmp_path, "--memory-width", 0)
     done = experiment(*args, "--env-steps", 1024, name="precision")
     assert done.returncode == 0, done.stderr
     wide, narrow = csv.DictReader((tmp_path / "precision.csv").open())
@@ -121,6 +121,32 @@ def test_precisions_are_compared(tmp_path):
     assert [r["width"] for r in csv.DictReader((tmp_path / "speed.csv").open())] == ["16", "16"]
     done = experiment("--variants", "float8", name="precision", cwd=tmp_path)
     assert done.returncode == 1 and "error: variants must be one of float32, bfloat16" in done.stderr
+
+
+def test_the_random_walk_s_figures(tmp_path):
+    done = experiment("--runs", 8, "--folder", tmp_path, name="td_random_walk")
+    assert done.returncode == 0, done.stderr
+    rows = {
+        (r["method"], r["setting"]): float(r["RMS error"])
+        for r in csv.DictReader((tmp_path / "td_random_walk.csv").open())
+    }
+    for method, setting, error in (  # read off the book's plots
+        ("n-step TD", "n = 4", 0.26),
+        ("n-step TD", "n = 1", 0.35),
+        ("TD(lambda)", "lambda = 0.8", 0.26),
+        ("offline lambda-return", "lambda = 0.8", 0.25),
+    ):
+        assert abs(rows[method, setting] - error) < 0.05
+    assert (tmp_path / "td_random_walk.png").stat().st_size > 10_000
+
+
+def test_the_cliff_s_figures(tmp_path):
+    args = ("--runs", 20, "--episodes", 100, "--methods", "sarsa", "q_learning", "--folder", tmp_path)
+    done = experiment(*args, name="q_learning")
+    assert done.returncode == 0, done.stderr
+    assert "the best possible: -13" in done.stdout and (tmp_path / "q_learning.png").exists()
+    done = experiment("--methods", "q-learning", name="q_learning", cwd=tmp_path)
+    assert done.returncode == 1 and "error: methods must be one of sarsa, expected_sarsa" in done.stderr
 
 
 def test_help_reads_well():

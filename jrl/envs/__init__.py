@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jrl.envs import gymnax, probes, wrappers
+from jrl.envs import gymnax, probes, tabular, wrappers
 from jrl.envs.types import (
     Box,
     Discrete,
@@ -30,10 +30,11 @@ __all__ = [
     "observation_spec",
     "register",
     "strict",
+    "tabular",
     "wrappers",
 ]
 
-_registered: dict[str, Callable[..., Environment]] = dict(probes.PROBES)
+_registered: dict[str, Callable[..., Environment]] = {**probes.PROBES, **tabular.NAMED}
 
 
 def register(name: str, factory: Callable[..., Environment]) -> None:

@@ -1,0 +1,96 @@
+"""Acting by tables, after Sutton & Barto (2nd ed.): the cliff walk (figure 6.4) and maximization bias (figure 6.5).
+
+python experiments/q_learning.py
+python experiments/q_learning.py --runs 1000 --methods q_learning sarsa expected_sarsa double_q tree_backup
+
+All runs of a method are one compiled program. It leaves q_learning.png.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import jax
+import numpy as np
+import tyro
+
+from jrl import checks, envs, mdp, run
+from jrl.algos import td
+from jrl.envs import tabular
+from jrl.run import cli, plot
+
+
+@dataclass(frozen=True)
+class Args:
+    """Reproduce the book's figures of control.
+
+    Attributes:
+        methods: on the cliff, of sarsa, expected_sarsa, q_learning, double_q, sarsa_lambda, watkins_q, tree_backup.
+        runs: averaged into each point.
+        episodes: of the cliff walk.
+        seed: of all runs.
+        folder: where the plot goes.
+    """
+
+    methods: tuple[str, ...] = ("sarsa", "expected_sarsa", "q_learning", "sarsa_lambda")
+    runs: int = 200
+    episodes: int = 300
+    seed: int = 0
+    folder: Path = Path("runs/q-learning")
+
+
+def by_episode(
+    env: envs.Environment, method: str, hyper: td.Hyper, env_steps: int, runs: int, seed: int, metric: str
+) -> np.ndarray:
+    """A metric of each run's episodes in their order, ``[runs, episodes]``; as many as every run finished."""
+    algo = td.make(env, td.Config(method, num_steps=1), hyper)  # type: ignore[arg-type]  # checked in main
+    train = jax.jit(lambda keys: jax.vmap(run.train_fn(algo, env_steps))(keys)[1][metric])
+    history = np.asarray(train(jax.random.split(jax.random.key(seed), runs)))
+    ended = [row[~np.isnan(row)] for row in history]  # NaN where no episode ended at that step
+    return np.stack([row[: min(map(len, ended))] for row in ended])
+
+
+def main(argv: list[str]) -> None:
+    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    for name in ("runs", "episodes"):
+        checks.positive_int(name, getattr(args, name))
+    for method in args.methods:
+        checks.one_of("methods", method, get_args(td.Method))
+    args.folder.mkdir(parents=True, exist_ok=True)
+
+    cliff = envs.make("CliffWalking")
+    hyper = td.Hyper(learning_rate=0.5, gamma=1.0, epsilon=0.1)
+    walks, biases = [], []
+    print("cliff walk, return an episode in the last tenth of the episodes:")
+    for method in args.methods:
+        rate = 0.2 if method in ("sarsa_lambda", "watkins_q") else 0.5  # traces repeat each step many times
+        faster = hyper._replace(learning_rate=rate)
+        returns = by_episode(cliff, method, faster, 60 * args.episodes, args.runs, args.seed, "episode_return")
+        returns = returns[:, : args.episodes]
+        walks.append((method, np.arange(1, returns.shape[1] + 1), np.maximum(returns, -150)))
+        print(f"  {method}: {returns[:, -max(1, args.episodes // 10) :].mean():.1f}", flush=True)
+    best = float(mdp.value_iteration(tabular.cliff(), 1.0)[36])
+    print(f"  the best possible: {best:.0f}")
+
+    bias = envs.strict(tabular.environment(tabular.maximization_bias(), "bias"))
+    print("maximization bias, episodes that go left, first 10 and last 10 of 300 (the best possible 5%):")
+    for method in ("q_learning", "double_q", "expected_sarsa"):
+        # An episode that goes left takes two steps, one that goes right a single one.
+        lengths = by_episode(bias, method, td.Hyper(0.1, 1.0, 0.1), 600, 5 * args.runs, args.seed, "episode_length")
+        left = 100 * (lengths[:, :300] - 1)
+        groups = np.array_split(left, 20)  # means over groups of runs: a single run only says yes or no
+        biases.append((method, np.arange(1, 301), np.stack([g.mean(0) for g in groups])))
+        print(f"  {method}: {left[:, :10].mean():.0f}% {left[:, -10:].mean():.0f}%", flush=True)
+
+    plot.draw(
+        args.folder / "q_learning.png",
+        [
+            plot.Panel("6.4: cliff walk", "episodes", "sum of rewards (cut at -150)", walks),
+            plot.Panel("6.5: maximization bias", "episodes", "% left from A", biases),
+        ],
+    )
+    print(f"{args.folder}/q_learning.png")
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,451 @@
+"""Temporal differences with tables and linear features (Sutton & Barto, 2nd ed., chapters 5-7, 9, 11, 12).
+
+From the Bellman equation to the update, in four lines:
+
+    v_pi(s) = E[ R + gamma v_pi(S') | S = s ]                       Bellman equation                        (3.14)
+    0       = E[ R + gamma v(S') - v(S) | S = s ]                   holds for v = v_pi, and for no other v
+    delta   = R + gamma v(S') - v(S)                                one sample of it, the TD error          (6.5)
+    v(S)   <- v(S) + alpha delta                                    a step that brings its mean to 0        (6.2)
+
+With features ``v(s) = w . x(s)``, a table being one-hot features, the step is ``w <- w + alpha delta x(S)``: the
+gradient of ``-1/2 (target - w . x)^2`` with the target held still, hence *semi-gradient* (9.7).
+
+The first half predicts the value of a policy from a stream of transitions; each method is a function of the weights and the
+stream. The second half learns to act: each method is one equation for its target (``TARGETS``), and ``make`` runs them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from jrl import checks, returns
+from jrl.algorithm import Algorithm, Metrics
+from jrl.envs.types import Discrete, Environment, MaskedObs, observation_spec
+from jrl.rollout import mean_or_nan
+
+Array = jax.Array
+Trace = Literal["accumulating", "replacing", "dutch"]
+
+
+# Prediction
+
+
+class Stream(NamedTuple):
+    """Transitions in the order they happened, episodes one after another, leading axis ``[T]``.
+
+    Attributes:
+        x_tm1: features of the state left, float32 ``[T, d]`` (one-hot for a table).
+        r_t: reward.
+        discount_t: gamma, or 0 where the episode terminated.
+        x_t: features of the state reached, before any reset, ``[T, d]``.
+        continue_t: 0 where the episode ended, terminated or truncated; else 1.
+    """
+
+    x_tm1: Array
+    r_t: Array
+    discount_t: Array
+    x_t: Array
+    continue_t: Array
+
+
+Path = tuple[Array, Array]  # the weights after the last transition [d], and after each [T, d]
+
+
+def td(w: Array, stream: Stream, alpha: Array | float) -> Path:
+    """TD(0) (6.2, 9.7): ``w += alpha (r + discount v(s') - v(s)) x``."""
+
+    def step(w: Array, t: Stream) -> tuple[Array, Array]:
+        delta = returns.td_error(w @ t.x_tm1, t.r_t, t.discount_t, w @ t.x_t)
+        w = w + alpha * delta * t.x_tm1
+        return w, w
+
+    return jax.lax.scan(step, w, stream)
+
+
+def n_step_td(w: Array, stream: Stream, alpha: Array | float, n: int) -> Path:
+    """n-step TD (7.2): the target sums n rewards, fewer at the end of an episode, and bootstraps from the weights of then.
+
+    The book updates a state n steps late, and those left over when the episode ends: in the order in which they were
+    visited, each after the one before, which is the order here.
+    """
+    reward, discount, last = returns.n_step_transitions(stream.r_t, stream.discount_t, stream.continue_t, n)
+
+    def step(w: Array, t: tuple[Array, ...]) -> tuple[Array, Array]:
+        x, reward, discount, x_last = t
+        w = w + alpha * (reward + discount * (w @ x_last) - w @ x) * x
+        return w, w
+
+    return jax.lax.scan(step, w, (stream.x_tm1, reward, discount, stream.x_t[last]))
+
+
+def monte_carlo(w: Array, stream: Stream, alpha: Array | float) -> Path:
+    """Every-visit constant-alpha Monte Carlo (6.1): the target is the return; an unfinished one bootstraps at the end."""
+    return n_step_td(w, stream, alpha, len(stream.r_t))
+
+
+def td_lambda(
+    w: Array, stream: Stream, alpha: Array | float, lambda_: Array | float, trace: Trace = "accumulating"
+) -> Path:
+    """TD(lambda) by eligibility traces, the backward view.
+
+    accumulating: ``e <- gamma lambda e + x``                                          (12.5)
+    replacing:    ``e <- x`` where x is not 0 (1 for a table), else ``gamma lambda e``  (12.12)
+    dutch:        ``e <- gamma lambda e + (1 - alpha gamma lambda e . x) x``, with the true online update (12.11).
+
+    Raises ``ValueError`` for another trace.
+    """
+    checks.one_of("trace", trace, get_args(Trace))
+
+    def step(carry: tuple[Array, Array, Array], t: Stream) -> tuple[tuple[Array, Array, Array], Array]:
+        w, e, v_old = carry
+        v, v_next = w @ t.x_tm1, w @ t.x_t
+        delta = returns.td_error(v, t.r_t, t.discount_t, v_next)
+        match trace:
+            case "accumulating":
+                e = e + t.x_tm1
+                w = w + alpha * delta * e
+            case "replacing":
+                e = jnp.where(t.x_tm1 != 0, t.x_tm1, e)
+                w = w + alpha * delta * e
+            case "dutch":
+                e = e + (1 - alpha * e @ t.x_tm1) * t.x_tm1
+                w = w + alpha * (delta + v - v_old) * e - alpha * (v - v_old) * t.x_tm1
+        # Decayed here, by the discount between this state and the next; forgotten where the episode ends.
+        e = e * t.discount_t * lambda_ * t.continue_t
+        return (w, e, v_next * t.continue_t), w
+
+    (w, _, _), path = jax.lax.scan(step, (w, jnp.zeros_like(w), jnp.float32(0)), stream)
+    return w, path
+
+
+def lambda_return(w: Array, stream: Stream, alpha: Array | float, lambda_: Array | float) -> Array:
+    """The offline lambda-return algorithm (12.4) on one episode, the forward view: the weights after it, ``[d]``.
+
+    The targets are lambda returns with the weights of before the episode. A transition after the end (``r_t = 0``, features
+    0) changes nothing, so that episodes may be padded.
+    """
+    target = returns.lambda_returns(stream.r_t, stream.discount_t, stream.x_t @ w, stream.continue_t, lambda_)
+
+    def step(w: Array, t: tuple[Array, Array]) -> tuple[Array, None]:
+        x, g = t
+        return w + alpha * (g - w @ x) * x, None
+
+    return jax.lax.scan(step, w, (stream.x_tm1, target))[0]
+
+
+def gradient_td(
+    w: Array,
+    stream: Stream,
+    alpha: Array | float,
+    beta: Array | float,
+    rho_t: Array,
+    method: Literal["tdc", "gtd2", "semi"] = "tdc",
+) -> Path:
+    """Off-policy TD(0) with linear features and importance ratios ``rho_t = pi(a|s) / b(a|s)``, ``[T]``.
+
+    semi: ``w += alpha rho delta x``                                                    (11.2), which may diverge
+    gtd2: ``w += alpha rho (x - discount x') (x . u)``                                  (section 11.7)
+    tdc:  ``w += alpha rho (delta x - discount x' (x . u))``                            (section 11.7)
+
+    with ``u += beta rho (delta - x . u) x``, a running least-squares estimate of ``E[x x]^-1 E[rho delta x]``.
+    Raises ``ValueError`` for another method.
+    """
+    checks.one_of("method", method, ("tdc", "gtd2", "semi"))
+
+    def step(carry: tuple[Array, Array], t: tuple[Stream, Array]) -> tuple[tuple[Array, Array], Array]:
+        (w, u), (now, rho) = carry, t
+        x, x_next = now.x_tm1, now.discount_t * now.x_t
+        delta = returns.td_error(w @ x, now.r_t, now.discount_t, w @ now.x_t)
+        match method:
+            case "semi":
+                change = delta * x
+            case "gtd2":
+                change = (x - x_next) * (x @ u)
+            case "tdc":
+                change = delta * x - x_next * (x @ u)
+        w = w + alpha * rho * change
+        u = u + beta * rho * (delta - x @ u) * x
+        return (w, u), w
+
+    (w, _), path = jax.lax.scan(step, (w, jnp.zeros_like(w)), (stream, rho_t))
+    return w, path
+
+
+# Control: action values that are linear in the observation, ``q(x, a) = q[a] . x``; a table for one-hot observations
+
+Method = Literal["sarsa", "expected_sarsa", "q_learning", "double_q", "sarsa_lambda", "watkins_q", "tree_backup"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Static settings.
+
+    Attributes:
+        method: sarsa (6.7), expected_sarsa (6.9), q_learning (6.8), double_q (6.10), sarsa_lambda (section 12.7),
+            watkins_q (section 12.10), tree_backup (n steps, section 7.5).
+        trace: of the lambda methods, accumulating or replacing.
+        n: steps of tree_backup.
+        num_steps: environment steps per update; each one is learned from at once.
+        initial: weights at the start; for a table the value of every state and action.
+    """
+
+    method: Method = "q_learning"
+    trace: Literal["accumulating", "replacing"] = "accumulating"
+    n: int = 3
+    num_steps: int = 100
+    initial: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.one_of("config.method", self.method, get_args(Method))
+        checks.one_of("config.trace", self.trace, ("accumulating", "replacing"))
+        for name in ("n", "num_steps"):
+            checks.positive_int(f"config.{name}", getattr(self, name))
+
+
+class Hyper(NamedTuple):
+    """Hyperparameters: data of the state, floats or traced scalars, that may differ between vmapped runs.
+
+    Attributes:
+        learning_rate: alpha.
+        gamma: discount of the return.
+        epsilon: share of actions chosen uniformly.
+        trace_decay: lambda of sarsa_lambda and watkins_q.
+    """
+
+    learning_rate: float = 0.1
+    gamma: float = 0.99
+    epsilon: float = 0.1
+    trace_decay: float = 0.9
+
+
+class Transition(NamedTuple):
+    """One step as the learner sees it; ``a_t`` is the action it will take next. Actions are one-hot ``[A]``."""
+
+    x_tm1: Array
+    a_tm1: Array
+    r_t: Array
+    discount_t: Array
+    x_t: Array
+    a_t: Array
+    legal_t: Array
+    ended: Array
+
+
+class State(NamedTuple):
+    """The whole run. ``q`` is ``[A, d]``, or ``[2, A, d]`` for double_q."""
+
+    q: Array
+    memory: Any  # of the method: traces [A, d], or the last n transitions
+    env_state: Any
+    x: Array
+    legal: Array
+    action: Array  # chosen for x already: sarsa learns from the action that it will take
+    episode_return: Array
+    episode_length: Array
+    key: Array
+    hyper: Hyper
+
+
+def expected(q: Array, pi: Array) -> Array:
+    """``sum_a pi(a) q(a)``."""
+    return jnp.sum(pi * q)
+
+
+def epsilon_greedy(q: Array, epsilon: Array | float, legal: Array) -> Array:
+    """Probabilities ``[A]``: epsilon spread over all legal actions, the rest over the best ones, ties evenly."""
+    best = legal & (q == jnp.max(jnp.where(legal, q, -jnp.inf)))
+    return epsilon * legal / legal.sum() + (1 - epsilon) * best / best.sum()
+
+
+def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
+    """A method of control in ``env``, which must have discrete actions and a float observation vector.
+
+    ``envs.tabular.environment(mdp)`` makes one of any finite process. Raises ``ValueError`` for another environment or a
+    number out of range.
+    """
+    check_hyper(hyper)
+    spec = observation_spec(env)
+    shape = spec.obs if isinstance(spec, MaskedObs) else spec
+    if not isinstance(env.action_space, Discrete):
+        raise ValueError(f"td needs discrete actions; {env.name} has {env.action_space}")
+    if getattr(shape, "ndim", 0) != 1:
+        raise ValueError(f"td needs an observation vector; {env.name} has {shape}")
+    num_actions, num_features = env.action_space.n, shape.shape[0]
+    learn, start_memory = METHODS[config.method]
+    defaults = hyper
+
+    def look(obs: Any) -> tuple[Array, Array]:
+        if isinstance(obs, MaskedObs):
+            return obs.obs.astype(jnp.float32), obs.mask
+        return obs.astype(jnp.float32), jnp.ones(num_actions, bool)
+
+    def values(q: Array, x: Array) -> Array:
+        return (q.sum(0) if config.method == "double_q" else q) @ x
+
+    def choose(key: Array, q: Array, x: Array, legal: Array, epsilon: Array | float) -> Array:
+        return jax.random.categorical(key, jnp.log(epsilon_greedy(values(q, x), epsilon, legal))).astype(jnp.int32)
+
+    def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
+        hyper = defaults if hyper is None else hyper
+        check_hyper(hyper)
+        key_reset, key_action, key_run = jax.random.split(key, 3)
+        hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
+        obs, env_state = env.reset(key_reset)
+        x, legal = look(obs)
+        shape = (num_actions, num_features)
+        q = jnp.full((2, *shape) if config.method == "double_q" else shape, config.initial, jnp.float32)
+        action = choose(key_action, q, x, legal, hyper.epsilon)
+        memory = start_memory(config, num_actions, num_features)
+        zero = jnp.float32(0)
+        return State(q, memory, env_state, x, legal, action, zero, zero, key_run, hyper)
+
+    def step(state: State, _: None) -> tuple[State, tuple[Array, ...]]:
+        key, key_env, key_reset, key_action, key_coin = jax.random.split(state.key, 5)
+        obs, env_state, reward, terminated, truncated = env.step(key_env, state.env_state, state.action)
+        x_t, legal_t = look(obs)
+        key_next, key_first = jax.random.split(key_action)
+        a_t = choose(key_next, state.q, x_t, legal_t, state.hyper.epsilon)
+        ended = terminated | truncated
+        one_hot = jax.nn.one_hot(jnp.stack([state.action, a_t]), num_actions)
+        discount_t = state.hyper.gamma * (1.0 - terminated)
+        transition = Transition(state.x, one_hot[0], reward, discount_t, x_t, one_hot[1], legal_t, ended)
+        q, memory, delta = learn(config, state.hyper, state.q, state.memory, transition, key_coin)
+
+        first_obs, first_state = env.reset(key_reset)
+        first_x, first_legal = look(first_obs)
+        first_action = choose(key_first, q, first_x, first_legal, state.hyper.epsilon)
+        fresh = (first_state, first_x, first_legal, first_action)
+        env_state, x, legal, action = jax.tree.map(
+            lambda new, old: jnp.where(ended, new, old), fresh, (env_state, x_t, legal_t, a_t)
+        )
+        total, length = state.episode_return + reward, state.episode_length + 1
+        kept = jnp.where(ended, 0.0, total), jnp.where(ended, 0.0, length)
+        seen = (jnp.where(ended, 1.0, 0.0), jnp.where(ended, total, 0.0), jnp.where(ended, length, 0.0), delta**2)
+        return State(q, memory, env_state, x, legal, action, *kept, key, state.hyper), seen
+
+    def update(state: State) -> tuple[State, Metrics]:
+        state, (ended, total, length, squared) = jax.lax.scan(step, state, length=config.num_steps)
+        episodes = ended.sum()
+        return state, {
+            "td_error": jnp.sqrt(squared.mean()),
+            "episodes": episodes,
+            "episode_return": mean_or_nan(total.sum(), episodes),
+            "episode_length": mean_or_nan(length.sum(), episodes),
+        }
+
+    def act(state: State, obs: Any, key: Array | None = None, memory: Any = None) -> tuple[Array, Any]:
+        x, legal = look(obs)
+        if key is None:
+            return jnp.argmax(jnp.where(legal, values(state.q, x), -jnp.inf)).astype(jnp.int32), ()
+        return choose(key, state.q, x, legal, state.hyper.epsilon), ()
+
+    remake = lambda config: make(env, config, hyper)  # noqa: E731
+    return Algorithm(init, update, act, config.num_steps, "td", env, config, hyper, False, remake)
+
+
+def check_hyper(hyper: Hyper) -> None:
+    """Raise ``ValueError`` for a concrete number outside its range; traced numbers pass."""
+    checks.within("hyper.learning_rate", hyper.learning_rate, 0, float("inf"))
+    for name in ("gamma", "epsilon", "trace_decay"):
+        checks.within(f"hyper.{name}", getattr(hyper, name), 0, 1)
+
+
+# One method a function: (config, hyper, q, memory, transition, key) -> (q, memory, TD error)
+
+Learned = tuple[Array, Any, Array]
+
+
+def _one_step(target: Callable[[Hyper, Array, Transition], Array]) -> Callable[..., Learned]:
+    """``q(s, a) += alpha (r + discount target - q(s, a))``."""
+
+    def learn(config: Config, h: Hyper, q: Array, memory: Any, t: Transition, key: Array) -> Learned:
+        delta = t.r_t + t.discount_t * target(h, q @ t.x_t, t) - t.a_tm1 @ q @ t.x_tm1
+        return q + h.learning_rate * delta * jnp.outer(t.a_tm1, t.x_tm1), memory, delta
+
+    return learn
+
+
+def _best(q: Array, t: Transition) -> Array:
+    return jnp.max(jnp.where(t.legal_t, q, -jnp.inf))
+
+
+def _double_q(config: Config, h: Hyper, q: Array, memory: Any, t: Transition, key: Array) -> Learned:
+    """One table, by the toss of a coin, moves to the other's value of the action that is best by its own (6.10)."""
+    first = jax.random.bernoulli(key)
+    this, other = jnp.where(first, q, q[::-1])
+    best = jax.nn.one_hot(jnp.argmax(jnp.where(t.legal_t, this @ t.x_t, -jnp.inf)), len(t.a_t))
+    delta = t.r_t + t.discount_t * (best @ other @ t.x_t) - t.a_tm1 @ this @ t.x_tm1
+    changed = this + h.learning_rate * delta * jnp.outer(t.a_tm1, t.x_tm1)
+    return jnp.where(first, jnp.stack([changed, other]), jnp.stack([other, changed])), memory, delta
+
+
+def _with_traces(greedy: bool) -> Callable[..., Learned]:
+    """SARSA(lambda), or Watkins's Q(lambda), whose traces end with the first action that is not greedy."""
+
+    def learn(config: Config, h: Hyper, q: Array, e: Array, t: Transition, key: Array) -> Learned:
+        q_t = q @ t.x_t
+        target = _best(q_t, t) if greedy else t.a_t @ q_t
+        delta = t.r_t + t.discount_t * target - t.a_tm1 @ q @ t.x_tm1
+        here = jnp.outer(t.a_tm1, t.x_tm1)
+        e = e + here if config.trace == "accumulating" else jnp.where(here != 0, here, e)
+        q = q + h.learning_rate * delta * e
+        goes_on = ~t.ended & (t.a_t @ q_t >= target) if greedy else ~t.ended
+        return q, e * jnp.where(goes_on, t.discount_t * h.trace_decay, 0.0), delta
+
+    return learn
+
+
+class _Window(NamedTuple):
+    """The last n transitions, the newest last, and which are there."""
+
+    transitions: Transition
+    there: Array
+
+
+def _tree_backup(config: Config, h: Hyper, q: Array, window: _Window, t: Transition, key: Array) -> Learned:
+    """n-step tree backup (7.16): the oldest of n transitions is learned from; at the end of an episode all that are left."""
+    push = lambda old, new: jnp.concatenate([old[1:], new[None]])  # noqa: E731
+    w = jax.tree.map(push, window, _Window(t, jnp.bool_(True)))
+    parts = w.transitions
+    error = jnp.float32(0)
+    for i in range(config.n):  # the book's order: the oldest first, each with the weights left by the one before
+        pi = jax.vmap(lambda x, legal, q=q: epsilon_greedy(q @ x, h.epsilon, legal))(parts.x_t, parts.legal_t)
+        g = expected(q @ parts.x_t[-1], pi[-1])
+        g = parts.r_t[-1] + parts.discount_t[-1] * g
+        for k in reversed(range(i, config.n - 1)):
+            # What was not taken is expected by its value, what was taken by what came of it.
+            values, taken = q @ parts.x_t[k], parts.a_tm1[k + 1]
+            g = parts.r_t[k] + parts.discount_t[k] * (expected(values * (1 - taken), pi[k]) + (pi[k] @ taken) * g)
+        delta = g - parts.a_tm1[i] @ q @ parts.x_tm1[i]
+        due = w.there[i] & (t.ended | (i == 0))
+        q = q + jnp.where(due, h.learning_rate * delta, 0.0) * jnp.outer(parts.a_tm1[i], parts.x_tm1[i])
+        error = jnp.where(due, delta, error)
+    return q, w._replace(there=w.there & ~t.ended), error
+
+
+def _no_memory(config: Config, num_actions: int, num_features: int) -> Any:
+    return ()
+
+
+def _traces(config: Config, num_actions: int, num_features: int) -> Array:
+    return jnp.zeros((num_actions, num_features))
+
+
+def _empty_window(config: Config, num_actions: int, num_features: int) -> _Window:
+    x, a, scalar = (jnp.zeros((config.n, *shape)) for shape in ((num_features,), (num_actions,), ()))
+    yes, legal = jnp.zeros(config.n, bool), jnp.ones((config.n, num_actions), bool)
+    return _Window(Transition(x, a, scalar, scalar, x, a, legal, yes), yes)
+
+
+METHODS: dict[str, tuple[Callable[..., Learned], Callable[..., Any]]] = {
+    "sarsa": (_one_step(lambda h, q, t: t.a_t @ q), _no_memory),
+    "expected_sarsa": (_one_step(lambda h, q, t: expected(q, epsilon_greedy(q, h.epsilon, t.legal_t))), _no_memory),
+    "q_learning": (_one_step(lambda h, q, t: _best(q, t)), _no_memory),
+    "double_q": (_double_q, _no_memory),
+    "sarsa_lambda": (_with_traces(greedy=False), _traces),
+    "watkins_q": (_with_traces(greedy=True), _traces),
+    "tree_backup": (_tree_backup, _empty_window),
+}

@@ -1,0 +1,196 @@
+"""Well-known finite decision processes as arrays (``jrl.mdp.MDP``), and any such process as an environment."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrl import mdp as mdps
+from jrl.envs.types import Discrete, Environment, MaskedObs
+from jrl.mdp import MDP
+
+Array = jax.Array
+MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))  # left, down, right, up: (row, column)
+FROZEN_LAKE = ("SFFF", "FHFH", "FFFH", "HFFG")
+
+
+def random_walk(num_states: int = 19, left: float = -1.0, right: float = 1.0) -> MDP:
+    """A walk over ``num_states`` states that starts in the middle and ends beyond either end (examples 6.2 and 7.1).
+
+    Its one action goes left or right by chance; leaving on the left pays ``left``, on the right ``right``. States 0 and
+    ``num_states + 1`` are terminal.
+    """
+    n = num_states + 2
+    transition, reward = np.zeros((n, 1, n)), np.zeros((n, 1, n))
+    for s in range(n):
+        for to in (s - 1, s + 1) if 0 < s < n - 1 else (s, s):
+            transition[s, 0, to] += 0.5
+    reward[1, 0, 0], reward[n - 2, 0, n - 1] = left, right
+    terminal = np.isin(np.arange(n), (0, n - 1))
+    return mdps.make(transition, reward, terminal, np.eye(n)[n // 2])
+
+
+def gridworld(
+    rows: Sequence[str],
+    step_reward: float = 0.0,
+    rewards: dict[str, float] | None = None,
+    terminals: str = "GH",
+    teleport: dict[str, str] | None = None,
+    slip: float = 0.0,
+) -> MDP:
+    """A grid from its map: S a start, # a wall, any other letter a cell; actions left, down, right, up.
+
+    Args:
+        rows: of the map, all of one length.
+        step_reward: for every move.
+        rewards: for arriving on a letter, instead.
+        terminals: letters on which an episode ends.
+        teleport: letters that send one who arrives to (the first cell of) another letter.
+        slip: probability of going to each side instead, so that 2/3 of moves go astray at 1/3.
+
+    Raises ``ValueError`` for a ragged map or one without a start.
+    """
+    if len({len(row) for row in rows}) != 1:
+        raise ValueError("the rows of a gridworld must have one length")
+    cells = np.array([list(row) for row in rows])
+    height, width = cells.shape
+    letters = cells.ravel()
+    if "S" not in letters:
+        raise ValueError("a gridworld needs a start, S")
+    n = letters.size
+    transition, reward = np.zeros((n, 4, n)), np.zeros((n, 4, n))
+    terminal = np.isin(letters, list(terminals))
+
+    def arrive(s: int, direction: int) -> tuple[int, float]:
+        row, column = divmod(s, width)
+        row = min(max(row + MOVES[direction][0], 0), height - 1)
+        column = min(max(column + MOVES[direction][1], 0), width - 1)
+        to = s if cells[row, column] == "#" else row * width + column
+        letter = letters[to]
+        earned = (rewards or {}).get(letter, step_reward)
+        if teleport and letter in teleport:
+            to = int(np.flatnonzero(letters == teleport[letter])[0])
+        return to, earned
+
+    for s in range(n):
+        for action in range(4):
+            for turn, probability in ((0, 1 - 2 * slip), (1, slip), (-1, slip)):
+                to, earned = (s, 0.0) if terminal[s] else arrive(s, (action + turn) % 4)
+                transition[s, action, to] += probability
+                reward[s, action, to] = earned
+    start = letters == "S"
+    return mdps.make(transition, reward, terminal, start / start.sum())
+
+
+def cliff() -> MDP:
+    """The cliff walk (example 6.6): -1 a step, -100 and back to the start for a step over the edge."""
+    rows = [*(["." * 12] * 3), "S" + "C" * 10 + "G"]
+    return gridworld(rows, step_reward=-1.0, rewards={"C": -100.0}, teleport={"C": "S"})
+
+
+def frozen_lake(rows: Sequence[str] = FROZEN_LAKE, slippery: bool = True) -> MDP:
+    """The frozen lake: 1 for the goal, holes end the episode; on ice a third of the moves goes to either side."""
+    return gridworld(rows, rewards={"G": 1.0}, slip=1 / 3 if slippery else 0.0)
+
+
+def maximization_bias(num_actions: int = 10) -> MDP:
+    """Example 6.7: from A (state 1), right (action 1) ends with 0; left leads to B (state 0), all whose actions end with
+    noise of mean -0.1 and standard deviation 1. State 2 is terminal."""
+    transition, reward, std = np.zeros((3, num_actions, 3)), np.zeros((3, num_actions, 3)), np.zeros((3, num_actions))
+    transition[:, :, 2] = 1
+    transition[1, 0] = (1, 0, 0)
+    reward[0], std[0] = -0.1, 1
+    legal = np.ones((3, num_actions), bool)
+    legal[1, 2:] = False
+    return mdps.make(transition, reward, np.arange(3) == 2, np.arange(3) == 1, legal, std)
+
+
+def baird() -> tuple[MDP, Array, Array, Array]:
+    """Baird's counterexample (figure 11.1): the process, features ``[7, 8]``, behaviour and target policies ``[7, 2]``.
+
+    Action 0 (dashed) goes to one of the upper six states, action 1 (solid) to the seventh; all rewards are 0.
+    """
+    transition = np.zeros((7, 2, 7))
+    transition[:, 0, :6], transition[:, 1, 6] = 1 / 6, 1
+    features = np.concatenate([2 * np.eye(7), np.ones((7, 1))], axis=1)
+    features[6, 6], features[6, 7] = 1, 2
+    behaviour, target = np.tile([6 / 7, 1 / 7], (7, 1)), np.tile([0.0, 1.0], (7, 1))
+    as_array = (jnp.asarray(x, jnp.float32) for x in (features, behaviour, target))
+    return (mdps.make(transition, np.zeros((7, 2))), *as_array)  # type: ignore[return-value]
+
+
+def garnet(key: Array, num_states: int = 10, num_actions: int = 4, branching: int = 3) -> MDP:
+    """A random process (Bhatnagar et al. 2009, section 8): ``branching`` next states with random probabilities, normal rewards.
+
+    Nothing is terminal. Raises ``ValueError`` if ``branching`` is more than ``num_states``.
+    """
+    if not 1 <= branching <= num_states:
+        raise ValueError(f"branching must be between 1 and num_states = {num_states}; got {branching}")
+    key_next, key_cuts, key_reward = jax.random.split(key, 3)
+    shape = (num_states, num_actions)
+    nexts = jnp.argsort(jax.random.uniform(key_next, (*shape, num_states)), axis=-1)[..., :branching]
+    cuts = jnp.sort(jax.random.uniform(key_cuts, (*shape, branching - 1)), axis=-1)
+    probabilities = jnp.diff(cuts, prepend=0.0, append=1.0, axis=-1)
+    transition = jnp.sum(jax.nn.one_hot(nexts, num_states) * probabilities[..., None], axis=-2)
+    return mdps.make(transition, jax.random.normal(key_reward, shape))
+
+
+def environment(mdp: MDP, name: str = "MDP", time_limit: int | None = None, one_hot: bool = True) -> Environment:
+    """The process as an environment: its observation is the state as one-hot float32 ``[S]``, else int32 ``[]``.
+
+    Where some actions are illegal (of a concrete process) it is a ``MaskedObs``. Episodes end in terminal states, and are truncated after
+    ``time_limit`` steps.
+    """
+    num_states, num_actions, _ = mdp.transition.shape
+    masked = not (isinstance(mdp.legal, jax.core.Tracer) or bool(mdp.legal.all()))
+
+    def observe(s: Array) -> Array | MaskedObs:
+        obs = jax.nn.one_hot(s, num_states) if one_hot else s
+        return MaskedObs(obs, mdp.legal[s]) if masked else obs
+
+    def reset(key: Array):
+        s = jax.random.categorical(key, jnp.log(mdp.start)).astype(jnp.int32)
+        return observe(s), (s, jnp.int32(0))
+
+    def step(key: Array, state: tuple[Array, Array], action: Array):
+        s, t = state
+        key_next, key_reward = jax.random.split(key)
+        to = jax.random.categorical(key_next, jnp.log(mdp.transition[s, action])).astype(jnp.int32)
+        reward = mdp.reward[s, action, to] + mdp.reward_std[s, action] * jax.random.normal(key_reward)
+        truncated = jnp.bool_(False) if time_limit is None else t + 1 >= time_limit
+        return observe(to), (to, t + 1), reward, mdp.terminal[to], truncated
+
+    return Environment(name, reset, step, Discrete(num_actions), time_limit, time_limit)
+
+
+def _walk(num_states: int = 19, one_hot: bool = True) -> Environment:
+    return environment(random_walk(num_states), "RandomWalk", one_hot=one_hot)
+
+
+def _cliff(time_limit: int = 1000, one_hot: bool = True) -> Environment:
+    return environment(cliff(), "CliffWalking", time_limit, one_hot)
+
+
+def _frozen_lake(slippery: bool = True, time_limit: int = 100, one_hot: bool = True) -> Environment:
+    return environment(frozen_lake(slippery=slippery), "FrozenLake", time_limit, one_hot)
+
+
+def _garnet(
+    seed: int = 0,
+    num_states: int = 10,
+    num_actions: int = 4,
+    branching: int = 3,
+    time_limit: int = 100,
+    one_hot: bool = True,
+) -> Environment:
+    process = garnet(jax.random.key(seed), num_states, num_actions, branching)
+    return environment(process, "Garnet", time_limit, one_hot)
+
+
+NAMED: dict[str, Callable[..., Environment]] = {
+    "RandomWalk": _walk,
+    "CliffWalking": _cliff,
+    "FrozenLake": _frozen_lake,
+    "Garnet": _garnet,
+}
