@@ -4,7 +4,7 @@ python experiments/optimizers.py
 python experiments/optimizers.py --optimizers adam lion schedule_free_adamw --learning-rates 1e-4 1e-3 1e-2
 python experiments/optimizers.py --env Acrobot-v1 --num-seeds 16
 
-What is finished in the folder is not trained again. It leaves optimizers.png and optimizers.csv there.
+A PPO run that is finished in the folder is not made again. It leaves optimizers.png and optimizers.csv there.
 """
 
 from dataclasses import dataclass, replace
@@ -115,7 +115,8 @@ def train_ppo(args: Args, preset: Preset, name: str, folder: Path) -> tuple[np.n
         raise KeyboardInterrupt
     m = result.metrics
     curves = [plot.curve(m["episode_return"][i], m["episodes"][i], m["env_steps"]) for i in range(len(grid))]
-    final = [result.summary["cells"][cell]["per_seed"] for cell in grid]
+    cells = result.summary.get("cells") or {next(iter(grid)): result.summary["eval"]}
+    final = [cells[cell]["per_seed"] for cell in grid]
     return curves[0][0], np.stack([returns for _, returns in curves]), np.array(final, float)
 
 
@@ -130,6 +131,7 @@ def main(argv: list[str]) -> None:
     for name in args.optimizers:
         checks.one_of("optimizers", name, get_args(optim.Name))
     checks.positive_int("num_seeds", args.num_seeds)
+    checks.not_empty(optimizers=args.optimizers, learning_rates=args.learning_rates)
     if args.toy_steps < 1 or args.toy_steps % POINTS:
         raise ValueError(f"toy_steps must be a multiple of {POINTS}; got {args.toy_steps}")
     checks.within("learning_rates", args.learning_rates, 0, float("inf"))
@@ -142,7 +144,7 @@ def main(argv: list[str]) -> None:
     for name in args.optimizers:
         print(name, flush=True)
         env_steps, returns, final = train_ppo(args, preset, name, folder)
-        errors = np.nan_to_num(train_toy(args, name), nan=np.inf)
+        errors = np.nan_to_num(train_toy(args, name), nan=np.inf, posinf=np.inf)
         final = np.nan_to_num(final, nan=-np.inf)
         best, toy_best = np.argmax(stats.iqm(final, axis=1)), np.argmin(stats.iqm(errors[..., -1], axis=1))
         finals.append((name, rates, final.T))

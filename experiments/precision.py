@@ -73,7 +73,7 @@ def variant(preset: Preset, env: envs.Environment, name: str, width: int | None 
 
 def compare(args: Args, preset: Preset, folder: Path) -> None:
     """Train every variant, draw the curves and print the table."""
-    env, steps = envs.make(args.env), args.env_steps or preset.env_steps
+    env, steps = envs.make(args.env), preset.env_steps if args.env_steps is None else args.env_steps
     rows, curves = [], []
     first: dict[str, Any] = {}
     for name in args.variants:
@@ -113,6 +113,8 @@ def sizes(algo: Algorithm, num_seeds: int, suffix: str) -> dict[str, str]:
         gib = f"{memory.tpu_gib('v5e', algo, num_seeds):.3f}"
     except ImportError:
         gib = "needs libtpu"
+    except RuntimeError as error:  # of the compiler
+        gib = str(error).partition(":")[0]
     return {f"state KiB{suffix}": f"{kib:,.0f}", f"v5e GiB{suffix}": gib}
 
 
@@ -145,6 +147,7 @@ def steps_per_second(algo: Algorithm, num_seeds: int, seed: int) -> float:
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
     checks.positive_int("num_seeds", args.num_seeds)
+    checks.not_empty(variants=args.variants)
     checks.positive_int("memory_width", args.memory_width, at_least=0)
     for width in args.speed_widths:
         checks.positive_int("speed_widths", width)

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from jrl import optim, precision, rounding
 from jrl.envs.types import Environment
 
 Array = jax.Array
@@ -23,7 +26,7 @@ class Algorithm(NamedTuple):
 
     Attributes:
         init: ``(key, hyper=None, num_updates=None) -> State``. ``num_updates`` is the length of the run, which schedules
-            follow; without it they stay at their start. ``hyper=None`` takes the defaults below.
+            follow; without it the learning rate stays at its full value. ``hyper=None`` takes the defaults below.
         update: ``State -> (State, Metrics)``; metrics are float32 scalars.
         act: ``(state, obs, key=None, memory=None) -> (action, memory)`` for one observation: sampled with a key, greedy
             without; ``memory=None`` begins an episode.
@@ -34,7 +37,8 @@ class Algorithm(NamedTuple):
         hyper: default hyperparameters, a NamedTuple of floats.
         uses_length: whether ``num_updates`` changes the course of a run (an annealed learning rate): such a run cannot be
             resumed with another length.
-        remake: ``config -> Algorithm``: the same algorithm, transforms included, with other static settings.
+        remake: ``config -> Algorithm``: made anew with other static settings, under the transforms of this module; what was
+            ``_replace``d is not kept.
     """
 
     init: Callable[..., State]
@@ -47,6 +51,29 @@ class Algorithm(NamedTuple):
     hyper: Hyper
     uses_length: bool
     remake: Callable[[Any], "Algorithm"]
+
+
+def optimizer(config: Any, hyper: Any, factor: Array | float, key: Array | None = None) -> optax.GradientTransformation:
+    """An algorithm's optimizer at ``factor`` times its learning rate, with loss scaling where it uses float16.
+
+    ``config`` has the fields ``optimizer`` and ``precision``; ``hyper`` has ``optimizer``, ``learning_rate``, ``max_grad_norm``.
+    """
+    tx = optim.make(config.optimizer, hyper.optimizer, hyper.learning_rate * factor, hyper.max_grad_norm, key)
+    policy = precision.parse(config.precision)
+    half = "float16" in (policy.params, policy.compute, policy.output)
+    return rounding.dynamic_loss_scaling(tx) if half else tx
+
+
+def progress(state: Any) -> Array:
+    """Share of the run that is done, by the state's ``updates`` and ``num_updates``."""
+    return state.updates / jnp.maximum(state.num_updates, 1)
+
+
+def learning_rate_factor(config: Any, state: Any) -> Array:
+    """Factor on the learning rate now; 1 where the length of the run is unknown."""
+    step = 1 / jnp.maximum(state.num_updates, 1)
+    now = optim.schedule(config.optimizer, state.hyper.optimizer, progress(state), step)
+    return jnp.where(state.num_updates > 0, now, 1.0)
 
 
 def over_seeds(algo: Algorithm) -> Algorithm:

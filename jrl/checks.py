@@ -1,7 +1,7 @@
 """Checks that fail at trace time, or before, with one clear line."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any
 
 import jax
@@ -29,6 +29,13 @@ def positive_int(field: str, value: Any, at_least: int = 1) -> None:
         raise ValueError(f"{field} must be an integer of at least {at_least}; got {value!r}")
 
 
+def not_empty(**fields: Sized) -> None:
+    """Raise ``ValueError`` for a field that holds nothing."""
+    for name, value in fields.items():
+        if not len(value):
+            raise ValueError(f"{name} must name at least one")
+
+
 def within(field: str, value: Any, low: float, high: float) -> None:
     """Raise ``ValueError`` unless a concrete number lies in ``[low, high]``; traced values pass unchecked."""
     bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
@@ -42,7 +49,7 @@ def below_one(field: str, value: Any) -> None:
 
 def above_zero(field: str, value: Any) -> None:
     """Raise ``ValueError`` unless a concrete number is above 0, as a normal float32; traced values pass unchecked."""
-    _all(field, value, lambda x: float(np.finfo(np.float32).tiny) <= x < math.inf, "above 0")
+    _all(field, value, lambda x: float(np.finfo(np.float32).tiny) <= x, "above 0")
 
 
 def _all(field: str, value: Any, good: Callable[[float], bool], bounds: str) -> None:

@@ -7,6 +7,7 @@ and a learning rate, a beta or a weight decay can differ between vmapped runs.
     tx = optim.make(OptimizerConfig("adamw", clip="none"), Hyper(weight_decay=0.1), learning_rate=1e-3)
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -24,6 +25,7 @@ Schedule = Literal["constant", "linear", "cosine", "piecewise"]
 Clip = Literal["norm", "value", "adaptive", "none"]
 Rounding = Literal["nearest", "stochastic", "kahan", "master"]
 Kind = Literal["weights", "biases", "norms", "embeddings"]
+NORM = re.compile(r"(^|_|layer|rms|batch|group|instance)norm(s|_|\d|$)")
 DECOUPLED = ("adamw", "lion", "muon", "schedule_free_adamw")  # decay weights by themselves
 
 
@@ -32,8 +34,8 @@ class OptimizerConfig:
     """What an optimizer is made of; its numbers are in ``Hyper``.
 
     Attributes:
-        name: sgd, adam (1412.6980), adamw (1711.05101), rmsprop, lion (2302.06675), muon (Jordan 2024; adamw for what is
-            not a matrix), schedule_free_adamw (2405.15682; best with a constant schedule).
+        name: sgd, adam (1412.6980), adamw (1711.05101), rmsprop (with bias correction), lion (2302.06675), muon (Jordan
+            2024; adam for what is not a matrix), schedule_free_adamw (2405.15682; best with a constant schedule).
         schedule: course of the learning rate over the run: constant, linear or cosine down to hyper.final of it, or
             piecewise, times hyper.drop at each share in drops.
         warmup: share of the run over which the learning rate first rises from 0.
@@ -74,6 +76,10 @@ class OptimizerConfig:
         checks.positive_int("optimizer.accumulate", self.accumulate)
         if self.l2 and self.name in DECOUPLED:
             raise ValueError(f"optimizer.l2 is for sgd, adam and rmsprop; {self.name} decays weights by itself")
+        if self.name == "schedule_free_adamw" and (self.ema or self.moments != "float32"):
+            raise ValueError(
+                "schedule_free_adamw averages parameters by itself, in float32: no optimizer.ema or moments"
+            )
 
     @property
     def uses_length(self) -> bool:
@@ -124,10 +130,13 @@ def check_hyper(hyper: Hyper, prefix: str = "hyper.optimizer.") -> None:
                 checks.below_one(f"{prefix}{name}", value)
 
 
-def schedule(config: OptimizerConfig, hyper: Hyper, progress: Array | float) -> Array:
-    """Factor on the learning rate at ``progress`` in [0, 1] of the run, float32."""
+def schedule(config: OptimizerConfig, hyper: Hyper, progress: Array | float, step: Array | float = 0.0) -> Array:
+    """Factor on the learning rate at ``progress`` in [0, 1] of the run, float32.
+
+    ``step`` is the share of the run until the next one: the warm-up counts to its end, so that the first is not lost.
+    """
     progress = jnp.clip(jnp.asarray(progress, jnp.float32), 0.0, 1.0)
-    warm = progress / config.warmup if config.warmup else jnp.ones_like(progress)
+    warm = (progress + step) / config.warmup if config.warmup else jnp.ones_like(progress)
     rest = jnp.clip((progress - config.warmup) / max(1 - config.warmup, 1e-6), 0.0, 1.0)
     match config.schedule:
         case "constant":
@@ -152,8 +161,16 @@ def make(
     """Clip gradients to ``max_grad``, step as configured, round to the parameters' dtype; all in float32.
 
     ``max_grad`` is the global norm, the value or the ratio of ``config.clip``. ``key`` seeds stochastic rounding, and is used
-    by ``init`` alone. The schedule is not in it: give the learning rate of now.
+    by ``init`` alone. The schedule is not in it: give the learning rate of now. Raises ``ValueError`` for a number that is
+    out of range, or would make NaNs.
     """
+    check_hyper(hyper, "")
+    if not isinstance(max_grad, jax.core.Tracer) and not float(max_grad) > 0:
+        raise ValueError(f"gradients must be clipped to more than 0; got {max_grad}")
+    if config.name == "schedule_free_adamw" and config.rounding == "nearest":
+        checked = _refuse_half_width
+    else:
+        checked = lambda tx: tx  # noqa: E731
     key_moments, key_params = (None, None) if key is None else jax.random.split(key)
     tx = optax.chain(_clip(config, max_grad), _step(config, hyper, learning_rate))
     if config.moments == "bfloat16":
@@ -164,13 +181,25 @@ def make(
         tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
     match config.rounding:
         case "nearest":
-            return rounding.in_float32(tx)
+            return checked(rounding.in_float32(tx))
         case "stochastic":
             return rounding.stochastic_rounding(tx, key_params)
         case "kahan":
             return rounding.kahan_summation(tx)
         case "master":
             return rounding.master_weights(tx)
+
+
+def _refuse_half_width(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    def init(params: Any) -> Any:
+        if any(p.dtype != jnp.float32 for p in jax.tree.leaves(params)):
+            raise ValueError(
+                "schedule_free_adamw at half width needs optimizer.rounding stochastic, kahan or master: it would follow "
+                "parameters that rounding holds back"
+            )
+        return tx.init(params)
+
+    return optax.GradientTransformation(init, tx.update)
 
 
 def _clip(config: OptimizerConfig, most: Array | float) -> optax.GradientTransformation:
@@ -216,7 +245,8 @@ def _step(config: OptimizerConfig, hyper: Hyper, learning_rate: Array | float) -
             parts = [muon, optax.scale(-1.0), decay, lr]
         case "schedule_free_adamw":
             base = optax.chain(optax.scale_by_rms(h.b2, h.eps, eps_in_sqrt=False, bias_correction=True), decay, lr)
-            parts = [contrib.schedule_free(base, learning_rate, jnp.maximum(h.b1, 1e-3))]
+            # It divides by b1 to find its average again, rounding and all.
+            parts = [contrib.schedule_free(base, learning_rate, jnp.maximum(h.b1, 0.1))]
     return optax.chain(*([decay] if config.l2 else []), *parts)
 
 
@@ -234,9 +264,11 @@ def _muon_matrices(params: Any) -> Any:
 def kind_of(path: Any, param: Array) -> Kind:
     """What a parameter is, by the names on its path, else by its rank: a vector counts as a bias."""
     names = [str(getattr(part, "key", getattr(part, "name", part))).lower() for part in path]
+    if names[-1:] == ["kernel"]:
+        return "weights"
     if any("embed" in name for name in names):
         return "embeddings"
-    if any("norm" in name for name in names) or names[-1:] == ["scale"]:
+    if any(NORM.search(name) for name in names) or names[-1:] == ["scale"]:
         return "norms"
     if names[-1:] == ["bias"] or param.ndim < 2:
         return "biases"
@@ -258,16 +290,18 @@ class ParameterAverage(NamedTuple):
 def parameter_average(inner: optax.GradientTransformation, decay: Array | float) -> optax.GradientTransformation:
     """Beside ``inner``'s steps, the exponential moving average of the parameters they lead to (Polyak & Juditsky 1992).
 
-    It starts at the initial parameters; ``eval_params`` finds it in the state.
+    It is float32, and starts at the initial parameters; ``eval_params`` finds it in the state.
     """
 
     def init(params: Any) -> ParameterAverage:
-        return ParameterAverage(inner.init(params), jax.tree.map(jnp.array, params))
+        average = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
+        return ParameterAverage(inner.init(params), average)
 
     def update(grads: Any, state: ParameterAverage, params: Any = None) -> tuple[Any, ParameterAverage]:
         updates, inner_state = inner.update(grads, state.inner, params)
         reached = optax.apply_updates(params, updates)
-        return updates, ParameterAverage(inner_state, optax.incremental_update(reached, state.average, 1 - decay))
+        average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p.astype(jnp.float32), state.average, reached)
+        return updates, ParameterAverage(inner_state, average)
 
     return optax.GradientTransformation(init, update)
 

@@ -49,6 +49,8 @@ def parse(text: str) -> Policy:
     The long form is ``"params=float32,compute=bfloat16,output=float32"``; parts left out are float32. Raises ``ValueError``
     naming what is allowed.
     """
+    if not isinstance(text, str):
+        raise ValueError(f"precision must be a string, one of {', '.join(NAMED)} or the long form; got {text!r}")
     if text in NAMED:
         return Policy(*NAMED[text])
     parts = [part.partition("=") for part in text.split(",")]
@@ -63,15 +65,17 @@ def parse(text: str) -> Policy:
 def cast(tree: Any, dtype: str) -> Any:
     """The tree with its floating-point leaves in ``dtype``; integers, booleans and keys as they were.
 
-    What is finite stays finite: numbers beyond the range of float16 become its largest.
+    Finite numbers beyond the range of float16 become its largest.
     """
 
     def leaf(x: Any) -> Any:
-        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == dtype:
+        given = getattr(x, "dtype", None)
+        if given is None or given == dtype or not jnp.issubdtype(given, jnp.floating):
             return x
         if dtype == "float16":
             most = float(jnp.finfo(dtype).max)
-            x = jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x)
+            wide = x.astype(jnp.float32)
+            x = jnp.where(jnp.isfinite(wide), jnp.clip(wide, -most, most), wide)
         return x.astype(dtype)
 
     return jax.tree.map(leaf, tree)
@@ -85,7 +89,7 @@ def apply(policy: Policy | str, target: Any) -> Any:
     what goes in and comes out. An algorithm (``jrl.algorithm.Algorithm``, vmapped or not) is made anew with
     ``config.precision`` replaced. Raises ``ValueError`` for a wrong string, ``TypeError`` for anything else.
     """
-    policy = parse(policy) if isinstance(policy, str) else policy
+    policy = policy if isinstance(policy, Policy) else parse(policy)
     if hasattr(target, "remake"):
         return target.remake(replace(target.config, precision=str(policy)))
     if hasattr(target, "unroll"):
@@ -95,14 +99,15 @@ def apply(policy: Policy | str, target: Any) -> Any:
             unroll=_over_function(policy, target.unroll),
             memory=cast(target.memory, policy.output),
         )
-    if callable(target):
+    if callable(target) and not hasattr(target, "apply"):
         return _over_function(policy, target)
-    raise TypeError(f"precision applies to a network, a function of parameters, or an algorithm; got {type(target)}")
+    hint = "; give its apply" if hasattr(target, "apply") else ""
+    raise TypeError(f"precision applies to a network, a function of parameters, or an algorithm; got {target!r}{hint}")
 
 
 def _over_function(policy: Policy, function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(params: Any, *inputs: Any) -> Any:
-        outputs = function(cast(params, policy.compute), *cast(inputs, policy.compute))
+    def run(params: Any, *inputs: Any, **options: Any) -> Any:
+        outputs = function(cast(params, policy.compute), *cast(inputs, policy.compute), **options)
         return cast(outputs, policy.output)
 
     return run

@@ -96,6 +96,28 @@ def collect(
     return actors, steps, episodes
 
 
+def following_values(
+    env: Environment, steps: Steps, memories: Any, value: Array, value_of: Callable[[Any, Any], Array]
+) -> Array:
+    """``V(next_obs)`` before any reset, ``[T, B]``; wrong where terminated, since there the discount is 0.
+
+    Mid-episode it is the ``value [T, B]`` of the next row. Only the last row and the truncated steps need the network
+    again, ``value_of(next_obs [N], memories [N]) -> [N]``, and the environment may bound how many of those there can be.
+    """
+    num_steps, num_envs = value.shape
+    per_env = 1 + (num_steps - 1) // (env.first_truncation or 1)
+    most = num_envs * min(per_env, num_steps)
+    truncated = steps.truncated.at[-1].set(False)
+    (where,) = jnp.nonzero(truncated.ravel(), size=most, fill_value=0)
+    rows = jnp.concatenate([where, (num_steps - 1) * num_envs + jnp.arange(num_envs)])
+    next_obs, memory = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[rows], (steps.next_obs, memories))
+    again = value_of(next_obs, memory)
+    shifted = jnp.concatenate([value[1:], value[-1:]])
+    # Rows that only fill up `where` point at row 0, which gets its own value back unless it is truncated.
+    needed = truncated.ravel()[rows].at[-num_envs:].set(True)
+    return shifted.ravel().at[jnp.where(needed, rows, shifted.size)].set(again, mode="drop").reshape(value.shape)
+
+
 def _where(condition: Array, x: Any, y: Any) -> Any:
     """``jnp.where`` over trees, with ``condition [B]`` broadcast to each leaf ``[B, ...]``."""
 
@@ -108,3 +130,24 @@ def _where(condition: Array, x: Any, y: Any) -> Any:
 def mean_or_nan(total: Array, count: Array) -> Array:
     """``total / count``, NaN where nothing was counted."""
     return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
+
+
+def episode_metrics(episodes: Episodes) -> dict[str, Array]:
+    """How many episodes ended, and their mean return and length; NaN if none did."""
+    return {
+        "episodes": episodes.ended,
+        "episode_return": mean_or_nan(episodes.return_sum, episodes.ended),
+        "episode_length": mean_or_nan(episodes.length_sum, episodes.ended),
+    }
+
+
+def shuffle(key: Array, n: int) -> Array:
+    """A random order of ``0 .. n - 1``, int32 ``[n]``.
+
+    Sorts one array, random bits above and the index below, where ``jax.random.permutation`` sorts two: the whole update
+    is 8% faster on a CPU. Bits may tie, which favours the smaller index by less than one part in ``2**32 / n**2``.
+    """
+    index_bits = max(1, (n - 1).bit_length())
+    bits = jax.random.bits(key, (n,), jnp.uint32)
+    mixed = jnp.sort((bits >> index_bits << index_bits) | jnp.arange(n, dtype=jnp.uint32))
+    return (mixed & ((1 << index_bits) - 1)).astype(jnp.int32)

@@ -2,15 +2,18 @@
 
 Each wraps another transform and computes it in float32; alone (without one) it stands in an ``optax.chain`` as is:
 
-    optax.chain(optax.adam(1e-3), stochastic_rounding())      moments in the dtype of the parameters
-    stochastic_rounding(optax.adam(1e-3))                     moments in float32
+    stochastic_rounding(optax.adam(1e-3))
+    optax.chain(in_float32(optax.adam(1e-3)), stochastic_rounding())      the same
+
+In a chain, what comes before should be ``in_float32``: by itself optax's Adam keeps bfloat16 moments for bfloat16
+parameters, and rounds its decay of 0.999 to 1.
 
 A bfloat16 number has 8 significant bits: adding less than 1/512 of it changes nothing when rounded to nearest, so that
 plain bfloat16 parameters stall. Stochastic rounding moves them rightly on average, Kahan summation carries what was lost in
-a second bfloat16 (both: Zamirai et al. 2020, arXiv 2010.06192, algorithms 2 and 3), a float32 master copy loses nothing
-(Micikevicius et al. 2018, arXiv 1710.03740, section 3.1).
+a second bfloat16 (both: Zamirai et al. 2020, arXiv 2010.06192), a float32 master copy loses nothing (Micikevicius et al.
+2018, arXiv 1710.03740, section 3.1).
 
-Updates leave in float32, and ``optax.apply_updates`` adds them to the parameter exactly.
+Updates leave in float32: the difference between the rounded parameter and the old one, for ``optax.apply_updates``.
 """
 
 from typing import Any, NamedTuple, TypeAlias
@@ -42,7 +45,7 @@ class _Master(NamedTuple):
 
 
 class LossScale(NamedTuple):
-    """State of ``dynamic_loss_scaling``: the scale (float32) and the steps since it last changed (int32)."""
+    """State of ``dynamic_loss_scaling``: the scale (float32), and the good steps in a row at that scale (int32)."""
 
     inner: Any
     scale: Array
@@ -68,7 +71,7 @@ def stochastic_rounding(inner: Transform = IDENTITY, key: Array | None = None) -
     def init(params: Any) -> _Rounded:
         if any(p.dtype == jnp.float16 for p in jax.tree.leaves(params)):
             raise ValueError("stochastic rounding is for bfloat16 and float32 parameters; got float16")
-        return _Rounded(inner.init(cast(params, "float32")), jax.random.key(0) if key is None else key)
+        return _Rounded(inner.init(cast(params, "float32")), _own_key(key, 1))
 
     def update(grads: Any, state: _Rounded, params: Any = None) -> tuple[Any, _Rounded]:
         _need(params, "stochastic_rounding")
@@ -120,20 +123,22 @@ def master_weights(inner: Transform = IDENTITY) -> Transform:
 
 
 def bfloat16_moments(inner: Transform, key: Array | None = None) -> Transform:
-    """``inner`` with the arrays of its state kept in bfloat16, rounded stochastically; scalars stay as they are.
+    """``inner`` with what its state keeps for each parameter in bfloat16, rounded stochastically; all else stays as it is.
 
     Rounded to nearest, an Adam second moment with a decay of 0.999 would never fall: each step changes it by less than
     half of its last bit.
     """
 
     def narrow(key: Array, state: Any) -> Any:
-        floats = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 0, state)
-        like = jax.tree.map(lambda x, yes: jax.ShapeDtypeStruct(x.shape, "bfloat16" if yes else x.dtype), state, floats)
+        moment = optax.tree_utils.tree_map_params(
+            inner, lambda x: x.dtype == jnp.float32, state, transform_non_params=lambda x: False
+        )
+        like = jax.tree.map(lambda x, yes: jax.ShapeDtypeStruct((), "bfloat16") if yes else x, state, moment)
         rounded = round_tree(key, state, like)
-        return jax.tree.map(lambda x, to: x.astype(to.dtype), rounded, like)
+        return jax.tree.map(lambda x, yes: x.astype("bfloat16") if yes else x, rounded, moment)
 
     def init(params: Any) -> _Rounded:
-        key_state, key_init = jax.random.split(jax.random.key(0) if key is None else key)
+        key_state, key_init = jax.random.split(_own_key(key, 2))
         return _Rounded(narrow(key_init, inner.init(cast(params, "float32"))), key_state)
 
     def update(grads: Any, state: _Rounded, params: Any = None) -> tuple[Any, _Rounded]:
@@ -151,16 +156,21 @@ def dynamic_loss_scaling(
     """Gradients of a loss that was multiplied by ``loss_scale(state)``, unscaled (1710.03740, section 3.2).
 
     Where a gradient is not finite, nothing is stepped (neither parameters nor the state of ``inner``) and the scale is
-    halved, to at least 1; after ``growth_interval`` good steps it is doubled, to at most ``most``. Stateful transforms
-    belong into ``inner``, so that they too skip the step.
+    halved, to at least 1; after ``growth_interval`` good steps it is doubled, to at most ``most``: the usual practice.
+    Stateful transforms belong into ``inner``, so that they too skip the step: ``dynamic_loss_scaling(optax.adam(1e-3))``.
     """
 
     def init(params: Any) -> LossScale:
-        return LossScale(inner.init(params), jnp.float32(initial), jnp.int32(0))
+        state = inner.init(params)
+        # Gradients come in float32, so an optimizer of half-width parameters keeps wider state after its first update.
+        grads = cast(jax.tree.map(jnp.zeros_like, params), "float32")
+        later = jax.eval_shape(inner.update, grads, state, params)[1]
+        state = jax.tree.map(lambda x, to: x if x.dtype == to.dtype else x.astype(to.dtype), state, later)
+        return LossScale(state, jnp.float32(initial), jnp.int32(0))
 
     def update(grads: Any, state: LossScale, params: Any = None) -> tuple[Any, LossScale]:
         grads = jax.tree.map(lambda g: g / state.scale, cast(grads, "float32"))
-        good = jnp.stack([jnp.isfinite(g).all() for g in jax.tree.leaves(grads)]).all()
+        good = jnp.stack([jnp.bool_(True), *(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))]).all()
         finite = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
         updates, inner_state = inner.update(finite, state.inner, params)
         updates = jax.tree.map(lambda u: jnp.where(good, u, 0.0), updates)
@@ -183,10 +193,10 @@ def loss_scale(opt_state: Any) -> Array | float:
 
 def nearest(x: Array, dtype: Any) -> Array:
     """float32 ``x`` rounded to the numbers of ``dtype``, as float32. XLA may drop a cast there and back; this it keeps."""
-    if dtype == jnp.float32:
-        return x
-    kind = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(x, exponent_bits=kind.nexp, mantissa_bits=kind.nmant)
+    if dtype == jnp.bfloat16:
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    # Reducing the precision to float16's would flush its subnormal numbers.
+    return x if dtype == jnp.float32 else jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
 
 
 def stochastic(key: Array, x: Array) -> Array:
@@ -203,10 +213,15 @@ def stochastic(key: Array, x: Array) -> Array:
 def round_tree(key: Array, tree: Any, like: Any) -> Any:
     """Leaves rounded stochastically, as float32, where ``like`` is bfloat16; all others as they are."""
     leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, max(1, len(leaves)))
+    keys = jax.random.split(key, max(1, len(leaves)))[: len(leaves)]
     narrow = [x.dtype == jnp.bfloat16 for x in jax.tree.leaves(like)]
     rounded = [stochastic(k, x) if yes else x for k, x, yes in zip(keys, leaves, narrow, strict=True)]
     return jax.tree.unflatten(structure, rounded)
+
+
+def _own_key(key: Array | None, purpose: int) -> Array:
+    """A key of the transform's own, so that neither a key given to several nor a default is used twice."""
+    return jax.random.fold_in(jax.random.key(0) if key is None else key, purpose)
 
 
 def _need(params: Any, name: str) -> None:

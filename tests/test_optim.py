@@ -289,3 +289,32 @@ def test_wrong_settings_are_refused(fields, message):
 def test_numbers_that_would_make_nans_are_refused(number, message):
     with pytest.raises(ValueError, match=message):
         optim.check_hyper(Hyper(**number))
+
+
+def test_numbers_are_checked_where_the_optimizer_is_made():
+    for hyper, message in (
+        (Hyper(b2=jnp.bfloat16(0.999)), "b2 must be float32"),
+        (Hyper(b2=1.0), "b2 must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optim.make(OptimizerConfig(), hyper)
+    with pytest.raises(ValueError, match="clipped to more than 0; got 0"):
+        optim.make(max_grad=0.0)
+    with pytest.raises(ValueError, match=r"at half width needs optimizer\.rounding"):
+        optim.make(OptimizerConfig("schedule_free_adamw")).init({"w": jnp.ones(2, jnp.bfloat16)})
+    with pytest.raises(ValueError, match=r"no optimizer.ema or moments"):
+        OptimizerConfig("schedule_free_adamw", ema=True)
+
+
+def test_names_that_only_look_like_norms():
+    leaf = jnp.ones((2, 2))
+    tree = {
+        "normal_policy": {"kernel": leaf},
+        "RMSNorm_1": {"w": leaf},
+        "final_norm": leaf,
+        "normalizer": leaf,
+        "embed_mlp": {"kernel": leaf},
+    }
+    kinds = jax.tree_util.tree_map_with_path(optim.kind_of, tree)
+    assert kinds["normal_policy"]["kernel"] == kinds["normalizer"] == kinds["embed_mlp"]["kernel"] == "weights"
+    assert kinds["RMSNorm_1"]["w"] == kinds["final_norm"] == "norms"

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jrl import envs, nets, optim, run
+from jrl import envs, nets, optim, rollout, run
 from jrl.algorithm import over_devices, over_hypers, over_seeds, with_evaluation
 from jrl.algos import ppo
 
@@ -324,11 +324,11 @@ def test_wrong_numbers_are_refused():
 
 
 def test_a_shuffle_is_uniform():
-    orders = jax.jit(jax.vmap(lambda k: ppo.shuffle(k, 5)))(jax.random.split(jax.random.key(0), 20_000))
+    orders = jax.jit(jax.vmap(lambda k: rollout.shuffle(k, 5)))(jax.random.split(jax.random.key(0), 20_000))
     assert (jnp.sort(orders, axis=1) == jnp.arange(5)).all()
     counts = jax.vmap(lambda row: jnp.bincount(row, length=5), in_axes=1)(orders)
     np.testing.assert_allclose(counts / 20_000, 0.2, atol=0.015)
-    assert ppo.shuffle(jax.random.key(0), 1).tolist() == [0]
+    assert rollout.shuffle(jax.random.key(0), 1).tolist() == [0]
 
 
 def test_early_truncations_all_bootstrap(key):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jaxprs
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from jrl import envs, nets, precision, run
+from jrl import envs, nets, precision, rounding, run
 from jrl.algorithm import over_devices, over_hypers, over_seeds
 from jrl.algos import ppo
 from jrl.envs.types import Discrete
@@ -242,3 +243,25 @@ def test_numbers_of_half_width_are_refused():
     half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), ppo.Hyper())
     with pytest.raises(ValueError, match=r"hyper.optimizer.b1 must be float32; got bfloat16"):
         jax.eval_shape(lambda h: algo.init(jax.random.key(0), h), half)
+
+
+def test_any_float16_is_scaled(key):
+    for policy in ("params=float16", "output=float16", "compute=float16"):
+        assert rounding.loss_scale(make(policy=policy).init(key).opt_state) == 2.0**15
+    assert rounding.loss_scale(make(policy="bfloat16").init(key).opt_state) == 1
+
+
+def test_large_integers_do_not_overflow_float16(key):
+    net = nets.actor_critic(nets.Config(hidden=(8,)), jax.ShapeDtypeStruct((2,), jnp.int32), Discrete(3))
+    net = precision.apply("float16", net)
+    obs = jnp.array([[100_000, 1]])
+    assert jnp.isfinite(net.step(net.init(key), (), obs, jnp.zeros(1, bool))[1].value).all()
+
+
+def test_options_scalars_and_modules():
+    f = precision.apply("bfloat16", lambda p, x, train=False: p * x if train else x)
+    assert f(jnp.ones(2), 2.0, train=True).dtype == jnp.float32
+    with pytest.raises(TypeError, match="give its apply"):
+        precision.apply("bfloat16", nn.Dense(3))
+    with pytest.raises(ValueError, match="precision must be a string"):
+        precision.parse(None)

@@ -220,3 +220,50 @@ def test_scaling_saves_gradients_that_float16_would_flush():
     updates, _ = tx.update(jax.grad(loss)(params, rounding.loss_scale(state)), state, params)
     np.testing.assert_allclose(updates["w"], -1e-9, rtol=2e-3)
     assert rounding.loss_scale(optax.adam(1.0).init(params)) == 1.0
+
+
+# What a review found
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "tx",
+    [
+        rounding.dynamic_loss_scaling(optax.adam(1e-3)),
+        rounding.dynamic_loss_scaling(rounding.kahan_summation(optax.adam(1e-3))),
+        optax.chain(rounding.dynamic_loss_scaling(), rounding.in_float32(optax.adam(1e-3))),
+        optax.chain(rounding.in_float32(optax.adam(1e-3)), rounding.kahan_summation()),
+        optax.MultiSteps(rounding.master_weights(optax.adam(1e-3)), 2).gradient_transformation(),
+    ],
+    ids=["scaling", "scaling-kahan", "chain-scaling", "chain-kahan", "multi"],
+)
+def test_states_keep_their_dtypes_in_a_scan(tx, dtype):
+    params = {"w": jnp.ones(4, dtype), "b": jnp.zeros((), dtype)}
+    last, _ = run(tx, params, jax.tree.map(jnp.ones_like, params), 3)
+    assert {str(x.dtype) for x in jax.tree.leaves(last)} == {dtype}
+
+
+def test_float16_keeps_its_smallest_numbers():
+    small = jnp.array([1e-5, 5e-8, -3e-6])
+    np.testing.assert_array_equal(
+        jax.jit(lambda x: rounding.nearest(x, jnp.float16))(small), small.astype("float16").astype("float32")
+    )
+
+
+def test_transforms_share_no_noise_and_empty_trees_pass():
+    both = rounding.stochastic_rounding(rounding.bfloat16_moments(optax.trace(0.9)))
+    state = both.init(ONE)
+    keys = {tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in (state.key, state.inner.key, jax.random.key(0))}
+    assert len(keys) == 3
+    for tx in (both, rounding.dynamic_loss_scaling(), rounding.kahan_summation(), rounding.master_weights()):
+        tx.update({}, tx.init({}), {})
+
+
+def test_only_moments_are_narrowed():
+    muon = optax.contrib.muon(1e-2)
+    params = {"w": jnp.ones((3, 4)), "b": jnp.ones(4)}
+    kept = jax.tree.map(lambda a, b: (a == b).all(), *(jax.tree.leaves(tx.init(params)) for tx in (muon, muon)))
+    assert all(kept)
+    state = rounding.bfloat16_moments(muon).init(params)
+    wide = {x.shape for x in jax.tree.leaves(state.inner) if x.dtype == jnp.float32}
+    assert (3, 4) not in wide and (4,) not in wide and len(wide) == 1  # Newton and Schulz's constants

@@ -20,10 +20,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jrl import checks, distributions, losses, nets, normalize, optim, precision, returns, rollout, rounding
-from jrl.algorithm import Algorithm, Metrics
+from jrl import checks, distributions, losses, nets, normalize, optim, precision, returns, rollout
+from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
 from jrl.distributions import Distribution
 from jrl.envs.types import Box, Discrete, Environment, MaskedObs, MultiDiscrete, Space, observation_spec
 
@@ -120,6 +119,7 @@ def check_hyper(hyper: Hyper) -> None:
     """Raise ``ValueError`` for a concrete number outside its range; traced numbers pass."""
     inf = float("inf")
     ranges = {"gamma": (0, 1), "gae_lambda": (0, 1), "dual_clip": (1, inf), "target_kl": (1e-12, inf)}
+    checks.above_zero("hyper.max_grad_norm", hyper.max_grad_norm)
     for name in hyper._fields[:-1]:
         checks.within(f"hyper.{name}", getattr(hyper, name), *ranges.get(name, (0, inf)))
     optim.check_hyper(hyper.optimizer)
@@ -176,7 +176,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         shape = (obs_spec.obs if isinstance(obs_spec, MaskedObs) else obs_spec).shape
         return State(
             params=params,
-            opt_state=optimizer(config, hyper, jnp.float32(1), key_optimizer).init(params),
+            opt_state=optimizer(config, hyper, 1.0, key_optimizer).init(params),
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
             obs_stats=normalize.init(shape) if config.normalize_observations else None,
             reward_stats=normalize.init_rewards(config.num_envs) if config.normalize_rewards else None,
@@ -197,11 +197,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         state = state._replace(**next_statistics(state, steps))
         metrics = learning | {
             "explained_variance": losses.explained_variance(batch.value, batch.target),
-            "episodes": episodes.ended,
-            "episode_return": rollout.mean_or_nan(episodes.return_sum, episodes.ended),
-            "episode_length": rollout.mean_or_nan(episodes.length_sum, episodes.ended),
         }
-        return state, metrics
+        return state, metrics | rollout.episode_metrics(episodes)
 
     def actor(state: State) -> Any:
         """The policy that acts: sampled, and what learning needs of it later."""
@@ -220,7 +217,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         """Values and advantages of a rollout, as training sequences."""
         obs = normalize.observations(state.obs_stats, steps.obs)
         memories, outputs = network.unroll(state.params, state.actors.memory, obs, steps.first)
-        v_t = following_values(state, steps, memories, outputs.value)
+        v_t = rollout.following_values(env, steps, memories, outputs.value, value_of(state))
         reward = steps.reward
         if state.reward_stats is not None:
             reward = normalize.scale(state.reward_stats.stats, reward)
@@ -235,36 +232,21 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         batch = Batch(obs, steps.first, action, log_prob, policy, outputs.value, advantage, target)
         return batch if recurrent else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
 
-    def following_values(state: State, steps: rollout.Steps, memories: Any, value: Array) -> Array:
-        """``V(next_obs)`` before any reset, ``[T, B]``; wrong where terminated, since there the discount is 0.
+    def value_of(state: State) -> Any:
+        """The value of observations with the memories of before."""
 
-        Mid-episode it is the value of the next row. Only the last row and the truncated steps need the network again,
-        and the environment may bound how many of those there can be.
-        """
-        per_env = 1 + (config.num_steps - 1) // (env.first_truncation or 1)
-        most = config.num_envs * min(per_env, config.num_steps)
-        truncated = steps.truncated.at[-1].set(False)
-        (where,) = jnp.nonzero(truncated.ravel(), size=most, fill_value=0)
-        last = (config.num_steps - 1) * config.num_envs + jnp.arange(config.num_envs)
-        rows = jnp.concatenate([where, last])
-        next_obs, memory = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[rows], (steps.next_obs, memories))
-        seen = normalize.observations(state.obs_stats, next_obs)
-        _, outputs = network.step(state.params, memory, seen, jnp.zeros(rows.shape, bool))
-        shifted = jnp.concatenate([value[1:], value[-1:]])
-        # Rows that only fill up `where` point at row 0, which gets its own value back unless it is truncated.
-        needed = truncated.ravel()[rows].at[-config.num_envs :].set(True)
-        return (
-            shifted.ravel()
-            .at[jnp.where(needed, rows, shifted.size)]
-            .set(outputs.value, mode="drop")
-            .reshape(value.shape)
-        )
+        def value(obs: Any, memory: Any) -> Array:
+            seen = normalize.observations(state.obs_stats, obs)
+            first = jnp.zeros(jax.tree.leaves(seen)[0].shape[0], bool)
+            return network.step(state.params, memory, seen, first)[1].value
+
+        return value
 
     def learn(state: State, batch: Batch, key: Array) -> tuple[dict[str, Any], Metrics]:
         """Epochs of minibatch steps; returns the parts of the state that changed, and the mean metrics."""
         num_sequences = batch.first.shape[1]
-        tx = optimizer(config, state.hyper, _rate(config, state))
-        orders = jax.vmap(lambda k: shuffle(k, num_sequences))(jax.random.split(key, config.num_epochs))
+        tx = optimizer(config, state.hyper, learning_rate_factor(config, state))
+        orders = jax.vmap(lambda k: rollout.shuffle(k, num_sequences))(jax.random.split(key, config.num_epochs))
         orders = orders.reshape(config.num_epochs * config.num_minibatches, -1)
         memory = state.actors.memory
 
@@ -353,20 +335,6 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     return Algorithm(init, update, act, per_update, "ppo", env, config, hyper, anneals, lambda c: make(env, c, hyper))
 
 
-def optimizer(
-    config: Config, hyper: Hyper, rate: Array | float, key: Array | None = None
-) -> optax.GradientTransformation:
-    """The optimizer at ``rate`` times the learning rate; with loss scaling where the network computes in float16."""
-    tx = optim.make(config.optimizer, hyper.optimizer, hyper.learning_rate * rate, hyper.max_grad_norm, key)
-    return rounding.dynamic_loss_scaling(tx) if precision.parse(config.precision).compute == "float16" else tx
-
-
-def _rate(config: Config, state: State) -> Array:
-    """Factor on the learning rate now; 1 where the length of the run is unknown."""
-    progress = state.updates / jnp.maximum(state.num_updates, 1)
-    return jnp.where(state.num_updates > 0, optim.schedule(config.optimizer, state.hyper.optimizer, progress), 1.0)
-
-
 def action_distribution(space: Space, continuous: Literal["normal", "tanh_normal"] = "normal") -> Distribution:
     """The family of policies for an action space."""
     match space:
@@ -387,15 +355,3 @@ def to_env(space: Space, action: Array) -> Array:
     center, half = np.where(finite, (low + high) / 2, 0), np.where(finite, (high - low) / 2, 1)
     mapped = center + half * jnp.where(finite, jnp.clip(action, -1, 1), action)
     return jnp.clip(mapped, low, high)
-
-
-def shuffle(key: Array, n: int) -> Array:
-    """A random order of ``0 .. n - 1``, int32 ``[n]``.
-
-    Sorts one array, random bits above and the index below, where ``jax.random.permutation`` sorts two: the whole update
-    is 8% faster on a CPU. Bits may tie, which favours the smaller index by less than one part in ``2**32 / n**2``.
-    """
-    index_bits = max(1, (n - 1).bit_length())
-    bits = jax.random.bits(key, (n,), jnp.uint32)
-    mixed = jnp.sort((bits >> index_bits << index_bits) | jnp.arange(n, dtype=jnp.uint32))
-    return (mixed & ((1 << index_bits) - 1)).astype(jnp.int32)

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from jrl import nets
-from jrl.algos import ppo
+from jrl.algos import ppo, pqn
 
 
 class Preset(NamedTuple):
@@ -61,15 +61,44 @@ PPO: dict[str, Preset] = {
 }
 
 
+# The setting of the paper's code for CartPole, and the default for every environment without one of its own.
+PQN_DEFAULT = Preset(500_000, pqn.Config(), pqn.Hyper(reward_scale=0.1))
+
+PQN: dict[str, Preset] = {
+    "CartPole-v1": PQN_DEFAULT,
+    "Breakout-MinAtar": Preset(
+        10_000_000,
+        pqn.Config(
+            num_envs=128,
+            num_steps=32,
+            num_epochs=2,
+            num_minibatches=32,
+            network=nets.ValueConfig(hidden=(128,), channels=(16,)),
+        ),
+        pqn.Hyper(learning_rate=5e-4, q_lambda=0.65, epsilon_fraction=0.1),
+    ),
+}
+
+
 def ppo_preset(name: str, env: str) -> Preset:
+    """PPO's preset ``name`` for ``env``: see ``find``."""
+    return find(PPO, PPO_DEFAULT, name, env)
+
+
+def pqn_preset(name: str, env: str) -> Preset:
+    """PQN's preset ``name`` for ``env``: see ``find``."""
+    return find(PQN, PQN_DEFAULT, name, env)
+
+
+def find(table: dict[str, Preset], default: Preset, name: str, env: str) -> Preset:
     """``auto``: the environment's own or the default; ``none``: the default; else that environment's.
 
     Raises ``ValueError`` listing the presets.
     """
     if name == "auto":
-        return PPO.get(env, PPO_DEFAULT)
+        return table.get(env, default)
     if name == "none":
-        return PPO_DEFAULT
-    if name not in PPO:
-        raise ValueError(f"unknown preset {name!r}; there are: auto, none, {', '.join(PPO)}")
-    return PPO[name]
+        return default
+    if name not in table:
+        raise ValueError(f"unknown preset {name!r}; there are: auto, none, {', '.join(table)}")
+    return table[name]

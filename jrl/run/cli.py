@@ -32,7 +32,8 @@ class Options:
         run_dir: folder of the run; default runs/ALGORITHM-ENV-TIME.
         resume: go on with the run in run_dir, bit for bit.
         sweep: train a grid in one program, as hyper.NAME=NUMBER,NUMBER ...
-        precision: float32, bfloat16, or like params=float32,compute=bfloat16,output=float32; short for config.precision.
+        precision: float32, bfloat16, float16, pure_bfloat16, or like params=float32,compute=bfloat16,output=float32; short
+            for config.precision.
         eval_every: evaluate each time so many steps are done, besides at the end.
         eval_episodes: whole episodes in each evaluation of each seed; 0 for none.
         checkpoint_every: seconds between checkpoints.

@@ -73,10 +73,15 @@ def _draw_line(axes: Any, color: str, label: str, x: np.ndarray, y: np.ndarray, 
         return
     if alone:
         axes.plot(x, y.T, color=color, alpha=0.15, linewidth=0.8)
-    with np.errstate(invalid="ignore"):  # infinities
-        low, high = interval(y, samples=300)
-    axes.plot(x, iqm(y), color=color, linewidth=2, label=f"{label}IQM of {len(y)} seeds" if alone else label)
-    axes.fill_between(x, low, np.where(np.isfinite(high), high, iqm(y)), color=color, alpha=0.25, linewidth=0)
+    low, high = (np.where(np.isfinite(bound), bound, iqm(y)) for bound in interval(y, samples=300))
+    axes.plot(
+        x,
+        iqm(y),
+        color=color,
+        linewidth=2,
+        label=f"{label}{', ' if label else ''}IQM of {len(y)} seeds" if alone else label,
+    )
+    axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
 
 
 def _pyplot() -> Any:

@@ -21,7 +21,9 @@ def interval(x: Any, level: float = 0.95, samples: int = 2000) -> tuple[np.ndarr
     draws = rng.integers(len(x), size=(samples, len(x)))
     means = np.stack([iqm(x[rows]) for rows in draws])
     tail = 100 * (1 - level) / 2
-    low, high = np.percentile(means, [tail, 100 - tail], axis=0)
+    # Between infinities there is nothing to interpolate.
+    method: Any = "linear" if np.isfinite(means).all() else "nearest"
+    low, high = np.percentile(means, [tail, 100 - tail], axis=0, method=method)
     return low, high
 
 

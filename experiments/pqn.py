@@ -1,0 +1,35 @@
+"""PQN, deep Q-learning without replay or target network, over many seeds in one compiled program.
+
+python experiments/pqn.py                                     16 seeds of CartPole-v1
+python experiments/pqn.py --env Breakout-MinAtar --num-seeds 8
+python experiments/pqn.py --sweep hyper.learning_rate=1e-4,3e-4,1e-3 hyper.q_lambda=0,0.65,0.95
+python experiments/pqn.py --run-dir runs/mine                 and, after Ctrl-C, the same with --resume
+"""
+
+from dataclasses import dataclass, field, replace
+
+import tyro
+
+from jrl.algos import pqn
+from jrl.algos.presets import pqn_preset
+from jrl.run import Result, cli
+
+
+@dataclass(frozen=True)
+class Args(cli.Options):
+    """Train PQN over many seeds and show its learning curve."""
+
+    config: pqn.Config = field(default_factory=pqn.Config)
+    hyper: pqn.Hyper = pqn.Hyper()
+
+
+def main(argv: list[str]) -> Result:
+    preset = pqn_preset(*cli.preset_of(argv))
+    defaults = Args(env_steps=preset.env_steps, config=preset.config, hyper=preset.hyper)
+    args = tyro.cli(Args, args=argv, default=defaults, description=cli.paragraphs(__doc__))
+    config = args.config if args.precision is None else replace(args.config, precision=args.precision)
+    return cli.run(args, pqn.make(cli.environment(args), config, args.hyper))
+
+
+if __name__ == "__main__":
+    cli.main(main)

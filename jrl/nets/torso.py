@@ -1,0 +1,134 @@
+"""What networks have in common: a torso over the observation, an optional GRU, and heads that answer in float32."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jrl import checks, precision
+from jrl.envs.types import MaskedObs
+from jrl.nets.initializers import orthogonal
+from jrl.nets.types import Network
+
+Array = jax.Array
+Activation = Literal["tanh", "relu", "silu", "gelu"]
+Torso = Literal["auto", "mlp", "conv"]
+Norm = Literal["none", "layer"]
+
+
+@dataclass(frozen=True)
+class TorsoConfig:
+    """Shape of a torso.
+
+    Attributes:
+        torso: mlp flattens the observation; conv expects ``[height, width, channels]``; auto takes conv for such
+            observations, else mlp.
+        hidden: widths of the dense layers (for conv, those after the convolution).
+        channels: widths of the 3x3 convolutions.
+        activation: between layers.
+        norm: layer normalization (Ba et al. 2016, arXiv 1607.06450) before each activation, or none.
+        gru: width of a GRU after the torso; 0 for none.
+    """
+
+    torso: Torso = "auto"
+    hidden: tuple[int, ...] = (64, 64)
+    channels: tuple[int, ...] = (16,)
+    activation: Activation = "tanh"
+    norm: Norm = "none"
+    gru: int = 0
+
+    def __post_init__(self) -> None:
+        checks.one_of("network.torso", self.torso, get_args(Torso))
+        checks.one_of("network.activation", self.activation, get_args(Activation))
+        checks.one_of("network.norm", self.norm, get_args(Norm))
+        checks.positive_int("network.gru", self.gru, at_least=0)
+        for field in ("hidden", "channels"):
+            for width in getattr(self, field):
+                checks.positive_int(f"network.{field}", width)
+
+
+def observation_shape(config: TorsoConfig, obs_spec: Any) -> tuple[int, ...]:
+    """Shape of one observation. Raises ``ValueError`` if it is no array, or not an image where a conv torso is asked for."""
+    shape = obs_spec.obs.shape if isinstance(obs_spec, MaskedObs) else getattr(obs_spec, "shape", None)
+    if shape is None:
+        raise ValueError("observations must be one array, or MaskedObs(obs, mask)")
+    if config.torso == "conv" and len(shape) != 3:
+        raise ValueError(f"network.torso=conv needs observations [height, width, channels], got {shape}")
+    return shape
+
+
+def split_mask(module: nn.Module, obs: Any) -> tuple[Array, Array | None]:
+    """The observation as floats, and its mask. Integers and booleans are computed in the dtype of the parameters."""
+    obs, mask = obs if isinstance(obs, MaskedObs) else (obs, None)
+    params = jax.tree.leaves(module.variables.get("params", {}))
+    dtype = params[0].dtype if params else jnp.float32
+    if not jnp.issubdtype(obs.dtype, jnp.floating):
+        wide = obs.dtype.itemsize > 1 and dtype != jnp.float32  # a large integer may be beyond the range of float16
+        obs = precision.cast(obs.astype(jnp.float32), str(dtype)) if wide else obs.astype(dtype)
+    return obs, mask
+
+
+def as_network(module: nn.Module, obs_spec: Any, memory: Any) -> Network:
+    """The record of a module ``(memory [B], obs [T, B], first [T, B]) -> (memories [T, B], outputs [T, B])``."""
+
+    def unroll(params: Any, memory: Any, obs: Any, first: Array) -> tuple[Any, Any]:
+        return module.apply(params, memory, obs, first)  # type: ignore[return-value]
+
+    def step(params: Any, memory: Any, obs: Any, first: Array) -> tuple[Any, Any]:
+        memories, outputs = unroll(params, memory, *jax.tree.map(lambda x: x[None], (obs, first)))
+        return jax.tree.map(lambda x: x[0], (memories, outputs))
+
+    def init(key: Array) -> Any:
+        batched = jax.tree.map(lambda x: jnp.zeros((1, 1, *x.shape), x.dtype), obs_spec)
+        start = jax.tree.map(lambda x: x[None], memory)
+        return module.init(key, start, batched, jnp.ones((1, 1), bool))
+
+    return Network(init, step, unroll, memory)
+
+
+class Features(nn.Module):
+    """The torso: ``[..., *observation] -> [..., width]``."""
+
+    config: TorsoConfig
+    obs_rank: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        function = getattr(nn, self.config.activation)
+        activation = (lambda x: function(nn.LayerNorm()(x))) if self.config.norm == "layer" else function
+        batch_shape = x.shape[: x.ndim - self.obs_rank]
+        if self.config.torso == "conv" or (self.config.torso == "auto" and self.obs_rank == 3):
+            for width in self.config.channels:
+                x = activation(nn.Conv(width, (3, 3), padding="VALID", kernel_init=orthogonal(math.sqrt(2)))(x))
+        x = x.reshape(*batch_shape, -1)
+        for width in self.config.hidden:
+            x = activation(nn.Dense(width, kernel_init=orthogonal(math.sqrt(2)))(x))
+        return x
+
+
+class Recurrent(nn.Module):
+    """A GRU over time (Cho et al. 2014, arXiv 1406.1078) that starts from zero where ``first`` is true."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, memory: Array, x: Array, first: Array) -> Array:
+        cell = nn.GRUCell(self.width, kernel_init=orthogonal(1.0), recurrent_kernel_init=orthogonal(1.0))
+
+        def step(cell: nn.GRUCell, h: Array, inputs: tuple[Array, Array]) -> tuple[Array, Array]:
+            x_t, first_t = inputs
+            h = jnp.where(first_t[:, None], jnp.zeros_like(h), h)
+            h, _ = cell(h, x_t)
+            return h, h
+
+        scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+        return scan(cell, memory.astype(x.dtype), (x, first))[1]
+
+
+def wide_dot(x: Array, kernel: Array, *args: Any, **options: Any) -> Array:
+    """The heads' product, given out in float32 at least: a value of 100 rounded to bfloat16 would be off by a quarter."""
+    options["preferred_element_type"] = jnp.promote_types(x.dtype, jnp.float32)
+    return jax.lax.dot_general(x, kernel, *args, **options)
