@@ -50,6 +50,11 @@ def by_episode(
     return np.stack([row[: min(map(len, ended))] for row in ended])
 
 
+def group_means(x: np.ndarray) -> np.ndarray:
+    """Means over 20 groups of runs, for the plot: the book's figures are means, and a fall off the cliff is rare."""
+    return np.stack([group.mean(0) for group in np.array_split(x, min(20, len(x)))])
+
+
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
     for name in ("runs", "episodes"):
@@ -67,7 +72,7 @@ def main(argv: list[str]) -> None:
         faster = hyper._replace(learning_rate=rate)
         returns = by_episode(cliff, method, faster, 60 * args.episodes, args.runs, args.seed, "episode_return")
         returns = returns[:, : args.episodes]
-        walks.append((method, np.arange(1, returns.shape[1] + 1), np.maximum(returns, -150)))
+        walks.append((method, np.arange(1, returns.shape[1] + 1), group_means(np.maximum(returns, -150))))
         print(f"  {method}: {returns[:, -max(1, args.episodes // 10) :].mean():.1f}", flush=True)
     best = float(mdp.value_iteration(tabular.cliff(), 1.0)[36])
     print(f"  the best possible: {best:.0f}")
@@ -78,8 +83,7 @@ def main(argv: list[str]) -> None:
         # An episode that goes left takes two steps, one that goes right a single one.
         lengths = by_episode(bias, method, td.Hyper(0.1, 1.0, 0.1), 600, 5 * args.runs, args.seed, "episode_length")
         left = 100 * (lengths[:, :300] - 1)
-        groups = np.array_split(left, 20)  # means over groups of runs: a single run only says yes or no
-        biases.append((method, np.arange(1, 301), np.stack([g.mean(0) for g in groups])))
+        biases.append((method, np.arange(1, 301), group_means(left)))
         print(f"  {method}: {left[:, :10].mean():.0f}% {left[:, -10:].mean():.0f}%", flush=True)
 
     plot.draw(

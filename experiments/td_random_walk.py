@@ -41,6 +41,7 @@ class Args:
     folder: Path = Path("runs/td-random-walk")
 
 
+TD_ALPHAS, MC_ALPHAS = jnp.array([0.05, 0.1, 0.15]), jnp.array([0.01, 0.02, 0.03, 0.04])
 ALPHAS = jnp.linspace(0, 1, 21)
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 LAMBDAS = jnp.array([0.0, 0.4, 0.8, 0.9, 0.95, 0.975, 0.99, 1.0])
@@ -84,9 +85,9 @@ def rms_errors(process: MDP, learn: Any, w: Array, streams: td.Stream, gamma: fl
 
 
 @jax.jit
-def figure_6_2(keys: Array) -> tuple[Array, Array]:
+def figure_6_2(keys: Array) -> tuple[Array, Array, Array]:
     """Five states: values of TD(0) after 0, 1, 10 and 100 episodes ``[4, 7]`` of one run, and errors of TD and Monte Carlo
-    over 100 episodes ``[2, 4, runs, 100]``."""
+    over 100 episodes ``[step sizes, runs, 100]``."""
     process = tabular.random_walk(5, 0.0, 1.0)
     middle = jnp.where(process.terminal, 0.0, 0.5)
     streams = jax.vmap(lambda k: episodes(k, process, 100, 150))(keys)
@@ -98,8 +99,7 @@ def figure_6_2(keys: Array) -> tuple[Array, Array]:
     first = jax.tree.map(lambda x: x[0], streams)
     _, path = jax.lax.scan(lambda w, e: (td.td(w, e, 0.1)[0],) * 2, middle, first)
     values = jnp.concatenate([middle[None], path[jnp.array([0, 9, 99])]])
-    by_td = errors(td.td, jnp.array([0.05, 0.1, 0.15, 0.15]))
-    return values, jnp.stack([by_td, errors(td.monte_carlo, jnp.array([0.01, 0.02, 0.03, 0.04]))])
+    return values, errors(td.td, TD_ALPHAS), errors(td.monte_carlo, MC_ALPHAS)
 
 
 @jax.jit
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     keys = jax.random.split(jax.random.key(args.seed), args.runs)
-    values, errors = jax.tree.map(np.asarray, figure_6_2(keys))
+    values, td_errors, mc_errors = jax.tree.map(np.asarray, figure_6_2(keys))
     grids = jax.tree.map(np.asarray, figures_of_19(keys))
     seconds = time.perf_counter() - begin
 
@@ -140,8 +140,8 @@ def main(argv: list[str]) -> None:
     lines.append(("true values", states, exact[None]))
     panels.append(plot.Panel("6.2: values of TD(0), one run", "state", "value", lines))
     steps = np.arange(1, 101)
-    lines = [(f"TD {a:g}", steps, e) for a, e in zip((0.05, 0.1, 0.15), errors[0], strict=False)]
-    lines += [(f"MC {a:g}", steps, e) for a, e in zip((0.01, 0.02, 0.03, 0.04), errors[1], strict=True)]
+    lines = [(f"TD {a:g}", steps, e) for a, e in zip(np.asarray(TD_ALPHAS), td_errors, strict=True)]
+    lines += [(f"MC {a:g}", steps, e) for a, e in zip(np.asarray(MC_ALPHAS), mc_errors, strict=True)]
     panels.append(plot.Panel("6.2: TD(0) and Monte Carlo by step size", "episodes", "RMS error", lines))
 
     alphas = np.asarray(ALPHAS)
