@@ -6,9 +6,7 @@ python experiments/ppo.py --sweep hyper.learning_rate=1e-4,3e-4,1e-3 hyper.clip_
 python experiments/ppo.py --run-dir runs/mine                 and, after Ctrl-C, the same with --resume
 """
 
-from dataclasses import dataclass, field, replace
-
-import tyro
+from dataclasses import dataclass, field
 
 from jrl.algos import ppo
 from jrl.algos.presets import ppo_preset
@@ -24,11 +22,7 @@ class Args(cli.Options):
 
 
 def main(argv: list[str]) -> Result:
-    preset = ppo_preset(*cli.preset_of(argv))
-    defaults = Args(env_steps=preset.env_steps, config=preset.config, hyper=preset.hyper)
-    args = tyro.cli(Args, args=argv, default=defaults, description=cli.paragraphs(__doc__))
-    config = args.config if args.precision is None else replace(args.config, precision=args.precision)
-    return cli.run(args, ppo.make(cli.environment(args), config, args.hyper))
+    return cli.experiment(argv, Args, ppo_preset, ppo.make, __doc__)
 
 
 if __name__ == "__main__":

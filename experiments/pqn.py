@@ -2,13 +2,11 @@
 
 python experiments/pqn.py                                     16 seeds of CartPole-v1
 python experiments/pqn.py --env Breakout-MinAtar --num-seeds 8
-python experiments/pqn.py --sweep hyper.learning_rate=1e-4,3e-4,1e-3 hyper.q_lambda=0,0.65,0.95
+python experiments/pqn.py --sweep hyper.q_lambda=0,0.65,0.95
 python experiments/pqn.py --run-dir runs/mine                 and, after Ctrl-C, the same with --resume
 """
 
-from dataclasses import dataclass, field, replace
-
-import tyro
+from dataclasses import dataclass, field
 
 from jrl.algos import pqn
 from jrl.algos.presets import pqn_preset
@@ -24,11 +22,7 @@ class Args(cli.Options):
 
 
 def main(argv: list[str]) -> Result:
-    preset = pqn_preset(*cli.preset_of(argv))
-    defaults = Args(env_steps=preset.env_steps, config=preset.config, hyper=preset.hyper)
-    args = tyro.cli(Args, args=argv, default=defaults, description=cli.paragraphs(__doc__))
-    config = args.config if args.precision is None else replace(args.config, precision=args.precision)
-    return cli.run(args, pqn.make(cli.environment(args), config, args.hyper))
+    return cli.experiment(argv, Args, pqn_preset, pqn.make, __doc__)
 
 
 if __name__ == "__main__":

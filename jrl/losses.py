@@ -1,4 +1,4 @@
-"""Losses and diagnostics of policy-gradient methods, each on one element or one batch, in float32.
+"""Losses and diagnostics of policy gradients and of action values, each on one element or one batch, in float32.
 
 Elementwise functions broadcast; reduce them where you call them. ``log_ratio`` is ``log pi(a|x) - log pi_old(a|x)``.
 """
@@ -73,3 +73,30 @@ def explained_variance(v: Array, target: Array) -> Array:
     """``1 - Var[target - v] / Var[target]`` over all elements; 0 where the targets do not vary."""
     variance = jnp.var(target)
     return jnp.where(variance > 0, 1 - jnp.var(target - v) / jnp.where(variance > 0, variance, 1.0), 0.0)
+
+
+def huber(error: Array, delta: float = 1.0) -> Array:
+    """``error^2 / 2`` up to ``delta``, linear beyond, elementwise (Huber 1964)."""
+    size = jnp.abs(error)
+    inner = jnp.minimum(size, delta)
+    return inner * (size - 0.5 * inner)
+
+
+def project_categorical(probability: Array, moved: Array, atoms: Array) -> Array:
+    """A distribution on points ``moved`` put onto ``atoms`` (equally spaced), all ``[K]`` (1707.06887, eq. 7).
+
+    Each point gives its probability to the two atoms beside it, in proportion to its nearness; points outside go to the ends.
+    """
+    step = atoms[1] - atoms[0]
+    moved = jnp.clip(moved, atoms[0], atoms[-1])
+    nearness = jnp.clip(1 - jnp.abs(moved[None] - atoms[:, None]) / step, 0, 1)  # [atoms, points]
+    return nearness @ probability
+
+
+def quantile_huber(quantiles: Array, target: Array, kappa: float = 1.0) -> Array:
+    """Quantile regression's loss of ``quantiles [K]`` at midpoints against target samples ``[M]``, a scalar (1710.10044, eq. 10)."""
+    count = quantiles.shape[0]
+    levels = (jnp.arange(count) + 0.5) / count
+    error = target[None] - quantiles[:, None]  # [K, M]
+    weight = jnp.abs(levels[:, None] - (error < 0))
+    return jnp.sum(jnp.mean(weight * huber(error, kappa) / kappa, axis=1))

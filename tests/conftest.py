@@ -9,13 +9,20 @@ os.environ["JRL_CPU_DEVICES"] = "2"
 # Compiling dominates, and many tests compile the same programs: share them, also with the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# Two fifths less time in the compiler, and these tiny programs run as fast.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 
 import jax
 import pytest
 
 import jrl  # noqa: F401  (lays out the CPU devices before the first use of JAX)
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
+
+@pytest.fixture(autouse=True)
+def rank_promotion(request):
+    """Promoting ranks raises, except in test files that say RANK_PROMOTION = "allow"."""
+    with jax.numpy_rank_promotion(getattr(request.module, "RANK_PROMOTION", "raise")):
+        yield
 
 
 @pytest.fixture

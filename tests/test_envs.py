@@ -10,7 +10,7 @@ from jrl.envs import gymnax as ours
 from jrl.envs import probes, wrappers
 from jrl.envs.types import Discrete, Environment, example_action, strict
 
-jax.config.update("jax_numpy_rank_promotion", "allow")  # gymnax promotes ranks
+RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
 
 def play(env, key, actions):

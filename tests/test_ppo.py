@@ -13,7 +13,7 @@ from jrl import envs, nets, optim, rollout, run
 from jrl.algorithm import over_devices, over_hypers, over_seeds, with_evaluation
 from jrl.algos import ppo
 
-jax.config.update("jax_numpy_rank_promotion", "allow")  # gymnax promotes ranks
+RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
 SMALL = nets.Config(hidden=(16,))
 FAST = ppo.Config(

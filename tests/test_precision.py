@@ -16,7 +16,7 @@ from jrl.algos import ppo
 from jrl.envs.types import Discrete
 from jrl.optim import OptimizerConfig
 
-jax.config.update("jax_numpy_rank_promotion", "allow")  # gymnax promotes ranks
+RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
 TINY = ppo.Config(num_envs=2, num_steps=8, num_epochs=1, num_minibatches=2, network=nets.Config(hidden=(8,)))
 OBS = jax.random.normal(jax.random.key(7), (3, 2, 4))  # [T, B, features]

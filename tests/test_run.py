@@ -20,7 +20,7 @@ from jrl import envs, nets, optim, run
 from jrl.algos import ppo
 from jrl.run import layout, program, stats
 
-jax.config.update("jax_numpy_rank_promotion", "allow")  # gymnax promotes ranks
+RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
 TINY = ppo.Config(
     num_envs=2,

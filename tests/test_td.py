@@ -12,8 +12,6 @@ from jrl.algos import td
 from jrl.envs import tabular
 from jrl.envs.types import observation_spec
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 WALK = tabular.random_walk(5, 0.0, 1.0)
 
 

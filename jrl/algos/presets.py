@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from jrl import nets
-from jrl.algos import ppo, pqn
+from jrl.algos import dqn, ppo, pqn
 
 
 class Preset(NamedTuple):
@@ -80,6 +80,11 @@ PQN: dict[str, Preset] = {
 }
 
 
+DQN_DEFAULT = Preset(500_000, dqn.Config(), dqn.Hyper())
+
+DQN: dict[str, Preset] = {"CartPole-v1": DQN_DEFAULT}
+
+
 def ppo_preset(name: str, env: str) -> Preset:
     """PPO's preset ``name`` for ``env``: see ``find``."""
     return find(PPO, PPO_DEFAULT, name, env)
@@ -88,6 +93,11 @@ def ppo_preset(name: str, env: str) -> Preset:
 def pqn_preset(name: str, env: str) -> Preset:
     """PQN's preset ``name`` for ``env``: see ``find``."""
     return find(PQN, PQN_DEFAULT, name, env)
+
+
+def dqn_preset(name: str, env: str) -> Preset:
+    """DQN's preset ``name`` for ``env``: see ``find``."""
+    return find(DQN, DQN_DEFAULT, name, env)
 
 
 def find(table: dict[str, Preset], default: Preset, name: str, env: str) -> Preset:

@@ -1,7 +1,7 @@
 """Networks. Algorithms see only the record ``Network``; flax modules stay inside this folder."""
 
-from jrl.nets.action_values import ValueConfig, action_values
+from jrl.nets.action_values import ValueConfig, action_values, with_noise
 from jrl.nets.actor_critic import Config, actor_critic
 from jrl.nets.types import Network
 
-__all__ = ["Config", "Network", "ValueConfig", "action_values", "actor_critic"]
+__all__ = ["Config", "Network", "ValueConfig", "action_values", "actor_critic", "with_noise"]

@@ -1,5 +1,6 @@
 """Networks that value actions: a torso, an optional GRU, and a head for every action, dueling or not."""
 
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,15 @@ class ValueConfig(TorsoConfig):
         norm: layer normalization before each activation, or none.
         gru: width of a GRU after the torso; 0 for none.
         dueling: value and advantages apart, put together around the advantages' mean (1511.06581, eq. 9).
+        noisy: heads whose weights carry learned, factorized noise (1706.10295, eq. 9-11): exploration that is learned. It is
+            there where ``with_noise`` gave a key; without one they answer with their means.
     """
 
     hidden: tuple[int, ...] = (128, 128)
     activation: Activation = "relu"
     norm: Norm = "layer"
     dueling: bool = False
+    noisy: bool = False
 
 
 def action_values(config: ValueConfig, obs_spec: Any, space: Space, atoms: int = 1) -> Network:
@@ -79,5 +83,49 @@ class ActionValues(nn.Module):
         return memories, values[..., 0] if self.atoms == 1 else values
 
     def _head(self, name: str, x: Array, rows: int) -> Array:
-        dense = nn.Dense(rows * self.atoms, kernel_init=orthogonal(1.0), dot_general=wide_dot, name=name)
-        return dense(x).reshape(*x.shape[:-1], rows, self.atoms)
+        width = rows * self.atoms
+        if self.config.noisy:
+            key = self.get_variable("noise", "key") if self.has_variable("noise", "key") else None
+            if key is not None:
+                key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # each head its own noise
+            out = NoisyDense(width, name=name)(x, key)
+        else:
+            out = nn.Dense(width, kernel_init=orthogonal(1.0), dot_general=wide_dot, name=name)(x)
+        return out.reshape(*x.shape[:-1], rows, self.atoms)
+
+
+class NoisyDense(nn.Module):
+    """``y = (mu_w + sigma_w e_w) x + mu_b + sigma_b e_b`` with ``e_w = f(e_out) f(e_in)``, ``f(x) = sgn(x) sqrt(|x|)``.
+
+    Initialized as in section 3.2 of 1706.10295; without a key the noise is 0.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array, key: Array | None) -> Array:
+        fan_in = x.shape[-1]
+        bound = fan_in**-0.5
+
+        def uniform(key: Array, shape: tuple[int, ...]) -> Array:
+            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+        sigma = nn.initializers.constant(0.5 * bound)
+        kernel, kernel_sigma = (
+            self.param("kernel", uniform, (fan_in, self.width)),
+            self.param("kernel_sigma", sigma, (fan_in, self.width)),
+        )
+        bias, bias_sigma = self.param("bias", uniform, (self.width,)), self.param("bias_sigma", sigma, (self.width,))
+        if key is not None:
+            noise = jax.random.normal(key, (fan_in + self.width,))
+            noise = (jnp.sign(noise) * jnp.sqrt(jnp.abs(noise))).astype(kernel.dtype)
+            e_in, e_out = noise[:fan_in], noise[fan_in:]
+            kernel = kernel + kernel_sigma * jnp.outer(e_in, e_out)
+            bias = bias + bias_sigma * e_out
+        y = wide_dot(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+        return y + jnp.broadcast_to(bias, y.shape)
+
+
+def with_noise(params: Any, key: Array) -> Any:
+    """Parameters of a noisy network with the key of its noise; what trains is ``params`` alone."""
+    return {**params, "noise": {"key": key}}

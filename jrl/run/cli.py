@@ -5,11 +5,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import tyro
 
 from jrl import envs
 from jrl.algorithm import Algorithm
@@ -87,6 +88,21 @@ def parse_params(texts: tuple[str, ...]) -> dict[str, float | int]:
             raise ValueError(f"env_params are written NAME=NUMBER; got {text!r}") from None
         params[name] = int(value) if value.is_integer() and "." not in number else value
     return params
+
+
+def experiment(
+    argv: list[str],
+    options: type[Options],
+    preset: Callable[[str, str], Any],
+    make: Callable[..., Algorithm],
+    doc: str | None,
+) -> Result:
+    """Train as a command line says: ``options`` has the fields ``config`` and ``hyper`` besides, whose defaults are the preset's."""
+    chosen = preset(*preset_of(argv))
+    defaults: Any = options(env_steps=chosen.env_steps, config=chosen.config, hyper=chosen.hyper)  # type: ignore[call-arg]
+    args = tyro.cli(options, args=argv, default=defaults, description=paragraphs(doc))
+    config = args.config if args.precision is None else replace(args.config, precision=args.precision)  # type: ignore[attr-defined]
+    return run(args, make(environment(args), config, args.hyper))  # type: ignore[attr-defined]
 
 
 def run(options: Options, algo: Algorithm) -> Result:

@@ -1,0 +1,371 @@
+"""Deep Q-networks (Mnih et al., Nature 2015) and the parts of Rainbow (Hessel et al. 2018, arXiv 1710.02298).
+
+One update: act for a few steps in B environments, then take gradient steps on transitions from the replay:
+
+    DQN            y = r + gamma max_a Q'(x', a)                                Q' the target network
+    double         y = r + gamma Q'(x', argmax_a Q(x', a))                      1509.06461, eq. 4
+    n-step         r and gamma over n steps                                     1710.02298, section 3
+    Munchausen     y = r + alpha tau log pi(a|x) + gamma sum_a' pi(a'|x') (Q'(x', a') - tau log pi(a'|x'))
+                   with pi = softmax(Q' / tau)                                  2007.14430, eq. 1
+    C51            the distribution of y, projected on fixed atoms              1707.06887, algorithm 1
+    QR             its quantiles                                                1710.10044, eq. 10
+    dueling, noisy are shapes of the network (``nets.ValueConfig``), PER a way of drawing (``jrl.replay``)
+
+Each is an option of its own. ``RAINBOW`` is their documented composition. Truncated episodes bootstrap from their last
+observation. Until ``learning_starts`` steps are stored, gradient steps are computed and dropped: the schedule is static.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jrl import checks, losses, nets, optim, precision, replay, rollout
+from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer, progress
+from jrl.algos.pqn import epsilon_greedy, exploration_noise, mask
+from jrl.envs.types import Discrete, Environment, observation_spec
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Config:
+    """Static settings: they decide shapes and structure, and are compiled in.
+
+    Attributes:
+        num_envs: environments stepped side by side in each seed.
+        num_steps: steps in each environment per update.
+        num_gradient_steps: minibatches per update.
+        batch_size: transitions in a minibatch.
+        capacity: rows of the replay, over all environments.
+        learning_starts: environment steps before the first gradient step.
+        target_every: updates between hard copies into the target network; 0 for soft ones (hyper.tau) at each.
+        n_step: steps of a transition.
+        double: choose with the online network what the target network values.
+        prioritized: draw transitions by their error.
+        munchausen: add the scaled log-policy to the reward.
+        distribution: mean (plain values), categorical (C51) or quantile (QR).
+        atoms: of a distribution.
+        loss: squared, or huber (robust, but drawn to the median of targets), for mean values.
+        network: shape of the network; dueling and noisy are here.
+        optimizer: what the optimizer is made of.
+        precision: float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like
+            'params=float32,compute=bfloat16,output=float32'.
+    """
+
+    num_envs: int = 10
+    num_steps: int = 1
+    num_gradient_steps: int = 1
+    batch_size: int = 128
+    capacity: int = 10_000
+    learning_starts: int = 1_000
+    target_every: int = 50
+    n_step: int = 1
+    double: bool = True
+    prioritized: bool = False
+    munchausen: bool = False
+    distribution: Literal["mean", "categorical", "quantile"] = "mean"
+    atoms: int = 51
+    loss: Literal["squared", "huber"] = "squared"
+    network: nets.ValueConfig = field(default_factory=lambda: nets.ValueConfig(norm="none"))
+    optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("num_envs", "num_steps", "num_gradient_steps", "batch_size", "capacity", "n_step", "atoms"):
+            checks.positive_int(f"config.{name}", getattr(self, name))
+        for name in ("learning_starts", "target_every"):
+            checks.positive_int(f"config.{name}", getattr(self, name), at_least=0)
+        checks.one_of("config.distribution", self.distribution, ("mean", "categorical", "quantile"))
+        checks.one_of("config.loss", self.loss, ("huber", "squared"))
+        precision.parse(self.precision)
+        if self.learning_starts > self.capacity:
+            raise ValueError(
+                f"config.learning_starts must be at most capacity = {self.capacity}; got {self.learning_starts}"
+            )
+        if self.network.gru:
+            raise ValueError("config.network.gru: DQN replays single transitions; PQN trains recurrent networks")
+        if self.munchausen and self.distribution != "mean":
+            raise ValueError("config.munchausen needs config.distribution=mean")
+        if self.distribution != "mean" and self.atoms < 2:
+            raise ValueError(f"config.atoms must be an integer of at least 2; got {self.atoms}")
+
+
+RAINBOW = Config(
+    n_step=3,
+    double=True,
+    prioritized=True,
+    distribution="categorical",
+    network=nets.ValueConfig(norm="none", dueling=True, noisy=True),
+)
+
+
+class Hyper(NamedTuple):
+    """Hyperparameters: data of the state, floats or traced scalars, that may differ between vmapped runs.
+
+    Attributes:
+        learning_rate: at the start of the run; config.optimizer.schedule says how it goes on.
+        gamma: discount of the return.
+        epsilon_start: share of actions chosen uniformly, at the start of the run (unless the network is noisy).
+        epsilon_end: that share later; and throughout, where the length of the run is unknown.
+        epsilon_fraction: share of the run over which epsilon falls, linearly.
+        tau: share of the online network in each soft target update; 1 copies it.
+        max_grad_norm: global norm that gradients are scaled down to (or the bound of config.optimizer.clip).
+        priority_exponent: alpha of prioritized replay.
+        importance_start: beta of prioritized replay at the start of the run; it rises to 1.
+        munchausen_weight: alpha of Munchausen.
+        temperature: tau of Munchausen.
+        v_min: smallest return of C51.
+        v_max: largest return of C51.
+        optimizer: numbers of the optimizer.
+    """
+
+    learning_rate: float = 5e-4
+    gamma: float = 0.99
+    epsilon_start: float = 1.0
+    epsilon_end: float = 0.05
+    epsilon_fraction: float = 0.2
+    tau: float = 0.01
+    max_grad_norm: float = 10.0
+    priority_exponent: float = 0.6
+    importance_start: float = 0.4
+    munchausen_weight: float = 0.9
+    temperature: float = 0.03
+    v_min: float = 0.0
+    v_max: float = 100.0
+    optimizer: optim.Hyper = optim.Hyper()
+
+
+def check_hyper(hyper: Hyper) -> None:
+    """Raise ``ValueError`` for a concrete number outside its range; traced numbers pass."""
+    for name in (
+        "gamma",
+        "epsilon_start",
+        "epsilon_end",
+        "epsilon_fraction",
+        "tau",
+        "priority_exponent",
+        "importance_start",
+    ):
+        checks.within(f"hyper.{name}", getattr(hyper, name), 0, 1)
+    checks.within("hyper.learning_rate", hyper.learning_rate, 0, float("inf"))
+    checks.within("hyper.munchausen_weight", hyper.munchausen_weight, 0, 1)
+    for name in ("max_grad_norm", "temperature"):
+        checks.above_zero(f"hyper.{name}", getattr(hyper, name))
+    bounds = (hyper.v_min, hyper.v_max)
+    if not any(isinstance(x, jax.core.Tracer) for x in bounds) and not float(hyper.v_max) > float(hyper.v_min):
+        raise ValueError(f"hyper.v_max must be above hyper.v_min; got {hyper.v_max:g} and {hyper.v_min:g}")
+    optim.check_hyper(hyper.optimizer)
+
+
+class State(NamedTuple):
+    """The whole run, the replay included."""
+
+    params: Any
+    target_params: Any
+    opt_state: Any
+    actors: rollout.Actors
+    buffer: replay.Buffer
+    key: Array
+    updates: Array  # int32: done so far
+    num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown
+    hyper: Hyper
+
+
+def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
+    """DQN in ``env``, which must have discrete actions. ``hyper`` are the defaults that ``init`` takes.
+
+    Raises ``ValueError`` for a setting out of range, one that does not fit the environment, or a replay larger than memory.
+    """
+    check_hyper(hyper)
+    atoms = 1 if config.distribution == "mean" else config.atoms
+    obs_spec = observation_spec(env)
+    network = nets.action_values(config.network, obs_spec, env.action_space, atoms)
+    network = precision.float32_outputs(precision.apply(config.precision, network))
+    memory = replay.make(
+        obs_spec, config.num_envs, config.capacity, config.batch_size, config.n_step, config.prioritized
+    )
+    assert isinstance(env.action_space, Discrete)
+    num_actions = env.action_space.n
+    noisy, defaults = config.network.noisy, hyper
+
+    def outputs(params: Any, obs: Any, key: Array | None) -> Array:
+        """The network's answer ``[N, A]`` or ``[N, A, atoms]``, noisy with a key."""
+        params = nets.with_noise(params, key) if noisy and key is not None else params
+        return network.step(params, (), obs, jnp.zeros(jax.tree.leaves(obs)[0].shape[0], bool))[1]
+
+    def values(answer: Array, obs: Any, hyper: Hyper) -> Array:
+        """Expected returns ``[N, A]``, minus infinity where an action is illegal."""
+        match config.distribution:
+            case "categorical":
+                answer = jnp.sum(jax.nn.softmax(answer) * support(hyper), axis=-1)
+            case "quantile":
+                answer = answer.mean(-1)
+        return mask(answer, obs)
+
+    def support(hyper: Hyper) -> Array:
+        return hyper.v_min + (hyper.v_max - hyper.v_min) * jnp.linspace(0, 1, atoms)[None, None]
+
+    def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
+        hyper = defaults if hyper is None else hyper
+        check_hyper(hyper)
+        key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
+        hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
+        params = network.init(key_params)
+        return State(
+            params=params,
+            target_params=jax.tree.map(jnp.copy, params),
+            opt_state=optimizer(config, hyper, 1.0, key_optimizer).init(params),
+            actors=rollout.start(env, key_envs, config.num_envs, ()),
+            buffer=memory.init(),
+            key=key_run,
+            updates=jnp.int32(0),
+            num_updates=jnp.asarray(0 if num_updates is None else num_updates, jnp.int32),
+            hyper=hyper,
+        )
+
+    def update(state: State) -> tuple[State, Metrics]:
+        key, key_noise, key_envs, key_weights, key_learn = jax.random.split(state.key, 5)
+        noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), num_actions)
+        keys = jax.random.split(key_weights, config.num_steps)
+        actors, steps, episodes = rollout.collect(
+            env, state.actors, actor(state), (noise, keys), key_envs, config.num_steps
+        )
+        seen = replay.Step(steps.obs, steps.extras, steps.reward, steps.terminated, steps.truncated, steps.next_obs)
+        buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, seen)
+        state = state._replace(actors=actors, buffer=buffer, key=key)
+
+        learned, metrics = jax.lax.scan(learn, state, jax.random.split(key_learn, config.num_gradient_steps))
+        ready = memory.size(buffer) >= config.learning_starts
+        kept = ("params", "target_params", "opt_state")
+        state = learned._replace(
+            **{
+                name: jax.tree.map(
+                    lambda new, old: jnp.where(ready, new, old), getattr(learned, name), getattr(state, name)
+                )
+                for name in kept
+            }
+        )
+        state = retarget(state._replace(updates=state.updates + 1))
+        means = {name: jnp.where(ready, m.mean(), 0.0) for name, m in metrics.items()}
+        means |= {"root_loss": jnp.sqrt(means["loss"]), "epsilon": exploration(state)}
+        return state, means | rollout.episode_metrics(episodes)
+
+    def actor(state: State) -> Any:
+        """The policy that acts: epsilon-greedy, or greedy with noisy weights."""
+        epsilon = exploration(state)
+
+        def act(nothing: Any, obs: Any, first: Array, noise: Any) -> tuple[Any, Array, Any]:
+            chance, key = noise
+            action = epsilon_greedy(values(outputs(state.params, obs, key), obs, state.hyper), epsilon, chance)
+            return nothing, action, action
+
+        return act
+
+    def exploration(state: State) -> Array:
+        if noisy:
+            return jnp.float32(0)
+        h = state.hyper
+        done = jnp.minimum(progress(state) / jnp.maximum(h.epsilon_fraction, 1e-6), 1.0)
+        epsilon = h.epsilon_start + (h.epsilon_end - h.epsilon_start) * done
+        return jnp.where(state.num_updates > 0, epsilon, h.epsilon_end)
+
+    def learn(state: State, key: Array) -> tuple[State, Metrics]:
+        """One minibatch."""
+        h = state.hyper
+        key_batch, key_online, key_target, key_select = jax.random.split(key, 4)
+        beta = h.importance_start + (1 - h.importance_start) * progress(state)
+        batch = memory.sample(state.buffer, key_batch, h.gamma, beta)
+        answer = outputs(state.target_params, batch.next_obs, key_target)
+        if config.double:
+            chooser = values(outputs(state.params, batch.next_obs, key_select), batch.next_obs, h)
+        else:
+            chooser = values(answer, batch.next_obs, h)
+        target = targets(state, batch, answer, jnp.argmax(chooser, axis=-1))
+
+        def loss(params: Any) -> tuple[Array, tuple[Metrics, Array]]:
+            taken = pick(outputs(params, batch.obs, key_online), batch.action)
+            error, each = errors(taken, target)
+            total = jnp.mean(batch.weight * each)
+            mean_square = jnp.sum((batch.weight > 0) * error**2) / jnp.maximum((batch.weight > 0).sum(), 1)
+            return total, ({"loss": mean_square, "objective": total}, error if config.distribution == "mean" else each)
+
+        tx = optimizer(config, h, learning_rate_factor(config, state))
+        step = optim.minimize(tx, loss, state.params, state.opt_state)
+        metrics, error = step.extra
+        buffer = memory.update(state.buffer, batch.rows, jnp.abs(error) ** h.priority_exponent)
+        state = state._replace(params=step.params, opt_state=step.opt_state, buffer=buffer)
+        return state, metrics | {"grad_norm": step.grad_norm}
+
+    def targets(state: State, batch: replay.Batch, answer: Array, best: Array) -> Array:
+        """What the value of each action taken should be ``[N]``, or its distribution: probabilities or quantiles ``[N, atoms]``."""
+        h = state.hyper
+        following = pick(answer, best)
+        if config.munchausen:
+            legal = mask(answer, batch.next_obs)
+            log_pi = jax.nn.log_softmax(legal / h.temperature)
+            soft = jnp.sum(jnp.where(jnp.isneginf(legal), 0.0, jnp.exp(log_pi) * (answer - h.temperature * log_pi)), -1)
+            before = mask(outputs(state.target_params, batch.obs, None), batch.obs)
+            taken = pick(jax.nn.log_softmax(before / h.temperature), batch.action)
+            bonus = h.munchausen_weight * jnp.clip(h.temperature * taken, -1.0, 0.0)
+            return batch.reward + bonus + batch.discount * soft
+        match config.distribution:
+            case "mean":
+                return batch.reward + batch.discount * following
+            case "quantile":
+                return batch.reward[:, None] + batch.discount[:, None] * following
+            case "categorical":
+                atoms_of = support(h)[0]
+                moved = batch.reward[:, None] + batch.discount[:, None] * atoms_of
+                return jax.vmap(losses.project_categorical, in_axes=(0, 0, None))(
+                    jax.nn.softmax(following), moved, atoms_of[0]
+                )
+
+    def errors(taken: Array, target: Array) -> tuple[Array, Array]:
+        """Error of each mean value ``[N]``, and the loss of each ``[N]``."""
+        match config.distribution:
+            case "mean":
+                error = target - taken
+                return error, losses.huber(error) if config.loss == "huber" else 0.5 * error**2
+            case "quantile":
+                return target.mean(-1) - taken.mean(-1), jax.vmap(losses.quantile_huber)(taken, target)
+            case "categorical":
+                cross = -jnp.sum(target * jax.nn.log_softmax(taken), axis=-1)
+                return cross, cross
+
+    def retarget(state: State) -> State:
+        """The target network after an update."""
+        if config.target_every:
+            share = jnp.where(state.updates % config.target_every == 0, 1.0, 0.0)
+        else:
+            share = state.hyper.tau
+        mixed = optax.incremental_update(
+            precision.cast(state.params, "float32"), precision.cast(state.target_params, "float32"), share
+        )
+        target = jax.tree.map(lambda new, old: new.astype(old.dtype), mixed, state.target_params)
+        return state._replace(target_params=target)
+
+    def act(state: State, obs: Any, key: Array | None = None, memory: Any = None) -> tuple[Array, Any]:
+        params = optim.eval_params(state.opt_state, state.params)
+        key_noise, key_weights = (None, None) if key is None else jax.random.split(key)
+        one = jax.tree.map(lambda x: x[None], obs)
+        q = values(outputs(params, one, key_weights), one, state.hyper)[0]
+        if key_noise is None:
+            return jnp.argmax(q).astype(jnp.int32), ()
+        return epsilon_greedy(q, exploration(state), exploration_noise(key_noise, (), num_actions)), ()
+
+    per_update = config.num_envs * config.num_steps
+    remake = lambda config: make(env, config, hyper)  # noqa: E731
+    return Algorithm(init, update, act, per_update, "dqn", env, config, hyper, True, remake)
+
+
+def rainbow(config: Config = RAINBOW, **fields: Any) -> Config:
+    """Rainbow's composition with other fields of ``Config`` replaced."""
+    return replace(config, **fields)
+
+
+def pick(x: Array, action: Array) -> Array:
+    """``x[i, action[i]]`` of ``[N, A]`` or ``[N, A, atoms]``."""
+    return x[jnp.arange(action.shape[0]), action]

@@ -1,0 +1,186 @@
+"""Replay: what is stored, how n-step transitions are put together, and how often each is drawn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrl import replay
+
+SPEC = jax.ShapeDtypeStruct((2,), jnp.uint8)
+
+
+def step(obs, action=0, reward=0.0, terminated=False, truncated=False, next_obs=0):
+    """One step of one environment, whose observations are (number, number)."""
+    see = lambda x: jnp.full((1, 2), x, jnp.uint8)  # noqa: E731
+    return replay.Step(
+        see(obs),
+        jnp.array([action]),
+        jnp.array([reward]),
+        jnp.array([terminated]),
+        jnp.array([truncated]),
+        see(next_obs),
+    )
+
+
+def filled(steps, capacity=16, **kwargs):
+    memory = replay.make(SPEC, 1, capacity, kwargs.pop("batch_size", 256), **kwargs)
+    buffer = memory.init()
+    for s in steps:
+        buffer = jax.jit(memory.add)(buffer, s)
+    return memory, buffer
+
+
+def drawn(memory, buffer, gamma=0.5):
+    """Transitions by the number of their first observation: (reward, discount, next observation)."""
+    batch = memory.sample(buffer, jax.random.key(0), gamma)
+    seen = {}
+    for i in np.flatnonzero(batch.weight > 0):
+        seen[int(batch.obs[i, 0])] = (float(batch.reward[i]), float(batch.discount[i]), int(batch.next_obs[i, 0]))
+    return seen
+
+
+# 0 -> 1 -> 2 (terminated); 10 -> 11 -> 12, truncated at 13; 20 -> 21 -> (22 to come)
+HISTORY = [
+    step(0, reward=1.0, next_obs=1),
+    step(1, reward=2.0, next_obs=2),
+    step(2, reward=4.0, terminated=True, next_obs=3),
+    step(10, reward=1.0, next_obs=11),
+    step(11, reward=2.0, next_obs=12),
+    step(12, reward=4.0, truncated=True, next_obs=13),
+    step(20, reward=1.0, next_obs=21),
+    step(21, reward=2.0, next_obs=22),
+]
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_one_step_transitions(prioritized):
+    assert drawn(*filled(HISTORY, prioritized=prioritized)) == {
+        0: (1, 0.5, 1),
+        1: (2, 0.5, 2),
+        2: (4, 0, 10),  # nothing follows a termination: the discount is 0
+        10: (1, 0.5, 11),
+        11: (2, 0.5, 12),
+        12: (4, 0.5, 13),  # the last observation of a truncated episode, not the first of the next
+        20: (1, 0.5, 21),  # 21 waits for what follows it
+    }
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_three_step_transitions_stop_where_episodes_do(prioritized):
+    assert drawn(*filled(HISTORY, n_step=3, prioritized=prioritized)) == {
+        0: (1 + 0.5 * 2 + 0.25 * 4, 0, 10),
+        1: (2 + 0.5 * 4, 0, 10),
+        2: (4, 0, 10),
+        10: (1 + 0.5 * 2 + 0.25 * 4, 0.125, 13),
+        11: (2 + 0.5 * 4, 0.25, 13),
+        12: (4, 0.5, 13),
+        20: (1, 0.5, 21),
+    }
+
+
+def test_both_flags_terminate_and_old_rows_are_overwritten():
+    steps = [step(i, reward=float(i), truncated=i % 3 == 2, terminated=i % 3 == 2, next_obs=i + 1) for i in range(40)]
+    memory, buffer = filled(steps, capacity=8)
+    assert int(memory.size(buffer)) == 8 and buffer.obs.dtype == jnp.uint8
+    seen = drawn(memory, buffer)
+    assert set(seen) == set(range(32, 39))
+    assert seen[35] == (35, 0, 36) and seen[36] == (36, 0.5, 37)
+
+
+def test_environments_are_drawn_alike_and_keep_apart():
+    memory = replay.make(SPEC, 3, 30, 3000)
+    see = lambda x: jnp.stack([jnp.full(2, x + 100 * e, jnp.uint8) for e in range(3)])  # noqa: E731
+    buffer = memory.init()
+    no = jnp.zeros(3, bool)
+    for i in range(6):
+        truncated = jnp.array([False, i == 2, False])
+        buffer = memory.add(buffer, replay.Step(see(i), jnp.arange(3), jnp.zeros(3), no, truncated, see(50)))
+    batch = memory.sample(buffer, jax.random.key(0), 0.9)
+    env = np.asarray(batch.obs[:, 0]) // 100
+    assert (np.asarray(batch.next_obs[:, 0]) // 100 == env).all()
+    np.testing.assert_allclose(np.bincount(env, minlength=3) / 3000, 1 / 3, atol=0.04)
+    after = {
+        (int(o), int(n)) for o, n, w in zip(batch.obs[:, 0], batch.next_obs[:, 0], batch.weight, strict=True) if w > 0
+    }
+    assert (102, 150) in after and (2, 3) in after and (102, 103) not in after
+    assert (np.asarray(batch.weight)[np.asarray(batch.obs[:, 0]) == 150] == 0).all()
+
+
+# Priorities
+
+
+def test_the_tree_sums_and_finds():
+    values = jnp.array([1.0, 0.0, 3.0, 0.5, 0.0, 2.5, 0.0, 1.0])
+    tree = replay.set_leaves(jnp.zeros(16), jnp.arange(8), values)
+    assert tree[1] == 8 and tree[2] == 4.5 and tree[3] == 3.5
+    tree = replay.set_leaves(tree, jnp.array([2, 2**30]), jnp.array([1.0, 9.0]))
+    assert tree[1] == 6
+    found = replay.find_leaves(tree, jnp.array([0.0, 0.99, 1.0, 1.99, 2.0, 2.49, 2.5, 4.99, 5.0, 5.99, 6.0]))
+    assert found.tolist() == [0, 0, 2, 2, 3, 3, 5, 5, 7, 7, 7]
+
+
+def test_draws_follow_priorities_and_weights_undo_them():
+    memory, buffer = filled([step(i, next_obs=i + 1) for i in range(9)], prioritized=True, batch_size=8000)
+    rows = jnp.arange(8)
+    priority = jnp.array([1.0, 2, 3, 4, 5, 6, 7, 8])
+    buffer = memory.update(buffer, rows, priority)
+    buffer = memory.update(buffer, jnp.array([8, replay.NOWHERE]), jnp.array([0.0, 99.0]))
+    assert buffer.largest == 8
+    batch = memory.sample(buffer, jax.random.key(0), 0.9, 1.0)
+    share = np.bincount(np.asarray(batch.obs[:, 0]), minlength=8)[:8] / 8000
+    np.testing.assert_allclose(share, np.asarray(priority) / 36, atol=0.002)
+    # (1 / (N P))^beta over its largest: with beta = 1 inverse to the priority.
+    for i in range(8000):
+        if i % 500 == 0:
+            np.testing.assert_allclose(batch.weight[i], 1 / (1 + int(batch.obs[i, 0])), rtol=1e-4)
+    half = memory.sample(buffer, jax.random.key(0), 0.9, 0.5)
+    np.testing.assert_allclose(half.weight[-1], (1 / 8) ** 0.5, rtol=1e-4)
+
+
+def test_new_rows_get_the_largest_priority():
+    memory, buffer = filled(HISTORY[:3], prioritized=True)
+    buffer = memory.update(buffer, jnp.array([1]), jnp.array([7.0]))
+    buffer = memory.add(buffer, HISTORY[3])
+    leaves = buffer.tree.shape[0] // 2
+    assert buffer.tree[leaves : leaves + 4].tolist() == [1, 7, 1, 7]
+
+
+# Cost
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_nothing_copies_the_buffer(prioritized):
+    """Adding and sampling in a scan, over seeds, needs less than a tenth of the buffer besides it."""
+    spec = jax.ShapeDtypeStruct((10, 10, 4), jnp.bool_)
+    memory = replay.make(spec, 4, 20_000, 32, 3, prioritized)
+
+    def run(buffer, key):
+        def body(buffer, key):
+            obs = jnp.ones((4, 10, 10, 4), bool)
+            no = jnp.zeros(4, bool)
+            buffer = memory.add(buffer, replay.Step(obs, jnp.zeros(4, jnp.int32), jnp.ones(4), no, ~no, obs))
+            batch = memory.sample(buffer, key, 0.9)
+            return memory.update(buffer, batch.rows, batch.reward), batch.reward.sum() + batch.obs.sum()
+
+        return jax.lax.scan(body, buffer, jax.random.split(key, 10))
+
+    seeds = 3
+    buffers = jax.eval_shape(jax.vmap(lambda _: memory.init()), jnp.zeros(seeds))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
+    compiled = jax.jit(jax.vmap(run), donate_argnums=0).lower(buffers, keys).compile()
+    used = compiled.memory_analysis()
+    assert memory.bytes > 400 * 20_000
+    assert used.temp_size_in_bytes < 0.1 * seeds * memory.bytes
+    assert used.alias_size_in_bytes >= seeds * memory.bytes
+
+
+def test_too_small_and_too_large_are_refused():
+    with pytest.raises(
+        ValueError, match="capacity must be at least 20, n_step \\+ 2 rows for each environment; got 10"
+    ):
+        replay.make(SPEC, 4, 10, 8, 3)
+    with pytest.raises(ValueError, match=r"a buffer of \d+\.\d GiB is larger than the device's \d+\.\d GiB"):
+        replay.make(jax.ShapeDtypeStruct((1000, 1000), jnp.float32), 1, 1_000_000, 8)
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1; got 0"):
+        replay.make(SPEC, 1, 10, 0)
