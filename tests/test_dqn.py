@@ -32,7 +32,6 @@ TINY = dataclasses.replace(FAST, num_envs=2, num_steps=2, batch_size=8, capacity
 PARTS = {
     "plain": {"double": False},
     "double": {},
-    "huber": {"loss": "huber"},
     "dueling": {"network": dataclasses.replace(NETWORK, dueling=True)},
     "noisy": {"network": dataclasses.replace(NETWORK, noisy=True)},
     "n-step": {"n_step": 3},
@@ -67,8 +66,6 @@ def test_every_part_learns_alone(part):
 
 def test_values_are_discounted_and_masks_hold():
     algo, states, _ = trained("Probe-mask", "double")
-    np.testing.assert_allclose(score(algo, states), 1, atol=0.1)
-    algo, states, _ = trained("Probe-mask", "munchausen")
     np.testing.assert_allclose(score(algo, states), 1, atol=0.1)
 
 
