@@ -15,7 +15,7 @@ Each is an option of its own. ``RAINBOW`` is their documented composition. Trunc
 observation. Until ``learning_starts`` steps are stored, gradient steps are computed and dropped: the schedule is static.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -359,11 +359,6 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     per_update = config.num_envs * config.num_steps
     remake = lambda config: make(env, config, hyper)  # noqa: E731
     return Algorithm(init, update, act, per_update, "dqn", env, config, hyper, True, remake)
-
-
-def rainbow(config: Config = RAINBOW, **fields: Any) -> Config:
-    """Rainbow's composition with other fields of ``Config`` replaced."""
-    return replace(config, **fields)
 
 
 def pick(x: Array, action: Array) -> Array:
