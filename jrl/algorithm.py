@@ -69,6 +69,15 @@ def progress(state: Any) -> Array:
     return state.updates / jnp.maximum(state.num_updates, 1)
 
 
+def exploration(state: Any) -> Array:
+    """Share of actions chosen uniformly now, as the three ``epsilon_`` fields of ``state.hyper`` say; its end where the length of
+    the run is unknown."""
+    h = state.hyper
+    done = jnp.minimum(progress(state) / jnp.maximum(h.epsilon_fraction, 1e-6), 1.0)
+    epsilon = h.epsilon_start + (h.epsilon_end - h.epsilon_start) * done
+    return jnp.where(state.num_updates > 0, epsilon, h.epsilon_end)
+
+
 def learning_rate_factor(config: Any, state: Any) -> Array:
     """Factor on the learning rate now; 1 where the length of the run is unknown."""
     step = 1 / jnp.maximum(state.num_updates, 1)

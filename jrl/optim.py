@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
-from jrl import checks, rounding
+from jrl import checks, precision, rounding
 
 Array = jax.Array
 Name = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "muon", "schedule_free_adamw"]
@@ -167,10 +167,6 @@ def make(
     check_hyper(hyper, "")
     if not isinstance(max_grad, jax.core.Tracer) and not float(max_grad) > 0:
         raise ValueError(f"gradients must be clipped to more than 0; got {max_grad}")
-    if config.name == "schedule_free_adamw" and config.rounding == "nearest":
-        checked = _refuse_half_width
-    else:
-        checked = lambda tx: tx  # noqa: E731
     key_moments, key_params = (None, None) if key is None else jax.random.split(key)
     tx = optax.chain(_clip(config, max_grad), _step(config, hyper, learning_rate))
     if config.moments == "bfloat16":
@@ -181,7 +177,8 @@ def make(
         tx = optax.MultiSteps(tx, config.accumulate).gradient_transformation()
     match config.rounding:
         case "nearest":
-            return checked(rounding.in_float32(tx))
+            tx = rounding.in_float32(tx)
+            return _refuse_half_width(tx) if config.name == "schedule_free_adamw" else tx
         case "stochastic":
             return rounding.stochastic_rounding(tx, key_params)
         case "kahan":
@@ -340,7 +337,7 @@ def minimize(
         return value * scale, extra
 
     grads, extra = jax.grad(scaled, has_aux=True)(params)
-    grads = rounding.cast(grads, "float32")
+    grads = precision.cast(grads, "float32")
     norm = optax.global_norm(grads) / scale
     if not isinstance(scale, float):
         norm = jnp.where(jnp.isfinite(norm) | (scale <= 1), norm, 0.0)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from jrl import checks, losses, nets, optim, precision, replay, rollout
-from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer, progress
+from jrl.algorithm import Algorithm, Metrics, exploration, learning_rate_factor, optimizer, progress
 from jrl.algos.pqn import epsilon_greedy, exploration_noise, mask
 from jrl.envs.types import Discrete, Environment, observation_spec
 
@@ -250,12 +250,12 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         )
         state = retarget(state._replace(updates=state.updates + 1))
         means = {name: jnp.where(ready, m.mean(), 0.0) for name, m in metrics.items()}
-        means |= {"root_loss": jnp.sqrt(means["loss"]), "epsilon": exploration(state)}
+        means |= {"root_loss": jnp.sqrt(means["loss"]), "epsilon": epsilon_of(state)}
         return state, means | rollout.episode_metrics(episodes)
 
     def actor(state: State) -> Any:
         """The policy that acts: epsilon-greedy, or greedy with noisy weights."""
-        epsilon = exploration(state)
+        epsilon = epsilon_of(state)
 
         def act(nothing: Any, obs: Any, first: Array, noise: Any) -> tuple[Any, Array, Any]:
             chance, key = noise
@@ -264,13 +264,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
         return act
 
-    def exploration(state: State) -> Array:
-        if noisy:
-            return jnp.float32(0)
-        h = state.hyper
-        done = jnp.minimum(progress(state) / jnp.maximum(h.epsilon_fraction, 1e-6), 1.0)
-        epsilon = h.epsilon_start + (h.epsilon_end - h.epsilon_start) * done
-        return jnp.where(state.num_updates > 0, epsilon, h.epsilon_end)
+    def epsilon_of(state: State) -> Array:
+        """Noisy weights explore by themselves."""
+        return jnp.float32(0) if noisy else exploration(state)
 
     def learn(state: State, key: Array) -> tuple[State, Metrics]:
         """One minibatch."""
@@ -354,7 +350,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         q = values(outputs(params, one, key_weights), one, state.hyper)[0]
         if key_noise is None:
             return jnp.argmax(q).astype(jnp.int32), ()
-        return epsilon_greedy(q, exploration(state), exploration_noise(key_noise, (), num_actions)), ()
+        return epsilon_greedy(q, epsilon_of(state), exploration_noise(key_noise, (), num_actions)), ()
 
     per_update = config.num_envs * config.num_steps
     remake = lambda config: make(env, config, hyper)  # noqa: E731

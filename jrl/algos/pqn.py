@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl import checks, nets, optim, precision, returns, rollout
-from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer, progress
+from jrl.algorithm import Algorithm, Metrics, exploration, learning_rate_factor, optimizer
 from jrl.envs.types import Environment, MaskedObs, observation_spec
 
 Array = jax.Array
@@ -161,12 +161,6 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             return later, action, action
 
         return act
-
-    def exploration(state: State) -> Array:
-        h = state.hyper
-        done = progress(state) / jnp.maximum(h.epsilon_fraction, 1e-6)
-        epsilon = h.epsilon_start + (h.epsilon_end - h.epsilon_start) * jnp.minimum(done, 1.0)
-        return jnp.where(state.num_updates > 0, epsilon, h.epsilon_end)
 
     def assemble(state: State, steps: rollout.Steps) -> Batch:
         """Lambda returns of a rollout, as training sequences."""
