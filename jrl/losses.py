@@ -100,3 +100,18 @@ def quantile_huber(quantiles: Array, target: Array, kappa: float = 1.0) -> Array
     error = target[None] - quantiles[:, None]  # [K, M]
     weight = jnp.abs(levels[:, None] - (error < 0))
     return jnp.sum(jnp.mean(weight * huber(error, kappa) / kappa, axis=1))
+
+
+def squash(x: Array, eps: float = 1e-3) -> Array:
+    """``h(x) = sgn(x) (sqrt(|x| + 1) - 1) + eps x``, elementwise: large values come near each other (1805.11593, section 3.2)."""
+    return jnp.sign(x) * (jnp.sqrt(jnp.abs(x) + 1) - 1) + eps * x
+
+
+def unsquash(x: Array, eps: float = 1e-3) -> Array:
+    """The inverse of ``squash`` (1805.11593, proposition A.2), in a form without cancellation.
+
+    With ``s = sqrt(|y| + 1) - 1`` for the answer y, ``|x| = s + eps (s^2 + 2 s)``, solved for s.
+    """
+    size = jnp.abs(x)
+    s = 2 * size / (1 + 2 * eps + jnp.sqrt((1 + 2 * eps) ** 2 + 4 * eps * size))
+    return jnp.sign(x) * (s * s + 2 * s)

@@ -314,6 +314,17 @@ def eval_params(opt_state: Any, params: Any) -> Any:
     return params
 
 
+def target_share(every: int, updates: Array, tau: Array | float) -> Array:
+    """How far a target network goes after ``updates`` updates: all the way at each ``every`` of them, or ``tau`` if that is 0."""
+    return jnp.where(updates % every == 0, 1.0, 0.0) if every else jnp.asarray(tau)
+
+
+def towards(target: Any, params: Any, share: Array | float) -> Any:
+    """``target + share (params - target)`` in float32, in the target's dtypes."""
+    moved = optax.incremental_update(precision.cast(params, "float32"), precision.cast(target, "float32"), share)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, target)
+
+
 class Step(NamedTuple):
     """What one gradient step leaves: parameters, optimizer state, the loss's extra output, and the gradients' norm."""
 

@@ -2,11 +2,13 @@
 
 Each of B environments has a ring of rows in the order in which things happened. A row is an observation and what was done
 and earned there; the next observation is the next row, so that none is stored twice. Where an episode was truncated, its last
-observation, which the next episode does not begin with, gets a row of its own.
+observation, which the next episode does not begin with, gets a row of its own. Of stacked frames a row holds the newest, and
+the stack is put together from the rows before it.
 
-Sampling assembles n-step transitions: they stop at the end of an episode, bootstrap from a truncated episode's last
-observation, and are shorter where the newest row is closer than n. It costs ``O(batch * n)``, prioritized ``O(batch * log
-capacity)`` besides; writing costs ``O(B)``. Nothing copies the buffer: rows are scattered into it in place.
+``make`` draws n-step transitions: they stop at the end of an episode, bootstrap from a truncated episode's last
+observation, and are shorter where the newest row is closer than n. ``make_sequences`` draws rows in a row, for recurrent
+networks. Drawing costs ``O(batch)``, prioritized ``O(batch * log capacity)`` besides; writing costs ``O(B)``. Nothing copies
+the buffer: rows are scattered into it in place.
 """
 
 import math
@@ -57,6 +59,28 @@ class Batch(NamedTuple):
     rows: Array
 
 
+class Sequences(NamedTuple):
+    """Rows ``[L, N]`` in the order in which things happened; an episode may end within, and the next begin.
+
+    Attributes:
+        obs: what was seen.
+        first: whether it is the first of its episode.
+        action: taken there.
+        reward: that followed.
+        kind: MID, TERMINATED, TRUNCATED (the row after it is FINAL), or FINAL: only an observation, of a truncated episode's end.
+        weight: importance weight ``[N]``, at most 1; 0 for rows that are no sequence.
+        rows: which rows they start at ``[N]``, int32, for ``update``; NOWHERE where the weight is 0.
+    """
+
+    obs: Any
+    first: Array
+    action: Array
+    reward: Array
+    kind: Array
+    weight: Array
+    rows: Array
+
+
 class Buffer(NamedTuple):
     """The stored rows ``[B, capacity / B, ...]``, how many were ever written to each ring ``[B]``, and the priorities' tree."""
 
@@ -75,7 +99,8 @@ class Replay(NamedTuple):
     Attributes:
         init: ``() -> Buffer``, empty.
         add: ``(buffer, Step [B]) -> buffer``.
-        sample: ``(buffer, key, gamma, beta=1) -> Batch [N]``; beta is the exponent of importance weights.
+        sample: of transitions ``(buffer, key, gamma, beta=1) -> Batch [N]``, of sequences ``(buffer, key, beta=1) -> Sequences
+            [L, N]``; beta is the exponent of importance weights.
         update: ``(buffer, rows [N], priority [N]) -> buffer``; does nothing unless prioritized. ``priority`` is the absolute
             error, to which the exponent alpha was applied.
         size: ``buffer -> int32 []``, rows that are stored.
@@ -84,127 +109,214 @@ class Replay(NamedTuple):
 
     init: Callable[[], Buffer]
     add: Callable[[Buffer, Step], Buffer]
-    sample: Callable[..., Batch]
+    sample: Callable[..., Any]
     update: Callable[[Buffer, Array, Array], Buffer]
     size: Callable[[Buffer], Array]
     bytes: int
 
 
 def make(
-    obs_spec: Any, num_envs: int, capacity: int, batch_size: int, n_step: int = 1, prioritized: bool = False
+    obs_spec: Any,
+    num_envs: int,
+    capacity: int,
+    batch_size: int,
+    n_step: int = 1,
+    prioritized: bool = False,
+    num_frames: int = 1,
 ) -> Replay:
-    """A replay of ``capacity`` rows (rounded down to a multiple of ``num_envs``) for observations of ``obs_spec``.
+    """A replay of n-step transitions, of ``capacity`` rows (rounded down to a multiple of ``num_envs``).
 
+    ``num_frames`` says how many frames are stacked along the last axis of observations of ``obs_spec`` (as
+    ``wrappers.frame_stack`` does): each frame is stored once.
     Raises ``ValueError`` if it holds too few rows, or is larger than the device's memory.
     """
-    for name, value in (("batch_size", batch_size), ("n_step", n_step), ("num_envs", num_envs)):
-        checks.positive_int(f"replay: {name}", value)
-    length = capacity // num_envs
-    if length < n_step + 2:
-        raise ValueError(
-            f"replay: capacity must be at least {(n_step + 2) * num_envs}, n_step + 2 rows for each environment; got {capacity}"
-        )
-    leaves = 2 ** math.ceil(math.log2(num_envs * length)) if prioritized else 0
-    envs = jnp.arange(num_envs)
-
-    def init() -> Buffer:
-        rows = lambda x: jnp.zeros((num_envs, length, *x.shape), x.dtype)  # noqa: E731
-        return Buffer(
-            obs=jax.tree.map(rows, obs_spec),
-            action=jnp.zeros((num_envs, length), jnp.int32),
-            reward=jnp.zeros((num_envs, length), jnp.float32),
-            kind=jnp.zeros((num_envs, length), jnp.uint8),
-            written=jnp.zeros(num_envs, jnp.int32),
-            tree=jnp.zeros(2 * leaves, jnp.float32) if prioritized else (),
-            largest=jnp.float32(1),
-        )
-
-    def add(buffer: Buffer, step: Step) -> Buffer:
-        kind = jnp.where(step.terminated, TERMINATED, jnp.where(step.truncated, TRUNCATED, MID)).astype(jnp.uint8)
-        buffer = _write(buffer, envs, step.obs, step.action, step.reward, kind)
-        # A second row, for those that were truncated alone: the others write nowhere.
-        alone = step.truncated & ~step.terminated
-        rows = jnp.where(alone, envs, num_envs)
-        nothing = jnp.zeros(num_envs, jnp.int32)
-        final = jnp.full(num_envs, FINAL, jnp.uint8)
-        return _write(buffer, rows, step.next_obs, nothing, nothing.astype(jnp.float32), final)
-
-    def _write(buffer: Buffer, rows: Array, obs: Any, action: Array, reward: Array, kind: Array) -> Buffer:
-        at = buffer.written % length
-        put = lambda store, x: store.at[rows, at].set(x, mode="drop")  # noqa: E731
-        written = buffer.written.at[rows].add(1, mode="drop")
-        tree = buffer.tree
-        if prioritized:
-            # A row that only holds an observation is never drawn.
-            fresh = jnp.where(kind == FINAL, 0.0, buffer.largest)
-            tree = set_leaves(tree, jnp.where(rows < num_envs, envs * length + at, leaves), fresh)
-        return buffer._replace(
-            obs=jax.tree.map(put, buffer.obs, obs),
-            action=put(buffer.action, action),
-            reward=put(buffer.reward, reward),
-            kind=put(buffer.kind, kind),
-            written=written,
-            tree=tree,
-        )
+    checks.positive_int("replay: n_step", n_step)
+    store = _Store(obs_spec, num_envs, capacity, batch_size, 2, prioritized, num_frames)
+    store.check_capacity(capacity, n_step + num_frames + 1, "n_step + num_frames + 1")
 
     def sample(buffer: Buffer, key: Array, gamma: Array | float, beta: Array | float = 1.0) -> Batch:
-        key_env, key_row = jax.random.split(key)
-        stored = jnp.minimum(buffer.written, length)
-        if prioritized:
-            # Stratified: one draw from each of N equal parts of the whole priority (section 3.3).
-            mass = (jnp.arange(batch_size) + jax.random.uniform(key_row, (batch_size,))) / batch_size
-            leaf = find_leaves(buffer.tree, mass * buffer.tree[1])
-            env, row = jnp.minimum(leaf // length, num_envs - 1), leaf % length
-            share = buffer.tree[leaves + leaf] / jnp.maximum(buffer.tree[1], 1e-20)
-            weight = (jnp.maximum(stored.sum(), 1) * jnp.maximum(share, 1e-20)) ** -beta
-        else:
-            env = jax.random.randint(key_env, (batch_size,), 0, num_envs)
-            age = 1 + jax.random.randint(key_row, (batch_size,), 0, jnp.maximum(stored[env] - 1, 1))
-            row = (buffer.written[env] - 1 - age) % length
-            weight = jnp.ones(batch_size)
-        newest = (buffer.written[env] - 1) % length
-        # The newest row's next observation has not come yet.
-        usable = (buffer.kind[env, row] != FINAL) & (row != newest) & (stored[env] > 1)
-        weight = jnp.where(usable, weight, 0.0)
-        weight = weight / jnp.maximum(weight.max(), 1e-20)
-        reward, discount, end = _assemble(buffer, env, row, newest, gamma)
-        at = lambda store, row: store[env, row]  # noqa: E731
+        env, row, weight = store.draw(buffer, key, beta)
+        reward, discount, end = assemble(buffer, env, row, gamma)
         return Batch(
-            obs=jax.tree.map(lambda store: at(store, row), buffer.obs),
-            action=at(buffer.action, row),
+            obs=store.observe(buffer, env, row),
+            action=buffer.action[env, row],
             reward=reward,
             discount=discount,
-            next_obs=jax.tree.map(lambda store: at(store, end), buffer.obs),
+            next_obs=store.observe(buffer, env, end),
             weight=weight,
-            rows=jnp.where(usable, env * length + row, NOWHERE),
+            rows=store.names(env, row, weight),
         )
 
-    def _assemble(buffer: Buffer, env: Array, row: Array, newest: Array, gamma: Array | float) -> tuple[Array, ...]:
+    def assemble(buffer: Buffer, env: Array, row: Array, gamma: Array | float) -> tuple[Array, ...]:
         """Rewards summed, discount, and the row to bootstrap from."""
         reward, discount = jnp.zeros(batch_size), jnp.ones(batch_size)
         going = jnp.ones(batch_size, bool)
-        end = row
+        newest, end = (buffer.written[env] - 1) % store.length, row
         for _ in range(n_step):
             kind = buffer.kind[env, end]
             reward = jnp.where(going, reward + discount * buffer.reward[env, end], reward)
             discount = jnp.where(going, discount * gamma * (kind != TERMINATED), discount)
-            end = jnp.where(going, (end + 1) % length, end)
+            end = jnp.where(going, (end + 1) % store.length, end)
             going = going & (kind == MID) & (end != newest)
         return reward, discount, end
 
-    def update(buffer: Buffer, rows: Array, priority: Array) -> Buffer:
-        if not prioritized:
+    return Replay(store.init, store.add, sample, store.update, store.size, store.bytes)
+
+
+def make_sequences(
+    obs_spec: Any, num_envs: int, capacity: int, batch_size: int, length: int, prioritized: bool = False
+) -> Replay:
+    """A replay of sequences of ``length`` rows, else like ``make``. A recurrent memory can be stored as part of ``obs_spec``."""
+    checks.positive_int("replay: length", length, at_least=2)
+    store = _Store(obs_spec, num_envs, capacity, batch_size, length, prioritized, 1)
+    store.check_capacity(capacity, length + 1, "length + 1")
+
+    def sample(buffer: Buffer, key: Array, beta: Array | float = 1.0) -> Sequences:
+        env, start, weight = store.draw(buffer, key, beta)
+        envs = env[None]
+        rows = (start[None] + jnp.arange(length)[:, None]) % store.length
+        return Sequences(
+            obs=store.observe(buffer, envs, rows),
+            first=store.starts(buffer, envs, rows),
+            action=buffer.action[envs, rows],
+            reward=buffer.reward[envs, rows],
+            kind=buffer.kind[envs, rows],
+            weight=weight,
+            rows=store.names(env, start, weight),
+        )
+
+    return Replay(store.init, store.add, sample, store.update, store.size, store.bytes)
+
+
+class _Store:
+    """Rows and their priorities; a draw names rows that are followed by at least ``needs - 1`` others."""
+
+    def __init__(self, obs_spec, num_envs, capacity, batch_size, needs, prioritized, num_frames):
+        for name, value in (("batch_size", batch_size), ("num_envs", num_envs), ("num_frames", num_frames)):
+            checks.positive_int(f"replay: {name}", value)
+        self.num_envs, self.length, self.batch_size = num_envs, capacity // num_envs, batch_size
+        self.needs, self.prioritized, self.num_frames = needs, prioritized, num_frames
+        self.leaves = 2 ** math.ceil(math.log2(max(1, num_envs * self.length))) if prioritized else 0
+        self.frame_spec = obs_spec if num_frames == 1 else _one_frame(obs_spec, num_frames)
+        self.bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(self.init)))
+        refuse_if_larger_than_memory(self.bytes)
+
+    def check_capacity(self, capacity: int, rows: int, why: str) -> None:
+        if self.length < rows:
+            raise ValueError(
+                f"replay: capacity must be at least {rows * self.num_envs}, {why} rows for each environment; got {capacity}"
+            )
+
+    def init(self) -> Buffer:
+        shape = (self.num_envs, self.length)
+        return Buffer(
+            obs=jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape), x.dtype), self.frame_spec),
+            action=jnp.zeros(shape, jnp.int32),
+            reward=jnp.zeros(shape, jnp.float32),
+            kind=jnp.full(shape, FINAL, jnp.uint8),  # so that the first row ever is the first of an episode
+            written=jnp.zeros(self.num_envs, jnp.int32),
+            tree=jnp.zeros(2 * self.leaves, jnp.float32) if self.prioritized else (),
+            largest=jnp.float32(1),
+        )
+
+    def add(self, buffer: Buffer, step: Step) -> Buffer:
+        kind = jnp.where(step.terminated, TERMINATED, jnp.where(step.truncated, TRUNCATED, MID)).astype(jnp.uint8)
+        envs = jnp.arange(self.num_envs)
+        buffer = self._write(buffer, envs, step.obs, step.action, step.reward, kind)
+        # A second row, for those that were truncated alone: the others write nowhere.
+        rows = jnp.where(step.truncated & ~step.terminated, envs, self.num_envs)
+        nothing = jnp.zeros(self.num_envs, jnp.int32)
+        final = jnp.full(self.num_envs, FINAL, jnp.uint8)
+        return self._write(buffer, rows, step.next_obs, nothing, nothing.astype(jnp.float32), final)
+
+    def _write(self, buffer: Buffer, rows: Array, obs: Any, action: Array, reward: Array, kind: Array) -> Buffer:
+        """One row in each environment that ``rows`` names."""
+        at = buffer.written % self.length
+        put = lambda store, x: store.at[rows, at].set(x, mode="drop")  # noqa: E731
+        if self.num_frames > 1:
+            obs = obs[..., -self.frame_spec.shape[-1] :]  # the newest frame
+        later = buffer._replace(
+            obs=jax.tree.map(put, buffer.obs, obs),
+            action=put(buffer.action, action),
+            reward=put(buffer.reward, reward),
+            kind=put(buffer.kind, kind),
+            written=buffer.written.at[rows].add(1, mode="drop"),
+        )
+        return later._replace(tree=self._open_and_close(later, rows, at)) if self.prioritized else later
+
+    def _open_and_close(self, buffer: Buffer, rows: Array, at: Array) -> Array:
+        """The tree after a row was written at ``at``: the row that now has followers enough can be drawn, the one whose
+        oldest frame was overwritten no more."""
+        envs = jnp.arange(self.num_envs)
+        opened, closed = (at - (self.needs - 1)) % self.length, (at + self.num_frames - 1) % self.length
+        drawable = (buffer.written >= self.needs) & (buffer.kind[envs, opened] != FINAL)
+        leaf = lambda row: jnp.where(rows < self.num_envs, envs * self.length + row, self.leaves)  # noqa: E731
+        tree = set_leaves(buffer.tree, leaf(closed), jnp.zeros(self.num_envs))
+        return set_leaves(tree, leaf(opened), jnp.where(drawable, buffer.largest, 0.0))
+
+    def draw(self, buffer: Buffer, key: Array, beta: Array | float) -> tuple[Array, Array, Array]:
+        """Environment, row and importance weight ``[N]``; the weight is 0 where the row cannot be drawn."""
+        stored = jnp.minimum(buffer.written, self.length)
+        oldest = stored - 1 - (self.num_frames - 1) * (buffer.written > self.length)
+        if self.prioritized:
+            # Stratified: one draw from each of N equal parts of the whole priority (section 3.3).
+            mass = (jnp.arange(self.batch_size) + jax.random.uniform(key, (self.batch_size,))) / self.batch_size
+            leaf = find_leaves(buffer.tree, mass * buffer.tree[1])
+            env, row = jnp.minimum(leaf // self.length, self.num_envs - 1), leaf % self.length
+            share = buffer.tree[self.leaves + leaf] / jnp.maximum(buffer.tree[1], 1e-20)
+            weight = (jnp.maximum(stored.sum(), 1) * jnp.maximum(share, 1e-20)) ** -beta
+        else:
+            uniform = jax.random.uniform(key, (2, self.batch_size))
+            env = _choose(uniform[0], 0, self.num_envs)
+            youngest = self.needs - 1
+            age = _choose(uniform[1], youngest, jnp.maximum(oldest[env], youngest) + 1)
+            row = (buffer.written[env] - 1 - age) % self.length
+            weight = jnp.ones(self.batch_size)
+        age = (buffer.written[env] - 1 - row) % self.length
+        usable = (buffer.kind[env, row] != FINAL) & (age >= self.needs - 1) & (age <= oldest[env])
+        weight = jnp.where(usable, weight, 0.0)
+        return env, row, weight / jnp.maximum(weight.max(), 1e-20)
+
+    def names(self, env: Array, row: Array, weight: Array) -> Array:
+        return jnp.where(weight > 0, env * self.length + row, NOWHERE)
+
+    def starts(self, buffer: Buffer, env: Array, row: Array) -> Array:
+        """Whether an episode begins at the row."""
+        before = buffer.kind[env, (row - 1) % self.length]
+        return (before == TERMINATED) | (before == FINAL)
+
+    def observe(self, buffer: Buffer, env: Array, row: Array) -> Any:
+        """What was seen, its frames stacked; before an episode began its first frame is repeated."""
+        if self.num_frames == 1:
+            return jax.tree.map(lambda store: store[env, row], buffer.obs)
+        rows = [row]
+        for _ in range(self.num_frames - 1):
+            rows.append(jnp.where(self.starts(buffer, env, rows[-1]), rows[-1], (rows[-1] - 1) % self.length))
+        return jnp.concatenate([buffer.obs[env, r] for r in reversed(rows)], axis=-1)
+
+    def update(self, buffer: Buffer, rows: Array, priority: Array) -> Buffer:
+        if not self.prioritized:
             return buffer
         tree = set_leaves(buffer.tree, rows, jnp.maximum(priority, 1e-6))
-        known = jnp.where(rows < leaves, priority, 0.0)
+        known = jnp.where(rows < self.leaves, priority, 0.0)
         return buffer._replace(tree=tree, largest=jnp.maximum(buffer.largest, known.max()))
 
-    def size(buffer: Buffer) -> Array:
-        return jnp.minimum(buffer.written, length).sum()
+    def size(self, buffer: Buffer) -> Array:
+        return jnp.minimum(buffer.written, self.length).sum()
 
-    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(init)))
-    refuse_if_larger_than_memory(needed)
-    return Replay(init, add, sample, update, size, needed)
+
+def _choose(uniform: Array, low: int, high: Array | int) -> Array:
+    """An integer in ``[low, high)`` for each number in [0, 1), which has 23 bits: ample for a ring, and a third of randint's cost."""
+    return jnp.minimum(low + (uniform * (high - low)).astype(jnp.int32), high - 1)
+
+
+def _one_frame(obs_spec: Any, num_frames: int) -> jax.ShapeDtypeStruct:
+    shape = getattr(obs_spec, "shape", ())
+    if not shape or shape[-1] % num_frames:
+        raise ValueError(
+            f"replay: the last axis of observations must hold num_frames = {num_frames} frames; got {obs_spec}"
+        )
+    return jax.ShapeDtypeStruct((*shape[:-1], shape[-1] // num_frames), obs_spec.dtype)
 
 
 # Sums of priorities in a complete binary tree: node k has the children 2k and 2k + 1, the leaves are its last half

@@ -65,9 +65,8 @@ def collect(
     faster than drawing them one by one.
     """
     num_envs = actors.first.shape[0]
-    key_steps, key_resets = jax.random.split(key)
-    step_keys = jax.random.split(key_steps, (num_steps, num_envs))
-    resets = jax.vmap(jax.vmap(env.reset))(jax.random.split(key_resets, (num_steps, num_envs)))
+    step_keys, reset_keys = jax.random.split(key, (2, num_steps, num_envs))
+    resets = jax.vmap(jax.vmap(env.reset))(reset_keys)
 
     def step(carry: tuple[Actors, Episodes], x: Any) -> tuple[tuple[Actors, Episodes], Steps]:
         now, episodes = carry

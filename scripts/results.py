@@ -1,7 +1,8 @@
-"""Train every PPO preset over several seeds and print the table of results.
+"""Train every preset over several seeds and print the table of results.
 
-    bash scripts/results                        all presets, 8 seeds: under an hour on 2 cores
-    bash scripts/results --only CartPole-v1 Catch-bsuite
+    bash scripts/results                        all presets, 8 seeds: hours on 2 cores
+    bash scripts/results --only ppo/CartPole-v1 dqn/Acrobot-v1
+    bash scripts/results --algos dqn r2d2
 
 A run that is finished in the folder is not made again; one that was interrupted goes on.
 """
@@ -13,68 +14,94 @@ from pathlib import Path
 import jax
 import tyro
 
-from jrl import envs, run
-from jrl.algos import ppo
-from jrl.algos.presets import PPO, Preset
+from jrl import checks, envs, run
+from jrl.algos import dqn, ppo, pqn, presets, r2d2
+from jrl.algos.presets import Preset
 from jrl.run import stats
 
-TARGETS = {
-    "CartPole-v1": "490 +- 6 (CleanRL, 500k)",
-    "Acrobot-v1": "-86 +- 1 (CleanRL, 500k)",
-    "MountainCar-v0": "-110 (SB3 zoo, 1M)",
-    "Pendulum-v1": "-172 (SB3 zoo, 100k), -160 (gymnax-blines, 1M)",
-    "Breakout-MinAtar": "33 (gymnax-blines, 10M), about 40 (PureJaxRL, 10M)",
-    "Catch-bsuite": "1.0 (gymnax-blines)",
-    "MemoryChain-bsuite": "0.0 (gymnax-blines, chance)",
-    "MemoryChain-bsuite, no memory": "0.0 (chance)",
+MODULES = {"ppo": ppo, "dqn": dqn, "r2d2": r2d2, "pqn": pqn}
+
+# What others published, by preset.
+OTHERS = {
+    "ppo/CartPole-v1": "490 +- 6 (CleanRL, 500k)",
+    "ppo/Acrobot-v1": "-86 +- 1 (CleanRL, 500k)",
+    "ppo/MountainCar-v0": "-110 (SB3 zoo, 1M)",
+    "ppo/Pendulum-v1": "-172 (SB3 zoo, 100k), -160 (gymnax-blines, 1M)",
+    "ppo/Breakout-MinAtar": "33 (gymnax-blines, 10M), about 40 (PureJaxRL, 10M)",
+    "ppo/Catch-bsuite": "1.0 (gymnax-blines)",
+    "ppo/MemoryChain-bsuite": "0.0 (gymnax-blines, chance)",
+    "ppo/MemoryChain-bsuite, no memory": "0.0 (chance)",
+    "dqn/CartPole-v1": "498 +- 2 (CleanRL, 500k)",
+    "dqn/CartPole-v1, 100k": "500 (SB3 zoo, 50k)",
+    "dqn/Acrobot-v1": "-77 (SB3 zoo, 100k), -89 +- 2 (CleanRL, 500k)",
+    "dqn/MountainCar-v0": "-101 (SB3 zoo, 120k)",
+    "pqn/CartPole-v1": "495 +- 7 (CleanRL, 500k)",
+    "pqn/Asterix-MinAtar": "15 (gymnax-blines, 10M)",
+    "pqn/Freeway-MinAtar": "58 (gymnax-blines, 10M)",
+    "pqn/SpaceInvaders-MinAtar": "130 to 170 (gymnax-blines, 10M)",
 }
 
 
 @dataclass(frozen=True)
 class Args:
-    """Train every PPO preset and print the table.
+    """Train every preset and print the table.
 
     Attributes:
-        only: these presets alone.
+        algos: presets of these algorithms alone.
+        only: these presets alone, like ppo/CartPole-v1.
         num_seeds: seeds of each.
         folder: where the runs are kept.
     """
 
+    algos: tuple[str, ...] = ("ppo", "dqn", "r2d2", "pqn")
     only: tuple[str, ...] = ()
     num_seeds: int = 8
     folder: Path = Path("runs/results")
 
 
-def presets() -> dict[str, Preset]:
-    """The presets, and the same memory task for a network that cannot remember."""
-    memory = PPO["MemoryChain-bsuite"]
+def chosen(args: Args) -> dict[str, Preset]:
+    """The presets to train, with two variants: the memory task for a network that cannot remember, and a short CartPole."""
+    tables = {"ppo": presets.PPO, "dqn": presets.DQN, "r2d2": presets.R2D2, "pqn": presets.PQN}
+    found = {f"{algo}/{env}": preset for algo, table in tables.items() for env, preset in table.items()}
+    memory = found["ppo/MemoryChain-bsuite"]
     forgetful = replace(memory.config, network=replace(memory.config.network, gru=0))
-    return PPO | {"MemoryChain-bsuite, no memory": memory._replace(config=forgetful)}
+    found["ppo/MemoryChain-bsuite, no memory"] = memory._replace(config=forgetful)
+    found["dqn/CartPole-v1, 100k"] = found["dqn/CartPole-v1"]._replace(env_steps=100_000)
+    for name in args.only:
+        checks.one_of("only", name, found)
+    for name in args.algos:
+        checks.one_of("algos", name, tables)
+    in_order = sorted(found, key=lambda name: list(tables).index(name.partition("/")[0]))
+    return {name: found[name] for name in args.only or in_order if args.only or name.partition("/")[0] in args.algos}
 
 
 def result(name: str, preset: Preset, args: Args) -> dict:
     """The summary of a finished run, training what is missing."""
-    folder = args.folder / f"ppo-{name.replace(', ', '-').replace(' ', '-')}"
+    folder = args.folder / name.replace("/", "-").replace(", ", "-").replace(" ", "-")
     summary = folder / "summary.json"
     if summary.exists() and json.loads(summary.read_text())["finished"]:
         return json.loads(summary.read_text())
-    algo = ppo.make(envs.make(name.partition(",")[0]), preset.config, preset.hyper)
+    algo_name, _, env_name = name.partition(",")[0].partition("/")
+    algo = MODULES[algo_name].make(envs.make(env_name), preset.config, preset.hyper)  # type: ignore[attr-defined]
     return run.train(
         algo, jax.random.key(0), preset.env_steps, num_seeds=args.num_seeds, run_dir=folder, resume=folder.exists()
     ).summary
 
 
 def main(args: Args) -> None:
-    chosen = presets()
-    for name in args.only:
-        if name not in chosen:
-            raise SystemExit(f"error: no preset {name!r}; there are: {', '.join(chosen)}")
-    print("| environment | steps | seeds | greedy: IQM (95% interval) | sampled: IQM (95% interval) | others |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name in args.only or chosen:
-        s = result(name, chosen[name], args)
+    try:
+        found = chosen(args)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    print(
+        "| algorithm | environment | steps | seeds | greedy: IQM (95% interval) | sampled: IQM (95% interval) | others |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, preset in found.items():
+        s = result(name, preset, args)
+        algo, _, env = name.partition("/")
         greedy, sampled = stats.text(s["eval"]), stats.text(s["eval"]["sampled"])
-        row = (name, f"{s['env_steps']:,}", s["num_seeds"], greedy, sampled, TARGETS[name])
+        row = (algo.upper(), env, f"{s['env_steps']:,}", s["num_seeds"], greedy, sampled, OTHERS.get(name, ""))
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 

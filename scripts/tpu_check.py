@@ -1,7 +1,7 @@
-"""Compile PPO's whole update for TPUs ahead of time, with libtpu and without a TPU, and print its memory by seed count.
+"""Compile an algorithm's whole update for TPUs ahead of time, with libtpu and without a TPU, and print its memory by seed count.
 
-    bash scripts/tpu_check                      v5e, v6e and v5p, 16 to 1024 seeds
-    bash scripts/tpu_check --chips v5e --seeds 64
+    bash scripts/tpu_check                      PPO, DQN, R2D2 and PQN for v5e, v6e and v5p, 16 to 1024 seeds
+    bash scripts/tpu_check --algos dqn --env Breakout-MinAtar --chips v5e --seeds 64
 
 It says that the program compiles and what it needs, not that it ran. Needs the package libtpu (Linux, x86-64).
 """
@@ -13,39 +13,56 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import tyro
 
-from jrl import envs
-from jrl.algos import ppo
-from jrl.algos.presets import ppo_preset
+from jrl import checks, envs
+from jrl.algos import dqn, ppo, pqn, presets, r2d2
 from jrl.run.memory import TPUS, tpu_gib
+
+ALGOS = {
+    "ppo": (ppo, presets.ppo_preset),
+    "dqn": (dqn, presets.dqn_preset),
+    "r2d2": (r2d2, presets.r2d2_preset),
+    "pqn": (pqn, presets.pqn_preset),
+}
 
 
 @dataclass(frozen=True)
 class Args:
-    """Compile PPO's update for TPUs.
+    """Compile the update of algorithms for TPUs.
 
     Attributes:
+        algos: of ppo, dqn, r2d2, pqn.
         chips: which TPUs, of v5e, v6e, v5p.
         seeds: how many seeds in one program.
         env: environment, with its preset.
         precision: precision policy.
     """
 
+    algos: tuple[str, ...] = ("ppo", "dqn", "r2d2", "pqn")
     chips: tuple[str, ...] = ("v5e", "v6e", "v5p")
     seeds: tuple[int, ...] = (16, 128, 1024)
     env: str = "CartPole-v1"
     precision: str = "float32"
 
 
+def table(name: str, args: Args) -> None:
+    """One algorithm's memory, by chip and number of seeds."""
+    module, preset_of = ALGOS[name]
+    preset = preset_of("auto", args.env)
+    algo = module.make(envs.make(args.env), replace(preset.config, precision=args.precision), preset.hyper)  # type: ignore[attr-defined]
+    print(f"\n{name.upper()} on {args.env}, {args.precision}: memory of one update, GiB on one chip\n")
+    print("| chip | " + " | ".join(f"{n} seeds" for n in args.seeds) + " | of |")
+    print("| --- |" + " --- |" * (len(args.seeds) + 1))
+    for chip in args.chips:
+        row = [f"{tpu_gib(chip, algo, n):.3f}" for n in args.seeds]
+        print(f"| {chip} | " + " | ".join(row) + f" | {TPUS[chip].gib} |", flush=True)
+
+
 def main(args: Args) -> None:
-    preset = ppo_preset("auto", args.env)
     try:
-        algo = ppo.make(envs.make(args.env), replace(preset.config, precision=args.precision), preset.hyper)
-        print(f"PPO on {args.env}, {args.precision}: memory of one update, GiB on one chip")
-        print("| chip | " + " | ".join(f"{n} seeds" for n in args.seeds) + " | of |")
-        print("| --- |" + " --- |" * (len(args.seeds) + 1))
-        for chip in args.chips:
-            row = [f"{tpu_gib(chip, algo, n):.3f}" for n in args.seeds]
-            print(f"| {chip} | " + " | ".join(row) + f" | {TPUS[chip].gib} |", flush=True)
+        for name in args.algos:
+            checks.one_of("algos", name, tuple(ALGOS))
+        for name in args.algos:
+            table(name, args)
     except ImportError:
         raise SystemExit("error: this needs the package libtpu (pip install libtpu; Linux on x86-64)") from None
     except ValueError as error:

@@ -9,7 +9,7 @@ import jaxprs
 import numpy as np
 import pytest
 
-from jrl import envs, nets, run
+from jrl import envs, greedy, nets, run
 from jrl.algos import pqn
 from jrl.optim import OptimizerConfig
 
@@ -67,8 +67,8 @@ def test_probe_policy(fields):
 def test_masked_actions_are_never_taken():
     algo, states, _ = trained("Probe-mask")
     np.testing.assert_allclose(score(algo, states), 1, atol=0.1)
-    q, noise = jnp.array([1.0, -jnp.inf, 0.5]), pqn.exploration_noise(jax.random.key(0), (1000,), 3)
-    chosen = np.asarray(pqn.epsilon_greedy(jnp.broadcast_to(q, (1000, 3)), jnp.float32(0.6), noise))
+    q, noise = jnp.array([1.0, -jnp.inf, 0.5]), greedy.exploration_noise(jax.random.key(0), (1000,), 3)
+    chosen = np.asarray(greedy.epsilon_greedy(jnp.broadcast_to(q, (1000, 3)), jnp.float32(0.6), noise))
     share = np.bincount(chosen, minlength=3) / 1000
     np.testing.assert_allclose(share, [0.7, 0, 0.3], atol=0.05)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import replay
+from jrl import envs, replay, rollout
 
 SPEC = jax.ShapeDtypeStruct((2,), jnp.uint8)
 
@@ -143,7 +143,94 @@ def test_new_rows_get_the_largest_priority():
     buffer = memory.update(buffer, jnp.array([1]), jnp.array([7.0]))
     buffer = memory.add(buffer, HISTORY[3])
     leaves = buffer.tree.shape[0] // 2
-    assert buffer.tree[leaves : leaves + 4].tolist() == [1, 7, 1, 7]
+    assert buffer.tree[leaves : leaves + 4].tolist() == [1, 7, 7, 0]  # the newest waits for what follows it
+
+
+def test_a_ring_that_wraps_draws_no_row_that_is_gone():
+    memory, buffer = filled([step(i, next_obs=i + 1) for i in range(29)], capacity=8, prioritized=True)
+    assert set(drawn(memory, buffer)) == set(range(21, 28))
+    leaves = buffer.tree.shape[0] // 2
+    assert (buffer.tree[leaves:] > 0).sum() == 7 and buffer.tree[1] == 7
+
+
+# Stacked frames
+
+
+def stacked_run(num_steps, frames, key, truncate=5, terminate=7):
+    """Steps of an environment that numbers its observations, frames stacked by the wrapper, and the unstacked numbers."""
+    reset = lambda key: (jnp.zeros((2, 1), jnp.uint8), jnp.int32(0))  # noqa: E731
+
+    def one(key, t, action):
+        t = t + 1
+        return jnp.full((2, 1), t, jnp.uint8), t, 1.0, t >= terminate, t >= truncate
+
+    env = envs.wrappers.frame_stack(envs.strict(envs.Environment("Count", reset, one, envs.Discrete(2))), frames)
+    act = lambda memory, obs, first, noise: (memory, jnp.zeros(3, jnp.int32), ())  # noqa: E731
+    _, steps, _ = rollout.collect(env, rollout.start(env, key, 3, ()), act, (), key, num_steps)
+    return envs.observation_spec(env), steps
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+@pytest.mark.parametrize("truncate, terminate", [(5, 7), (9, 4), (30, 30)])
+def test_frames_are_stored_once_and_stacked_as_the_wrapper_does(prioritized, truncate, terminate, key):
+    spec, steps = stacked_run(40, 4, key, truncate, terminate)
+    whole = replay.make(spec, 3, 60, 500, 3, prioritized)
+    once = replay.make(spec, 3, 60, 500, 3, prioritized, num_frames=4)
+    assert once.init().obs.shape == (3, 20, 2, 1) and whole.init().obs.shape == (3, 20, 2, 4)
+    batches = []
+    for memory in (whole, once):
+        add = lambda b, s, memory=memory: (memory.add(b, s), None)  # noqa: E731
+        seen = replay.Step(
+            steps.obs, jnp.zeros((40, 3), jnp.int32), steps.reward, steps.terminated, steps.truncated, steps.next_obs
+        )
+        buffer, _ = jax.lax.scan(add, memory.init(), seen)
+        batches.append((buffer, memory.sample(buffer, key, 0.9)))
+    (full, _), (buffer, batch) = batches
+    at = np.asarray(batch.rows) // 20, np.asarray(batch.rows) % 20
+    drawable = np.asarray(batch.weight) > 0
+    assert len(set(np.asarray(batch.rows)[drawable].tolist())) > 30
+    np.testing.assert_array_equal(np.asarray(full.obs)[at[0][drawable], at[1][drawable]], batch.obs[drawable])
+    # Within an episode the observation after n steps ends with a count n higher.
+    steps_on = np.round(np.log(np.maximum(batch.discount[drawable], 1e-9)) / np.log(0.9)).astype(int)
+    alive = np.asarray(batch.discount[drawable]) > 0
+    newest = lambda x: np.asarray(x[drawable, 0, -1]).astype(int)[alive]  # noqa: E731
+    np.testing.assert_array_equal(newest(batch.next_obs) - newest(batch.obs), steps_on[alive])
+
+
+def test_stacks_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="last axis of observations must hold num_frames = 3 frames"):
+        replay.make(SPEC, 1, 16, 8, num_frames=3)
+
+
+# Sequences
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_sequences_are_rows_in_order(prioritized):
+    memory = replay.make_sequences(SPEC, 1, 16, 400, 4, prioritized)
+    buffer = memory.init()
+    for s in HISTORY:
+        buffer = memory.add(buffer, s)
+    seq = memory.sample(buffer, jax.random.key(0))
+    drawn = {tuple(seq.obs[:, i, 0].tolist()): i for i in np.flatnonzero(seq.weight > 0)}
+    assert set(drawn) == {
+        (0, 1, 2, 10),
+        (1, 2, 10, 11),
+        (2, 10, 11, 12),
+        (10, 11, 12, 13),
+        (11, 12, 13, 20),
+        (12, 13, 20, 21),
+    }
+    i = drawn[(12, 13, 20, 21)]
+    assert seq.kind[:, i].tolist() == [replay.TRUNCATED, replay.FINAL, replay.MID, replay.MID]
+    assert seq.first[:, i].tolist() == [False, False, True, False] and seq.reward[:, i].tolist() == [4, 0, 1, 2]
+    i = drawn[(0, 1, 2, 10)]
+    assert seq.first[:, i].tolist() == [True, False, False, True]
+    assert seq.kind[:, i].tolist() == [replay.MID, replay.MID, replay.TERMINATED, replay.MID]
+    if prioritized:
+        changed = memory.update(buffer, seq.rows, jnp.where(seq.rows == 3, 50.0, 1.0))
+        again = memory.sample(changed, jax.random.key(1))
+        np.testing.assert_allclose((again.rows == 3).mean(), 50 / 55, atol=0.01)
 
 
 # Cost
@@ -177,7 +264,7 @@ def test_nothing_copies_the_buffer(prioritized):
 
 def test_too_small_and_too_large_are_refused():
     with pytest.raises(
-        ValueError, match="capacity must be at least 20, n_step \\+ 2 rows for each environment; got 10"
+        ValueError, match="capacity must be at least 20, n_step \\+ num_frames \\+ 1 rows for each environment; got 10"
     ):
         replay.make(SPEC, 4, 10, 8, 3)
     with pytest.raises(ValueError, match=r"a buffer of \d+\.\d GiB is larger than the device's \d+\.\d GiB"):

@@ -20,12 +20,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jrl import checks, losses, nets, optim, precision, replay, rollout
 from jrl.algorithm import Algorithm, Metrics, exploration, learning_rate_factor, optimizer, progress
-from jrl.algos.pqn import epsilon_greedy, exploration_noise, mask
+from jrl.envs import wrappers
 from jrl.envs.types import Discrete, Environment, observation_spec
+from jrl.greedy import epsilon_greedy, exploration_noise, mask
 
 Array = jax.Array
 
@@ -43,6 +43,7 @@ class Config:
         learning_starts: environment steps before the first gradient step.
         target_every: updates between hard copies into the target network; 0 for soft ones (hyper.tau) at each.
         n_step: steps of a transition.
+        num_frames: observations stacked along the last axis, oldest first; the replay stores each once.
         double: choose with the online network what the target network values.
         prioritized: draw transitions by their error.
         munchausen: add the scaled log-policy to the reward.
@@ -63,6 +64,7 @@ class Config:
     learning_starts: int = 1_000
     target_every: int = 50
     n_step: int = 1
+    num_frames: int = 1
     double: bool = True
     prioritized: bool = False
     munchausen: bool = False
@@ -74,7 +76,16 @@ class Config:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("num_envs", "num_steps", "num_gradient_steps", "batch_size", "capacity", "n_step", "atoms"):
+        for name in (
+            "num_envs",
+            "num_steps",
+            "num_gradient_steps",
+            "batch_size",
+            "capacity",
+            "n_step",
+            "num_frames",
+            "atoms",
+        ):
             checks.positive_int(f"config.{name}", getattr(self, name))
         for name in ("learning_starts", "target_every"):
             checks.positive_int(f"config.{name}", getattr(self, name), at_least=0)
@@ -86,7 +97,9 @@ class Config:
                 f"config.learning_starts must be at most capacity = {self.capacity}; got {self.learning_starts}"
             )
         if self.network.gru:
-            raise ValueError("config.network.gru: DQN replays single transitions; PQN trains recurrent networks")
+            raise ValueError(
+                "config.network.gru: DQN replays single transitions; R2D2 and PQN train recurrent networks"
+            )
         if self.munchausen and self.distribution != "mean":
             raise ValueError("config.munchausen needs config.distribution=mean")
         if self.distribution != "mean" and self.atoms < 2:
@@ -180,12 +193,20 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     Raises ``ValueError`` for a setting out of range, one that does not fit the environment, or a replay larger than memory.
     """
     check_hyper(hyper)
+    unstacked = env
+    env = wrappers.frame_stack(env, config.num_frames) if config.num_frames > 1 else env
     atoms = 1 if config.distribution == "mean" else config.atoms
     obs_spec = observation_spec(env)
     network = nets.action_values(config.network, obs_spec, env.action_space, atoms)
     network = precision.float32_outputs(precision.apply(config.precision, network))
     memory = replay.make(
-        obs_spec, config.num_envs, config.capacity, config.batch_size, config.n_step, config.prioritized
+        obs_spec,
+        config.num_envs,
+        config.capacity,
+        config.batch_size,
+        config.n_step,
+        config.prioritized,
+        config.num_frames,
     )
     assert isinstance(env.action_space, Discrete)
     num_actions = env.action_space.n
@@ -227,28 +248,29 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         )
 
     def update(state: State) -> tuple[State, Metrics]:
-        key, key_noise, key_envs, key_weights, key_learn = jax.random.split(state.key, 5)
+        # Few draws: on a CPU each costs as much as a layer of the network.
+        keys = jax.random.split(state.key, 4 + config.num_gradient_steps)
+        key, key_noise, key_envs, key_weights = keys[:4]
         noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), num_actions)
-        keys = jax.random.split(key_weights, config.num_steps)
+        weight_keys = jax.random.split(key_weights, config.num_steps) if noisy else None
         actors, steps, episodes = rollout.collect(
-            env, state.actors, actor(state), (noise, keys), key_envs, config.num_steps
+            env, state.actors, actor(state), (noise, weight_keys), key_envs, config.num_steps
         )
         seen = replay.Step(steps.obs, steps.extras, steps.reward, steps.terminated, steps.truncated, steps.next_obs)
         buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, seen)
         state = state._replace(actors=actors, buffer=buffer, key=key)
 
-        learned, metrics = jax.lax.scan(learn, state, jax.random.split(key_learn, config.num_gradient_steps))
+        learned, metrics = jax.lax.scan(learn, state, keys[4:])
         ready = memory.size(buffer) >= config.learning_starts
-        kept = ("params", "target_params", "opt_state")
-        state = learned._replace(
-            **{
-                name: jax.tree.map(
-                    lambda new, old: jnp.where(ready, new, old), getattr(learned, name), getattr(state, name)
-                )
-                for name in kept
-            }
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(ready, new, old),
+            (learned.params, learned.opt_state),
+            (state.params, state.opt_state),
         )
-        state = retarget(state._replace(updates=state.updates + 1))
+        updates = state.updates + 1
+        share = optim.target_share(config.target_every, updates, state.hyper.tau)
+        target_params = optim.towards(state.target_params, params, share)
+        state = learned._replace(params=params, target_params=target_params, opt_state=opt_state, updates=updates)
         means = {name: jnp.where(ready, m.mean(), 0.0) for name, m in metrics.items()}
         means |= {"root_loss": jnp.sqrt(means["loss"]), "epsilon": epsilon_of(state)}
         return state, means | rollout.episode_metrics(episodes)
@@ -271,7 +293,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     def learn(state: State, key: Array) -> tuple[State, Metrics]:
         """One minibatch."""
         h = state.hyper
-        key_batch, key_online, key_target, key_select = jax.random.split(key, 4)
+        key_batch, key_online, key_target, key_select = jax.random.split(key, 4) if noisy else (key, None, None, None)
         beta = h.importance_start + (1 - h.importance_start) * progress(state)
         batch = memory.sample(state.buffer, key_batch, h.gamma, beta)
         answer = outputs(state.target_params, batch.next_obs, key_target)
@@ -331,18 +353,6 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
                 cross = -jnp.sum(target * jax.nn.log_softmax(taken), axis=-1)
                 return cross, cross
 
-    def retarget(state: State) -> State:
-        """The target network after an update."""
-        if config.target_every:
-            share = jnp.where(state.updates % config.target_every == 0, 1.0, 0.0)
-        else:
-            share = state.hyper.tau
-        mixed = optax.incremental_update(
-            precision.cast(state.params, "float32"), precision.cast(state.target_params, "float32"), share
-        )
-        target = jax.tree.map(lambda new, old: new.astype(old.dtype), mixed, state.target_params)
-        return state._replace(target_params=target)
-
     def act(state: State, obs: Any, key: Array | None = None, memory: Any = None) -> tuple[Array, Any]:
         params = optim.eval_params(state.opt_state, state.params)
         key_noise, key_weights = (None, None) if key is None else jax.random.split(key)
@@ -353,7 +363,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return epsilon_greedy(q, epsilon_of(state), exploration_noise(key_noise, (), num_actions)), ()
 
     per_update = config.num_envs * config.num_steps
-    remake = lambda config: make(env, config, hyper)  # noqa: E731
+    remake = lambda config: make(unstacked, config, hyper)  # noqa: E731
     return Algorithm(init, update, act, per_update, "dqn", env, config, hyper, True, remake)
 
 

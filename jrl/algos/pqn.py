@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 from jrl import checks, nets, optim, precision, returns, rollout
 from jrl.algorithm import Algorithm, Metrics, exploration, learning_rate_factor, optimizer
-from jrl.envs.types import Environment, MaskedObs, observation_spec
+from jrl.envs.types import Environment, observation_spec
+from jrl.greedy import epsilon_greedy, exploration_noise, mask
 
 Array = jax.Array
 
@@ -218,21 +219,3 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     per_update = config.num_envs * config.num_steps
     remake = lambda config: make(env, config, hyper)  # noqa: E731
     return Algorithm(init, update, act, per_update, "pqn", env, config, hyper, True, remake)
-
-
-def mask(q: Array, obs: Any) -> Array:
-    """Action values ``[..., A]``, minus infinity where ``MaskedObs`` says that the action is illegal."""
-    return jnp.where(obs.mask, q, -jnp.inf) if isinstance(obs, MaskedObs) else q
-
-
-def exploration_noise(key: Array, shape: tuple[int, ...], num_actions: int) -> tuple[Array, Array]:
-    """What ``epsilon_greedy`` needs of chance: uniform ``shape`` and ``[*shape, A]``."""
-    key_whether, key_which = jax.random.split(key)
-    return jax.random.uniform(key_whether, shape), jax.random.uniform(key_which, (*shape, num_actions))
-
-
-def epsilon_greedy(q: Array, epsilon: Array, noise: tuple[Array, Array]) -> Array:
-    """The best action, or with probability ``epsilon`` any that is not at minus infinity; int32 ``[...]``."""
-    whether, which = noise
-    explored = jnp.where(jnp.isneginf(q), -1.0, which)
-    return jnp.argmax(jnp.where((whether < epsilon)[..., None], explored, q), axis=-1).astype(jnp.int32)

@@ -1,9 +1,10 @@
 """Settings that learn, by algorithm and environment. The results they reach are in the README's table."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jrl import nets
-from jrl.algos import dqn, ppo, pqn
+from jrl.algos import dqn, ppo, pqn, r2d2
 
 
 class Preset(NamedTuple):
@@ -64,25 +65,59 @@ PPO: dict[str, Preset] = {
 # The setting of the paper's code for CartPole, and the default for every environment without one of its own.
 PQN_DEFAULT = Preset(500_000, pqn.Config(), pqn.Hyper(reward_scale=0.1))
 
+# For MinAtar: the paper's setting with a network of dense layers, five times as fast on a CPU as its convolution.
+PQN_MINATAR = Preset(
+    10_000_000,
+    pqn.Config(
+        num_envs=128,
+        num_steps=32,
+        num_epochs=2,
+        num_minibatches=32,
+        network=nets.ValueConfig(torso="mlp"),
+    ),
+    pqn.Hyper(learning_rate=5e-4, q_lambda=0.65, epsilon_fraction=0.1),
+)
+
 PQN: dict[str, Preset] = {
     "CartPole-v1": PQN_DEFAULT,
-    "Breakout-MinAtar": Preset(
-        10_000_000,
-        pqn.Config(
-            num_envs=128,
-            num_steps=32,
-            num_epochs=2,
-            num_minibatches=32,
-            network=nets.ValueConfig(hidden=(128,), channels=(16,)),
-        ),
-        pqn.Hyper(learning_rate=5e-4, q_lambda=0.65, epsilon_fraction=0.1),
-    ),
+    "Asterix-MinAtar": PQN_MINATAR,
+    "Breakout-MinAtar": PQN_MINATAR,
+    "Freeway-MinAtar": PQN_MINATAR,
+    "SpaceInvaders-MinAtar": PQN_MINATAR,
 }
 
 
 DQN_DEFAULT = Preset(500_000, dqn.Config(), dqn.Hyper())
 
-DQN: dict[str, Preset] = {"CartPole-v1": DQN_DEFAULT}
+# Classic control: many gradient steps at a high learning rate that falls to 0, and a target network that follows softly.
+_CONTROL = dqn.Config(num_envs=8, capacity=50_000, target_every=0, network=nets.ValueConfig())
+
+DQN: dict[str, Preset] = {
+    "CartPole-v1": Preset(
+        500_000,
+        replace(_CONTROL, network=nets.ValueConfig(norm="none")),
+        dqn.Hyper(learning_rate=2.5e-3, tau=0.02, epsilon_fraction=0.1),
+    ),
+    "Acrobot-v1": Preset(100_000, _CONTROL, dqn.Hyper(learning_rate=2.5e-3, tau=0.02, epsilon_fraction=0.15)),
+    "MountainCar-v0": Preset(200_000, _CONTROL, dqn.Hyper(learning_rate=2.5e-3, tau=0.02, epsilon_fraction=0.3)),
+    "Breakout-MinAtar": Preset(
+        2_000_000,
+        dqn.Config(
+            num_envs=32,
+            capacity=100_000,
+            learning_starts=5_000,
+            target_every=0,
+            n_step=3,
+            network=nets.ValueConfig(torso="mlp"),
+        ),
+        dqn.Hyper(learning_rate=1e-3, epsilon_fraction=0.1, epsilon_end=0.02),
+    ),
+}
+
+
+R2D2_DEFAULT = Preset(500_000, r2d2.Config(), r2d2.Hyper())
+
+R2D2: dict[str, Preset] = {"MemoryChain-bsuite": R2D2_DEFAULT}
 
 
 def ppo_preset(name: str, env: str) -> Preset:
@@ -98,6 +133,11 @@ def pqn_preset(name: str, env: str) -> Preset:
 def dqn_preset(name: str, env: str) -> Preset:
     """DQN's preset ``name`` for ``env``: see ``find``."""
     return find(DQN, DQN_DEFAULT, name, env)
+
+
+def r2d2_preset(name: str, env: str) -> Preset:
+    """R2D2's preset ``name`` for ``env``: see ``find``."""
+    return find(R2D2, R2D2_DEFAULT, name, env)
 
 
 def find(table: dict[str, Preset], default: Preset, name: str, env: str) -> Preset:

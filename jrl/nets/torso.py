@@ -102,11 +102,30 @@ class Features(nn.Module):
         batch_shape = x.shape[: x.ndim - self.obs_rank]
         if self.config.torso == "conv" or (self.config.torso == "auto" and self.obs_rank == 3):
             for width in self.config.channels:
-                x = activation(nn.Conv(width, (3, 3), padding="VALID", kernel_init=orthogonal(math.sqrt(2)))(x))
+                x = activation(Conv3x3(width)(x))
         x = x.reshape(*batch_shape, -1)
         for width in self.config.hidden:
             x = activation(nn.Dense(width, kernel_init=orthogonal(math.sqrt(2)))(x))
         return x
+
+
+class Conv3x3(nn.Module):
+    """A 3x3 convolution without padding, ``[..., H, W, C] -> [..., H - 2, W - 2, width]``, as one product of matrices.
+
+    Vmapped over seeds a convolution is a grouped one, which XLA's CPU backend runs at a tenth of a product's speed.
+    """
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        rows, columns, channels = x.shape[-3] - 2, x.shape[-2] - 2, x.shape[-1]
+        shape = (3, 3, channels, self.width)
+        kernel = self.param("kernel", orthogonal(math.sqrt(2)), shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        around = [x[..., i : i + rows, j : j + columns, :] for i in range(3) for j in range(3)]
+        y = jnp.concatenate(around, axis=-1) @ kernel.reshape(-1, self.width)
+        return y + jnp.broadcast_to(bias, y.shape)
 
 
 class Recurrent(nn.Module):

@@ -63,11 +63,11 @@ class Options:
     gif: bool = False
 
 
-def preset_of(argv: list[str]) -> tuple[str, str]:
+def preset_of(argv: list[str], options: type[Options] = Options) -> tuple[str, str]:
     """``--preset`` and ``--env`` of a command line, read ahead since they decide the other defaults."""
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ahead.add_argument("--preset", default=Options.preset)
-    ahead.add_argument("--env", default=Options.env)
+    ahead.add_argument("--preset", default=options.preset)
+    ahead.add_argument("--env", default=options.env)
     known, _ = ahead.parse_known_args(argv)
     return known.preset, known.env
 
@@ -98,7 +98,7 @@ def experiment(
     doc: str | None,
 ) -> Result:
     """Train as a command line says: ``options`` has the fields ``config`` and ``hyper`` besides, whose defaults are the preset's."""
-    chosen = preset(*preset_of(argv))
+    chosen = preset(*preset_of(argv, options))
     defaults: Any = options(env_steps=chosen.env_steps, config=chosen.config, hyper=chosen.hyper)  # type: ignore[call-arg]
     args = tyro.cli(options, args=argv, default=defaults, description=paragraphs(doc))
     config = args.config if args.precision is None else replace(args.config, precision=args.precision)  # type: ignore[attr-defined]

@@ -1,0 +1,28 @@
+"""Acting on action values: what is legal, and exploring by chance."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrl.envs.types import MaskedObs
+
+Array = jax.Array
+
+
+def mask(q: Array, obs: Any) -> Array:
+    """Action values ``[..., A]``, minus infinity where ``MaskedObs`` says that the action is illegal."""
+    return jnp.where(obs.mask, q, -jnp.inf) if isinstance(obs, MaskedObs) else q
+
+
+def exploration_noise(key: Array, shape: tuple[int, ...], num_actions: int) -> tuple[Array, Array]:
+    """What ``epsilon_greedy`` needs of chance: uniform ``shape`` and ``[*shape, A]``, from one draw."""
+    uniform = jax.random.uniform(key, (*shape, num_actions + 1))
+    return uniform[..., 0], uniform[..., 1:]
+
+
+def epsilon_greedy(q: Array, epsilon: Array, noise: tuple[Array, Array]) -> Array:
+    """The best action, or with probability ``epsilon`` any that is not at minus infinity; int32 ``[...]``."""
+    whether, which = noise
+    explored = jnp.where(jnp.isneginf(q), -1.0, which)
+    return jnp.argmax(jnp.where((whether < epsilon)[..., None], explored, q), axis=-1).astype(jnp.int32)
