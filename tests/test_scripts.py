@@ -204,13 +204,12 @@ def test_run_uses_the_interpreter_it_is_given(tmp_path):
 def test_the_update_compiles_for_tpus():
     pytest.importorskip("libtpu")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/tpu_check.py"), "--seeds", "16"],
+        [sys.executable, str(ROOT / "scripts/tpu_check.py"), "--seeds", "16", "--algos", "ppo", "dqn", "--chips", "v5e"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    for chip in ("v5e", "v6e", "v5p"):
-        (row,) = [line for line in done.stdout.splitlines() if line.startswith(f"| {chip}")]
-        assert 0 < float(row.split("|")[2]) < 1
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| v5e")]
+    assert len(rows) == 2 and all(0 < float(row.split("|")[2]) < 1 for row in rows)
