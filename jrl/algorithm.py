@@ -78,6 +78,13 @@ def exploration(state: Any) -> Array:
     return jnp.where(state.num_updates > 0, epsilon, h.epsilon_end)
 
 
+def importance_exponent(state: Any) -> Array:
+    """Beta of prioritized replay now: from ``hyper.importance_start`` linearly to 1 at the end of the run, 1 where its length is
+    unknown (1511.05952, section 3.4)."""
+    rising = state.hyper.importance_start + (1 - state.hyper.importance_start) * jnp.minimum(progress(state), 1.0)
+    return jnp.where(state.num_updates > 0, rising, 1.0)
+
+
 def learning_rate_factor(config: Any, state: Any) -> Array:
     """Factor on the learning rate now; 1 where the length of the run is unknown."""
     step = 1 / jnp.maximum(state.num_updates, 1)

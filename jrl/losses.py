@@ -90,7 +90,7 @@ def project_categorical(probability: Array, moved: Array, atoms: Array) -> Array
     step = atoms[1] - atoms[0]
     moved = jnp.clip(moved, atoms[0], atoms[-1])
     nearness = jnp.clip(1 - jnp.abs(moved[None] - atoms[:, None]) / step, 0, 1)  # [atoms, points]
-    return nearness @ probability
+    return jnp.sum(nearness * probability[None], axis=1)  # not a product of matrices, which a TPU rounds
 
 
 def quantile_huber(quantiles: Array, target: Array, kappa: float = 1.0) -> Array:

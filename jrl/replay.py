@@ -131,7 +131,7 @@ def make(
     Raises ``ValueError`` if it holds too few rows, or is larger than the device's memory.
     """
     checks.positive_int("replay: n_step", n_step)
-    store = _Store(obs_spec, num_envs, capacity, batch_size, 2, prioritized, num_frames)
+    store = _Store(obs_spec, num_envs, capacity, batch_size, 2, num_frames - 1, prioritized, num_frames)
     store.check_capacity(capacity, n_step + num_frames + 1, "n_step + num_frames + 1")
 
     def sample(buffer: Buffer, key: Array, gamma: Array | float, beta: Array | float = 1.0) -> Batch:
@@ -168,8 +168,9 @@ def make_sequences(
 ) -> Replay:
     """A replay of sequences of ``length`` rows, else like ``make``. A recurrent memory can be stored as part of ``obs_spec``."""
     checks.positive_int("replay: length", length, at_least=2)
-    store = _Store(obs_spec, num_envs, capacity, batch_size, length, prioritized, 1)
-    store.check_capacity(capacity, length + 1, "length + 1")
+    # Whether a row is the first of its episode, the row before it tells.
+    store = _Store(obs_spec, num_envs, capacity, batch_size, length, 1, prioritized, 1)
+    store.check_capacity(capacity, length + 2, "length + 2")
 
     def sample(buffer: Buffer, key: Array, beta: Array | float = 1.0) -> Sequences:
         env, start, weight = store.draw(buffer, key, beta)
@@ -189,13 +190,13 @@ def make_sequences(
 
 
 class _Store:
-    """Rows and their priorities; a draw names rows that are followed by at least ``needs - 1`` others."""
+    """Rows and their priorities; a draw names rows that at least ``needs - 1`` others follow, and ``before`` are there before."""
 
-    def __init__(self, obs_spec, num_envs, capacity, batch_size, needs, prioritized, num_frames):
+    def __init__(self, obs_spec, num_envs, capacity, batch_size, needs, before, prioritized, num_frames):
         for name, value in (("batch_size", batch_size), ("num_envs", num_envs), ("num_frames", num_frames)):
             checks.positive_int(f"replay: {name}", value)
         self.num_envs, self.length, self.batch_size = num_envs, capacity // num_envs, batch_size
-        self.needs, self.prioritized, self.num_frames = needs, prioritized, num_frames
+        self.needs, self.before, self.prioritized, self.num_frames = needs, before, prioritized, num_frames
         self.leaves = 2 ** math.ceil(math.log2(max(1, num_envs * self.length))) if prioritized else 0
         self.frame_spec = obs_spec if num_frames == 1 else _one_frame(obs_spec, num_frames)
         self.bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(self.init)))
@@ -245,10 +246,10 @@ class _Store:
         return later._replace(tree=self._open_and_close(later, rows, at)) if self.prioritized else later
 
     def _open_and_close(self, buffer: Buffer, rows: Array, at: Array) -> Array:
-        """The tree after a row was written at ``at``: the row that now has followers enough can be drawn, the one whose
-        oldest frame was overwritten no more."""
+        """The tree after a row was written at ``at``: the row that now has followers enough can be drawn, the one that lost
+        what must be there before it no more."""
         envs = jnp.arange(self.num_envs)
-        opened, closed = (at - (self.needs - 1)) % self.length, (at + self.num_frames - 1) % self.length
+        opened, closed = (at - (self.needs - 1)) % self.length, (at + self.before) % self.length
         drawable = (buffer.written >= self.needs) & (buffer.kind[envs, opened] != FINAL)
         leaf = lambda row: jnp.where(rows < self.num_envs, envs * self.length + row, self.leaves)  # noqa: E731
         tree = set_leaves(buffer.tree, leaf(closed), jnp.zeros(self.num_envs))
@@ -257,7 +258,7 @@ class _Store:
     def draw(self, buffer: Buffer, key: Array, beta: Array | float) -> tuple[Array, Array, Array]:
         """Environment, row and importance weight ``[N]``; the weight is 0 where the row cannot be drawn."""
         stored = jnp.minimum(buffer.written, self.length)
-        oldest = stored - 1 - (self.num_frames - 1) * (buffer.written > self.length)
+        oldest = stored - 1 - self.before * (buffer.written >= self.length)
         if self.prioritized:
             # Stratified: one draw from each of N equal parts of the whole priority (section 3.3).
             mass = (jnp.arange(self.batch_size) + jax.random.uniform(key, (self.batch_size,))) / self.batch_size
@@ -297,6 +298,7 @@ class _Store:
     def update(self, buffer: Buffer, rows: Array, priority: Array) -> Buffer:
         if not self.prioritized:
             return buffer
+        priority = jnp.where(jnp.isfinite(priority), priority, 0.0)  # one NaN would spoil every sum above it for good
         tree = set_leaves(buffer.tree, rows, jnp.maximum(priority, 1e-6))
         known = jnp.where(rows < self.leaves, priority, 0.0)
         return buffer._replace(tree=tree, largest=jnp.maximum(buffer.largest, known.max()))

@@ -99,6 +99,26 @@ def test_nothing_is_learned_before_learning_starts():
     assert metrics["loss"] > 0
 
 
+def test_without_a_length_prioritized_replay_stays_finite_and_exact():
+    algo = dqn.make(envs.make("Probe-policy"), dataclasses.replace(TINY, prioritized=True), HYPER)
+    _, metrics = jax.jit(lambda s: jax.lax.scan(lambda s, _: algo.update(s), s, length=150))(
+        algo.init(jax.random.key(0))
+    )
+    assert jnp.isfinite(metrics["objective"]).all() and (metrics["objective"][10:] > 0).all()
+
+
+def test_learning_starts_where_envs_do_not_divide_the_capacity_and_priorities_wait_for_it():
+    config = dataclasses.replace(TINY, num_envs=3, capacity=40, learning_starts=40, prioritized=True)
+    algo = dqn.make(envs.make("Probe-credit"), config, HYPER)
+    state = algo.init(jax.random.key(0))
+    for _ in range(6):
+        state, _ = jax.jit(algo.update)(state)
+    leaves = state.buffer.tree[state.buffer.tree.shape[0] // 2 :]
+    assert set(np.unique(leaves).tolist()) == {0.0, 1.0}
+    state, metrics = jax.jit(algo.update)(state)
+    assert metrics["loss"] > 0 and len(np.unique(state.buffer.tree)) > 4
+
+
 def test_the_target_network_follows_hard_and_soft():
     for fields, share in (({"target_every": 2}, 1.0), ({"target_every": 0}, 0.25)):
         algo = dqn.make(envs.make("Probe-policy"), dataclasses.replace(TINY, **fields), HYPER._replace(tau=0.25))

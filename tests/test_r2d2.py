@@ -119,7 +119,7 @@ def test_only_the_network_computes_in_half_width():
         (lambda: r2d2.make(envs.make("Pendulum-v1")), "action values need discrete actions"),
         (
             lambda: r2d2.make(envs.make("Probe-value"), dataclasses.replace(TINY, capacity=14, learning_starts=8)),
-            r"capacity must be at least 16, length \+ 1 rows for each environment; got 14",
+            r"capacity must be at least 18, burn_in \+ length \+ 3 rows for each environment; got 14",
         ),
         (lambda: r2d2.make(envs.make("Probe-value"), TINY, r2d2.Hyper(priority_max=2.0)), "hyper.priority_max must be"),
     ],

@@ -197,6 +197,18 @@ def test_frames_are_stored_once_and_stacked_as_the_wrapper_does(prioritized, tru
     np.testing.assert_array_equal(newest(batch.next_obs) - newest(batch.obs), steps_on[alive])
 
 
+def test_a_ring_that_is_just_full_stacks_no_frame_of_the_other_end():
+    memory = replay.make(jax.ShapeDtypeStruct((3,), jnp.uint8), 1, 10, 300, num_frames=3)
+    buffer = memory.init()
+    no, zero = jnp.zeros(1, bool), jnp.zeros(1)
+    for i in range(10):
+        see = lambda x: jnp.clip(jnp.array([[x - 2, x - 1, x]]), 0).astype(jnp.uint8)  # noqa: E731
+        buffer = memory.add(buffer, replay.Step(see(i), zero.astype(int), zero, no, no, see(i + 1)))
+    batch = memory.sample(buffer, jax.random.key(0), 0.9)
+    for row in np.asarray(batch.obs)[np.asarray(batch.weight) > 0]:
+        assert row.tolist() == [row[2] - 2, row[2] - 1, row[2]]
+
+
 def test_stacks_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="last axis of observations must hold num_frames = 3 frames"):
         replay.make(SPEC, 1, 16, 8, num_frames=3)
@@ -231,6 +243,26 @@ def test_sequences_are_rows_in_order(prioritized):
         changed = memory.update(buffer, seq.rows, jnp.where(seq.rows == 3, 50.0, 1.0))
         again = memory.sample(changed, jax.random.key(1))
         np.testing.assert_allclose((again.rows == 3).mean(), 50 / 55, atol=0.01)
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+@pytest.mark.parametrize("ends", [{11}, {3}, {4}, {3, 11}])
+def test_a_ring_of_sequences_that_wrapped_knows_where_episodes_begin(prioritized, ends):
+    memory = replay.make_sequences(SPEC, 1, 8, 300, 3, prioritized)
+    buffer = memory.init()
+    for i in range(12):
+        buffer = memory.add(buffer, step(i, terminated=i in ends, next_obs=i + 1))
+    seq = memory.sample(buffer, jax.random.key(0))
+    rows = np.flatnonzero(np.asarray(seq.weight) > 0)
+    assert {int(seq.obs[0, i, 0]) for i in rows} == {5, 6, 7, 8, 9}
+    for i in rows:
+        assert seq.first[:, i].tolist() == [int(o) - 1 in ends for o in seq.obs[:, i, 0]]
+
+
+def test_a_priority_that_is_no_number_spoils_nothing():
+    memory, buffer = filled(HISTORY[:4], prioritized=True)
+    buffer = memory.update(buffer, jnp.array([0, 1]), jnp.array([jnp.nan, jnp.inf]))
+    assert jnp.isfinite(buffer.tree).all() and buffer.largest == 1
 
 
 # Cost

@@ -204,7 +204,17 @@ def test_run_uses_the_interpreter_it_is_given(tmp_path):
 def test_the_update_compiles_for_tpus():
     pytest.importorskip("libtpu")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/tpu_check.py"), "--seeds", "16", "--algos", "ppo", "dqn", "--chips", "v5e"],
+        [
+            sys.executable,
+            str(ROOT / "scripts/tpu_check.py"),
+            "--seeds",
+            "16",
+            "--algos",
+            "ppo",
+            "dqn",
+            "--chips",
+            "v5e",
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},

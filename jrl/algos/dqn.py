@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl import checks, losses, nets, optim, precision, replay, rollout
-from jrl.algorithm import Algorithm, Metrics, exploration, learning_rate_factor, optimizer, progress
+from jrl.algorithm import Algorithm, Metrics, exploration, importance_exponent, learning_rate_factor, optimizer
 from jrl.envs import wrappers
 from jrl.envs.types import Discrete, Environment, observation_spec
 from jrl.greedy import epsilon_greedy, exploration_noise, mask
@@ -44,9 +44,9 @@ class Config:
         target_every: updates between hard copies into the target network; 0 for soft ones (hyper.tau) at each.
         n_step: steps of a transition.
         num_frames: observations stacked along the last axis, oldest first; the replay stores each once.
-        double: choose with the online network what the target network values.
+        double: choose with the online network what the target network values; Munchausen chooses nothing, and ignores it.
         prioritized: draw transitions by their error.
-        munchausen: add the scaled log-policy to the reward.
+        munchausen: add the scaled log-policy to the reward (of n steps, to the first).
         distribution: mean (plain values), categorical (C51) or quantile (QR).
         atoms: of a distribution.
         loss: squared, or huber (robust, but drawn to the median of targets), for mean values.
@@ -237,7 +237,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         params = network.init(key_params)
         return State(
             params=params,
-            target_params=jax.tree.map(jnp.copy, params),
+            target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
             opt_state=optimizer(config, hyper, 1.0, key_optimizer).init(params),
             actors=rollout.start(env, key_envs, config.num_envs, ()),
             buffer=memory.init(),
@@ -260,8 +260,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, seen)
         state = state._replace(actors=actors, buffer=buffer, key=key)
 
-        learned, metrics = jax.lax.scan(learn, state, keys[4:])
-        ready = memory.size(buffer) >= config.learning_starts
+        ready = (state.updates + 1) * per_update >= config.learning_starts
+        learned, metrics = jax.lax.scan(lambda s, k: learn(s, k, ready), state, keys[4:])
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ready, new, old),
             (learned.params, learned.opt_state),
@@ -290,12 +290,11 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         """Noisy weights explore by themselves."""
         return jnp.float32(0) if noisy else exploration(state)
 
-    def learn(state: State, key: Array) -> tuple[State, Metrics]:
-        """One minibatch."""
+    def learn(state: State, key: Array, ready: Array) -> tuple[State, Metrics]:
+        """One minibatch; priorities stay as they are until ``ready``."""
         h = state.hyper
         key_batch, key_online, key_target, key_select = jax.random.split(key, 4) if noisy else (key, None, None, None)
-        beta = h.importance_start + (1 - h.importance_start) * progress(state)
-        batch = memory.sample(state.buffer, key_batch, h.gamma, beta)
+        batch = memory.sample(state.buffer, key_batch, h.gamma, importance_exponent(state))
         answer = outputs(state.target_params, batch.next_obs, key_target)
         if config.double:
             chooser = values(outputs(state.params, batch.next_obs, key_select), batch.next_obs, h)
@@ -305,15 +304,17 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
         def loss(params: Any) -> tuple[Array, tuple[Metrics, Array]]:
             taken = pick(outputs(params, batch.obs, key_online), batch.action)
-            error, each = errors(taken, target)
-            total = jnp.mean(batch.weight * each)
-            mean_square = jnp.sum((batch.weight > 0) * error**2) / jnp.maximum((batch.weight > 0).sum(), 1)
-            return total, ({"loss": mean_square, "objective": total}, error if config.distribution == "mean" else each)
+            error, each, priority = errors(taken, target, h)
+            number = jnp.maximum((batch.weight > 0).sum(), 1)
+            total = jnp.sum(batch.weight * each) / number
+            mean_square = jnp.sum((batch.weight > 0) * error**2) / number
+            return total, ({"loss": mean_square, "objective": total}, priority)
 
         tx = optimizer(config, h, learning_rate_factor(config, state))
         step = optim.minimize(tx, loss, state.params, state.opt_state)
-        metrics, error = step.extra
-        buffer = memory.update(state.buffer, batch.rows, jnp.abs(error) ** h.priority_exponent)
+        metrics, priority = step.extra
+        rows = jnp.where(ready, batch.rows, replay.NOWHERE)
+        buffer = memory.update(state.buffer, rows, priority**h.priority_exponent)
         state = state._replace(params=step.params, opt_state=step.opt_state, buffer=buffer)
         return state, metrics | {"grad_norm": step.grad_norm}
 
@@ -341,17 +342,21 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
                     jax.nn.softmax(following), moved, atoms_of[0]
                 )
 
-    def errors(taken: Array, target: Array) -> tuple[Array, Array]:
-        """Error of each mean value ``[N]``, and the loss of each ``[N]``."""
+    def errors(taken: Array, target: Array, hyper: Hyper) -> tuple[Array, Array, Array]:
+        """Error of each mean value ``[N]``, the loss of each, and what its priority is of: for C51 the divergence from the
+        target, as in Rainbow (1710.02298, section 4)."""
         match config.distribution:
             case "mean":
                 error = target - taken
-                return error, losses.huber(error) if config.loss == "huber" else 0.5 * error**2
+                return error, losses.huber(error) if config.loss == "huber" else 0.5 * error**2, jnp.abs(error)
             case "quantile":
-                return target.mean(-1) - taken.mean(-1), jax.vmap(losses.quantile_huber)(taken, target)
+                each = jax.vmap(losses.quantile_huber)(taken, target)
+                return target.mean(-1) - taken.mean(-1), each, each
             case "categorical":
-                cross = -jnp.sum(target * jax.nn.log_softmax(taken), axis=-1)
-                return cross, cross
+                each = -jnp.sum(target * jax.nn.log_softmax(taken), axis=-1)
+                entropy = -jnp.sum(jax.scipy.special.xlogy(target, target), axis=-1)
+                error = jnp.sum((target - jax.nn.softmax(taken)) * support(hyper)[0], axis=-1)
+                return error, each, jnp.maximum(each - entropy, 0.0)
 
     def act(state: State, obs: Any, key: Array | None = None, memory: Any = None) -> tuple[Array, Any]:
         params = optim.eval_params(state.opt_state, state.params)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl import checks, losses, nets, optim, precision, replay, returns, rollout
-from jrl.algorithm import Algorithm, Metrics, exploration, learning_rate_factor, optimizer, progress
+from jrl.algorithm import Algorithm, Metrics, exploration, importance_exponent, learning_rate_factor, optimizer
 from jrl.envs.types import Discrete, Environment, observation_spec
 from jrl.greedy import epsilon_greedy, exploration_noise, mask
 
@@ -149,6 +149,11 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     network = nets.action_values(config.network, obs_spec, env.action_space)
     network = precision.float32_outputs(precision.apply(config.precision, network))
     rows = config.burn_in + config.length + 1  # the last only to bootstrap from
+    if config.capacity // config.num_envs < rows + 2:
+        least = (rows + 2) * config.num_envs
+        raise ValueError(
+            f"config.capacity must be at least {least}, burn_in + length + 3 rows for each environment; got {config.capacity}"
+        )
     stored = (obs_spec, jax.eval_shape(lambda: network.memory))
     memory = replay.make_sequences(
         stored, config.num_envs, config.capacity, config.batch_size, rows, config.prioritized
@@ -164,7 +169,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         params = network.init(key_params)
         return State(
             params=params,
-            target_params=jax.tree.map(jnp.copy, params),
+            target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
             opt_state=optimizer(config, hyper, 1.0, key_optimizer).init(params),
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
             buffer=memory.init(),
@@ -186,8 +191,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, seen)
         state = state._replace(actors=actors, buffer=buffer, key=key)
 
-        learned, metrics = jax.lax.scan(learn, state, keys[3:])
-        ready = memory.size(buffer) >= max(config.learning_starts, rows * config.num_envs)
+        ready = (state.updates + 1) * per_update >= max(config.learning_starts, rows * config.num_envs)
+        learned, metrics = jax.lax.scan(lambda s, k: learn(s, k, ready), state, keys[3:])
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ready, new, old),
             (learned.params, learned.opt_state),
@@ -212,11 +217,10 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
         return act
 
-    def learn(state: State, key: Array) -> tuple[State, Metrics]:
-        """One minibatch of sequences."""
+    def learn(state: State, key: Array, ready: Array) -> tuple[State, Metrics]:
+        """One minibatch of sequences; priorities stay as they are until ``ready``."""
         h = state.hyper
-        beta = h.importance_start + (1 - h.importance_start) * progress(state)
-        seq = memory.sample(state.buffer, key, beta)
+        seq = memory.sample(state.buffer, key, importance_exponent(state))
         obs, stored = seq.obs
         before, after = jax.tree.map(lambda x: x[0], stored), slice(config.burn_in, None)
         part = jax.tree.map(lambda x: x[after], (obs, seq.first))
@@ -237,7 +241,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         metrics, error = step.extra
         mean = error.sum(0) / jnp.maximum(learnable.sum(0), 1)
         priority = h.priority_max * error.max(0) + (1 - h.priority_max) * mean
-        buffer = memory.update(state.buffer, seq.rows, priority**h.priority_exponent)
+        starts_at = jnp.where(ready, seq.rows, replay.NOWHERE)
+        buffer = memory.update(state.buffer, starts_at, priority**h.priority_exponent)
         state = state._replace(params=step.params, opt_state=step.opt_state, buffer=buffer)
         return state, metrics | {"grad_norm": step.grad_norm}
 

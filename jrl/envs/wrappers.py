@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl.envs.types import Environment, example_action
+from jrl.envs.types import Environment, example_action, observation_spec
 
 Array = jax.Array
 
@@ -50,7 +50,13 @@ def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
 
 
 def frame_stack(env: Environment, num_frames: int = 4) -> Environment:
-    """Stack the last ``num_frames`` observations along the last axis, oldest first; the first one is repeated at reset."""
+    """Stack the last ``num_frames`` observations along the last axis, oldest first; the first one is repeated at reset.
+
+    DQN's ``config.num_frames`` stacks by itself, and its replay stores each frame once.
+    Raises ``ValueError`` for observations that are not one array.
+    """
+    if len(jax.tree.leaves(observation_spec(env))) != 1:
+        raise ValueError(f"frame_stack: observations must be one array; {env.name} has {observation_spec(env)}")
 
     def reset(key: Array) -> tuple[Any, Any]:
         obs, state = env.reset(key)

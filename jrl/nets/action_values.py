@@ -1,7 +1,8 @@
 """Networks that value actions: a torso, an optional GRU, and a head for every action, dueling or not."""
 
+import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from jrl.nets.torso import (
     Norm,
     Recurrent,
     TorsoConfig,
+    activated,
     as_network,
     observation_shape,
     split_mask,
@@ -38,8 +40,9 @@ class ValueConfig(TorsoConfig):
         activation: between layers.
         norm: layer normalization before each activation, or none.
         gru: width of a GRU after the torso; 0 for none.
-        dueling: value and advantages apart, put together around the advantages' mean (1511.06581, eq. 9).
-        noisy: heads whose weights carry learned, factorized noise (1706.10295, eq. 9-11): exploration that is learned. It is
+        dueling: value and advantages apart, each with a layer of the last hidden width of its own, put together around the
+            advantages' mean (1511.06581, eq. 9).
+        noisy: heads (and dueling streams) whose weights carry learned, factorized noise (1706.10295, eq. 9-11): exploration that is learned. It is
             there where ``with_noise`` gave a key; without one they answer with their means.
     """
 
@@ -74,7 +77,9 @@ class ActionValues(nn.Module):
     def __call__(self, memory: Any, obs: Any, first: Array) -> tuple[Any, Array]:
         x, _ = split_mask(self, obs)
         memories: Any = ()
-        x = Features(self.config, self.obs_rank, name="torso")(x)
+        dueling = self.config.dueling and bool(self.config.hidden)
+        torso = replace(self.config, hidden=self.config.hidden[:-1]) if dueling else self.config
+        x = Features(torso, self.obs_rank, name="torso")(x)
         if self.config.gru:
             x = memories = Recurrent(self.config.gru, name="gru")(memory, x, first)
         values = self._head("values", x, self.num_actions)
@@ -83,15 +88,18 @@ class ActionValues(nn.Module):
         return memories, values[..., 0] if self.atoms == 1 else values
 
     def _head(self, name: str, x: Array, rows: int) -> Array:
-        width = rows * self.atoms
-        if self.config.noisy:
-            key = self.get_variable("noise", "key") if self.has_variable("noise", "key") else None
-            if key is not None:
-                key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # each head its own noise
-            out = NoisyDense(width, name=name)(x, key)
-        else:
-            out = nn.Dense(width, kernel_init=orthogonal(1.0), dot_general=wide_dot, name=name)(x)
-        return out.reshape(*x.shape[:-1], rows, self.atoms)
+        if self.config.dueling and self.config.hidden:
+            hidden = self._dense(f"{name}_hidden", x, self.config.hidden[-1], math.sqrt(2)).astype(x.dtype)
+            x = activated(self.config, hidden)
+        return self._dense(name, x, rows * self.atoms, 1.0).reshape(*x.shape[:-1], rows, self.atoms)
+
+    def _dense(self, name: str, x: Array, width: int, scale: float) -> Array:
+        if not self.config.noisy:
+            return nn.Dense(width, kernel_init=orthogonal(scale), dot_general=wide_dot, name=name)(x)
+        key = self.get_variable("noise", "key") if self.has_variable("noise", "key") else None
+        if key is not None:
+            key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # each layer its own noise
+        return NoisyDense(width, name=name)(x, key)
 
 
 class NoisyDense(nn.Module):

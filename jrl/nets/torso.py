@@ -57,6 +57,12 @@ def observation_shape(config: TorsoConfig, obs_spec: Any) -> tuple[int, ...]:
         raise ValueError("observations must be one array, or MaskedObs(obs, mask)")
     if config.torso == "conv" and len(shape) != 3:
         raise ValueError(f"network.torso=conv needs observations [height, width, channels], got {shape}")
+    convolves = config.torso == "conv" or (config.torso == "auto" and len(shape) == 3)
+    if convolves and min(shape[:2]) <= 2 * len(config.channels):
+        raise ValueError(
+            f"network.channels: {len(config.channels)} convolutions of 3x3 leave nothing of observations {shape}; "
+            "take network.torso=mlp"
+        )
     return shape
 
 
@@ -97,16 +103,20 @@ class Features(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        function = getattr(nn, self.config.activation)
-        activation = (lambda x: function(nn.LayerNorm()(x))) if self.config.norm == "layer" else function
         batch_shape = x.shape[: x.ndim - self.obs_rank]
         if self.config.torso == "conv" or (self.config.torso == "auto" and self.obs_rank == 3):
             for width in self.config.channels:
-                x = activation(Conv3x3(width)(x))
+                x = activated(self.config, Conv3x3(width)(x))
         x = x.reshape(*batch_shape, -1)
         for width in self.config.hidden:
-            x = activation(nn.Dense(width, kernel_init=orthogonal(math.sqrt(2)))(x))
+            x = activated(self.config, nn.Dense(width, kernel_init=orthogonal(math.sqrt(2)))(x))
         return x
+
+
+def activated(config: TorsoConfig, x: Array) -> Array:
+    """Layer normalization, if asked for, and the activation; inside a module."""
+    x = nn.LayerNorm()(x) if config.norm == "layer" else x
+    return getattr(nn, config.activation)(x)
 
 
 class Conv3x3(nn.Module):

@@ -1,0 +1,375 @@
+"""Native sparse attention (Yuan et al. 2025, arXiv 2502.11089), with memory linear in the sequence.
+
+Query t sees its past three times, and gates put the answers together (eq. 5): ``o = g_cmp o_cmp + g_slc o_slc + g_win o_win``.
+
+    compression   block i is tokens [i d, i d + l), as one key and one value phi(block)                         (eq. 7)
+                  seen when it is over: i d + l - 1 <= t
+    selection     blocks of l' tokens with the largest importance; the first and the last ones always           (eq. 11, 12)
+                  p_slc[j] = sum_{m < l'/d} sum_{n < l/d} p_cmp[(l'/d) j + m - n]                               (eq. 9)
+                  summed over the heads that share keys (eq. 10), so that they read the same blocks; tokens up to t
+    window        the last w tokens
+
+Equation 9 is written here for blocks counted from 0, where the paper's ``-m-n`` holds for blocks counted from 1. Selection takes no
+gradient through the choice; ties go to the lowest index. Each branch may have its own keys and values, as in the paper.
+
+With ``segment_ids`` (episodes, packed sequences) nothing is seen beyond the segment: a block of compression that began
+before it is not seen, and its first block is the one with its first token. Segments must be contiguous.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl import checks
+from jrl.attention.dense import group, masked_softmax
+from jrl.attention.flash import flash
+from jrl.attention.visibility import Rule, check_shapes
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of native sparse attention; the defaults are the paper's (section 4.1).
+
+    Attributes:
+        block: l, tokens that are compressed into one.
+        stride: d, tokens between the starts of such blocks; d = l for blocks that do not overlap.
+        select_block: l', tokens of a block that is selected.
+        selected: n, blocks that a query selects, with those below.
+        initial: first blocks that are always selected.
+        local: last blocks that are always selected, with the query's own.
+        window: w, tokens of the sliding window.
+        pooling: phi: mlp, with a position encoding inside the block, or mean, without parameters.
+    """
+
+    block: int = 32
+    stride: int = 16
+    select_block: int = 64
+    selected: int = 16
+    initial: int = 1
+    local: int = 2
+    window: int = 512
+    pooling: Literal["mlp", "mean"] = "mlp"
+
+    def __post_init__(self) -> None:
+        for name in ("block", "stride", "select_block", "selected", "local", "window"):
+            checks.positive_int(f"nsa.{name}", getattr(self, name))
+        checks.positive_int("nsa.initial", self.initial, at_least=0)
+        checks.one_of("nsa.pooling", self.pooling, ("mlp", "mean"))
+        for name in ("block", "select_block"):
+            if getattr(self, name) % self.stride:
+                raise ValueError(
+                    f"nsa.{name} must be a multiple of nsa.stride = {self.stride}; got {getattr(self, name)}"
+                )
+        if self.block > self.select_block:
+            raise ValueError(f"nsa.block must be at most nsa.select_block = {self.select_block}; got {self.block}")
+        if self.selected < self.initial + self.local:
+            least = self.initial + self.local
+            raise ValueError(f"nsa.selected must be at least nsa.initial + nsa.local = {least}; got {self.selected}")
+
+    def num_compressed(self, length: int) -> int:
+        """Blocks of compression in a sequence."""
+        return max(0, (length - self.block) // self.stride + 1)
+
+
+class Streams(NamedTuple):
+    """Keys ``[B, S, K, D]`` and values ``[B, S, K, Dv]`` of each branch; give one pair three times to share it (``shared``)."""
+
+    k_compress: Array
+    v_compress: Array
+    k_select: Array
+    v_select: Array
+    k_window: Array
+    v_window: Array
+
+
+def shared(k: Array, v: Array) -> Streams:
+    """One pair of keys and values for every branch."""
+    return Streams(k, v, k, v, k, v)
+
+
+# Compression
+
+
+def init(key: Array, config: Config, head_dim: int, value_dim: int, hidden: int | None = None) -> Any:
+    """Parameters of phi for keys and for values, float32: positions ``[l, D]`` and an MLP ``[l D] -> hidden -> [D]``.
+
+    ``hidden`` is ``2 D`` if not given. Empty for mean pooling.
+    """
+    if config.pooling == "mean":
+        return {}
+
+    def of(key: Array, dim: int) -> dict[str, Array]:
+        width = hidden or 2 * dim
+        key_position, key_in, key_out = jax.random.split(key, 3)
+        fan_in = config.block * dim
+        return {
+            "position": 0.02 * jax.random.normal(key_position, (config.block, dim)),
+            "w_in": jax.random.normal(key_in, (fan_in, width)) * fan_in**-0.5,
+            "b_in": jnp.zeros(width),
+            "w_out": jax.random.normal(key_out, (width, dim)) * width**-0.5,
+            "b_out": jnp.zeros(dim),
+        }
+
+    key_k, key_v = jax.random.split(key)
+    return {"k": of(key_k, head_dim), "v": of(key_v, value_dim)}
+
+
+def phi(params: Any, block: Array) -> Array:
+    """Tokens ``[..., l, D]`` of a block as one, ``[..., D]``; without parameters their mean."""
+    if not params:
+        return block.astype(jnp.promote_types(block.dtype, jnp.float32)).mean(-2).astype(block.dtype)
+    p = jax.tree.map(lambda x: x.astype(block.dtype), params)
+    x = (block + jnp.broadcast_to(p["position"], block.shape)).reshape(*block.shape[:-2], -1)
+    x = x @ p["w_in"]
+    x = jax.nn.silu(x + jnp.broadcast_to(p["b_in"], x.shape)) @ p["w_out"]
+    return x + jnp.broadcast_to(p["b_out"], x.shape)
+
+
+def compress(params: Any, x: Array, config: Config) -> Array:
+    """``[B, S, K, D]`` to one row for each block, ``[B, N, K, D]`` with ``N = (S - l) // d + 1``."""
+    number, per_block = config.num_compressed(x.shape[1]), config.block // config.stride
+    strides = number + per_block - 1 if number else 0
+    parts = x[:, : strides * config.stride].reshape(x.shape[0], strides, config.stride, *x.shape[2:])
+    blocks = jnp.concatenate([parts[:, i : i + number] for i in range(per_block)], axis=2)  # [B, N, l, K, D]
+    return phi(params, jnp.moveaxis(blocks, 2, 3))
+
+
+# The branches for a few queries q [B, C, H, D] that stand at t [B, C], in segments that begin at start [B, C]
+
+
+def compressed_attention(
+    q: Array, k: Array, v: Array, t: Array, start: Array, config: Config, scale: float
+) -> tuple[Array, Array]:
+    """Attention to compressed blocks ``[B, N, K, D]``: ``[B, C, H, Dv]``, and importance ``[B, K, C, N]``, in float32."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bckgd,bnkd->bkgcn", group(q, k.shape[2]), k, preferred_element_type=wide) * scale
+    first = jnp.arange(k.shape[1])[None, None] * config.stride
+    seen = (first + config.block - 1 <= t[..., None]) & (first >= start[..., None])
+    p = masked_softmax(scores, seen[:, None, None])
+    out = jnp.einsum("bkgcn,bnkd->bckgd", p.astype(v.dtype), v, preferred_element_type=wide)
+    return out.reshape(*q.shape[:3], -1), jax.lax.stop_gradient(p.sum(2))
+
+
+def select(importance: Array, t: Array, start: Array, num_blocks: int, config: Config) -> Array:
+    """Blocks that each query reads, int32 ``[B, K, C, n]``, ``num_blocks`` where there are fewer than n to choose from."""
+    per_select, per_block = config.select_block // config.stride, config.block // config.stride
+    width = num_blocks * per_select
+    total = sum(
+        jnp.pad(importance, [(0, 0)] * 3 + [(n, max(0, width - n - importance.shape[-1]))])[..., :width]
+        for n in range(per_block)
+    )
+    score = jnp.asarray(total).reshape(*importance.shape[:-1], num_blocks, per_select).sum(-1)
+    block = jnp.arange(num_blocks)[None, None]
+    own, first = t[..., None] // config.select_block, start[..., None] // config.select_block
+    candidate = (block <= own) & (block >= first)
+    forced = (block < first + config.initial) | (block > own - config.local)
+    score = jnp.where(forced[:, None], jnp.inf, score)
+    score = jnp.where(candidate[:, None], score, -1.0)
+    best, chosen = jax.lax.top_k(score, min(config.selected, num_blocks))
+    return jnp.where(best >= 0, chosen, num_blocks).astype(jnp.int32)
+
+
+def selected_scores(q: Array, k: Array, chosen: Array, t: Array, start: Array, scale: float) -> tuple[Array, Array]:
+    """Scores ``[B, K, C, G, n l']`` of the tokens of chosen blocks, and which are seen ``[B, K, C, 1, n l']``.
+
+    q is ``[B, K, C, G, D]``; k has the keys of the chosen blocks, ``[B, K, C, n, l', D]``.
+    """
+    size = k.shape[-2]
+    inside = jnp.broadcast_to(jnp.arange(size), (*chosen.shape, size))
+    position = (chosen[..., None] * size + inside).reshape(*chosen.shape[:3], -1)
+    seen = (position <= t[:, None, :, None]) & (position >= start[:, None, :, None])
+    keys = k.reshape(*k.shape[:3], -1, k.shape[-1])
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum("bkcgd,bkcsd->bkcgs", q, keys, preferred_element_type=wide) * scale, seen[:, :, :, None]
+
+
+def take_blocks(x: Array, chosen: Array) -> Array:
+    """Blocks ``[B, K, C, n, l', D]`` of x ``[B, K, blocks, l', D]``; a block beyond the last repeats the last."""
+    at = jnp.minimum(chosen, x.shape[2] - 1)
+    return jax.vmap(jax.vmap(lambda x, at: x[at]))(x, at)
+
+
+# Selection over a whole sequence, in chunks of queries; the backward pass reads the chosen blocks again
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def selected_attention(q, k, v, chosen, t, start, scale, rows):
+    """``[B, K, T, G, Dv]`` for q ``[B, K, T, G, D]``, keys and values ``[B, K, blocks, l', D]``, chosen ``[B, K, T, n]``."""
+    return _selected(q, k, v, chosen, t, start, scale, rows)[0]
+
+
+def _selected(q, k, v, chosen, t, start, scale, rows):
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+
+    def chunk(i: Array) -> tuple[Array, Array]:
+        q_i, at, t_i, start_i = _chunk(i, rows, q, chosen, t, start)
+        scores, seen = selected_scores(q_i, take_blocks(k, at), at, t_i, start_i, scale)
+        scores = jnp.where(seen, scores, -jnp.inf)
+        largest = jnp.maximum(scores.max(-1), jnp.finfo(wide).min)
+        p = jnp.exp(scores - largest[..., None])
+        total = p.sum(-1)
+        values = take_blocks(v, at)
+        values = values.reshape(*values.shape[:3], -1, values.shape[-1])
+        out = jnp.einsum("bkcgs,bkcsd->bkcgd", p.astype(v.dtype), values, preferred_element_type=wide)
+        lse = jnp.where(total > 0, largest + jnp.log(jnp.maximum(total, jnp.finfo(wide).tiny)), jnp.inf)
+        return (out / jnp.maximum(total, jnp.finfo(wide).tiny)[..., None]).astype(v.dtype), lse
+
+    out, lse = jax.lax.map(chunk, jnp.arange(q.shape[2] // rows))
+    return _join(out), _join(lse)
+
+
+def _save(q, k, v, chosen, t, start, scale, rows):
+    out, lse = _selected(q, k, v, chosen, t, start, scale, rows)
+    return out, (q, k, v, chosen, t, start, out, lse)
+
+
+def _backward(scale, rows, saved, d_out):
+    q, k, v, chosen, t, start, out, lse = saved
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    overlap = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
+
+    def chunk(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
+        dk, dv = carry
+        q_i, at, t_i, start_i = _chunk(i, rows, q, chosen, t, start)
+        d_i, lse_i, overlap_i = (_slice(x, i, rows, 2) for x in (d_out, lse, overlap))
+        keys, values = take_blocks(k, at), take_blocks(v, at)
+        scores, seen = selected_scores(q_i, keys, at, t_i, start_i, scale)
+        p = jnp.where(seen, jnp.exp(scores - lse_i[..., None]), 0.0)
+        flat = lambda x: x.reshape(*x.shape[:3], -1, x.shape[-1])  # noqa: E731
+        dp = jnp.einsum("bkcgd,bkcsd->bkcgs", d_i, flat(values), preferred_element_type=wide)
+        ds = (p * (dp - overlap_i[..., None]) * scale).astype(q.dtype)
+        dq = jnp.einsum("bkcgs,bkcsd->bkcgd", ds, flat(keys), preferred_element_type=wide)
+        dk_part = jnp.einsum("bkcgs,bkcgd->bkcsd", ds, q_i, preferred_element_type=wide)
+        dv_part = jnp.einsum("bkcgs,bkcgd->bkcsd", p.astype(d_i.dtype), d_i, preferred_element_type=wide)
+        carry = _add_blocks(dk, at, dk_part), _add_blocks(dv, at, dv_part)
+        return carry, dq.astype(q.dtype)
+
+    zeros = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
+    (dk, dv), dq = jax.lax.scan(chunk, zeros, jnp.arange(q.shape[2] // rows))
+    return _join(dq), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+
+
+selected_attention.defvjp(_save, _backward)
+
+
+def _chunk(i, rows, q, chosen, t, start):
+    return _slice(q, i, rows, 2), _slice(chosen, i, rows, 2), _slice(t, i, rows, 1), _slice(start, i, rows, 1)
+
+
+def _slice(x: Array, i: Array, rows: int, axis: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * rows, rows, axis)
+
+
+def _join(chunks: Array) -> Array:
+    moved = jnp.moveaxis(chunks, 0, 2)
+    return moved.reshape(*moved.shape[:2], -1, *moved.shape[4:])
+
+
+def _add_blocks(x: Array, chosen: Array, parts: Array) -> Array:
+    """x with the parts of chosen blocks ``[B, K, C, n l', D]`` added to them; those beyond the last are dropped."""
+    parts = parts.reshape(*chosen.shape, x.shape[-2], x.shape[-1])
+    return jax.vmap(jax.vmap(lambda x, at, part: x.at[at].add(part, mode="drop")))(x, chosen, parts)
+
+
+# All together
+
+
+def attend(
+    params: Any,
+    q: Array,
+    streams: Streams,
+    gates: Array,
+    config: Config = Config(),
+    *,
+    segment_ids: Array | None = None,
+    scale: float | None = None,
+    chunk: int = 64,
+) -> Array:
+    """Causal native sparse attention of a sequence with itself: ``[B, T, H, Dv]``.
+
+    Args:
+        params: of phi, from ``init``.
+        q: queries ``[B, T, H, D]``.
+        streams: keys and values of the branches, S = T.
+        gates: of compression, selection and window, ``[B, T, H, 3]``; the paper takes a sigmoid of an MLP of the token.
+        config: sizes.
+        segment_ids: int ``[B, T]``, contiguous; nothing is seen beyond a segment.
+        scale: of the scores; ``D ** -0.5`` if not given.
+        chunk: queries computed at once; changes memory and speed alone.
+
+    Raises ``ValueError`` for shapes that do not fit.
+    """
+    for k, v in (streams[0:2], streams[2:4], streams[4:6]):
+        check_shapes(q, k, v)
+        if k.shape[1] != q.shape[1]:
+            raise ValueError(
+                f"native sparse attention takes as many keys as queries; got {k.shape[1]} and {q.shape[1]}"
+            )
+    if gates.shape != (*q.shape[:3], 3):
+        raise ValueError(f"gates must be {[*q.shape[:3], 3]}: compression, selection, window; got {list(gates.shape)}")
+    (batch, length), dim = q.shape[:2], q.shape[3]
+    scale = dim**-0.5 if scale is None else scale
+    t = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+    start = jnp.zeros_like(t) if segment_ids is None else segment_starts(segment_ids)
+    out_compress, chosen = _compress_and_choose(params, q, streams, t, start, config, scale, chunk)
+    out_select = _attend_selected(q, streams, chosen, t, start, config, scale, chunk)
+    out_window = flash(
+        q, streams.k_window, streams.v_window, segment_ids, segment_ids, Rule(window=config.window), scale
+    )
+    parts = jnp.stack(
+        [out_compress.astype(gates.dtype), out_select.astype(gates.dtype), out_window.astype(gates.dtype)], -1
+    )
+    return jnp.sum(parts * gates[..., None, :], axis=-1).astype(out_window.dtype)
+
+
+def segment_starts(segment_ids: Array) -> Array:
+    """Index of the first token of each token's segment, int32 ``[B, T]``."""
+    at = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None], segment_ids.shape)
+    before = jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
+    return jax.lax.cummax(jnp.where(segment_ids != before, at, 0), axis=1)
+
+
+def _compress_and_choose(params, q, streams, t, start, config, scale, chunk):
+    """The compression branch's answer ``[B, T, H, Dv]`` and the blocks that each query selects ``[B, K, T, n]``."""
+    length, kv_heads = q.shape[1], streams.k_compress.shape[2]
+    num_blocks = -(-length // config.select_block)
+    if not config.num_compressed(length):
+        out = jnp.zeros((*q.shape[:3], streams.v_compress.shape[-1]), q.dtype)
+        importance = jnp.zeros((q.shape[0], kv_heads, length, 0), jnp.float32)
+        return out, select(importance, t, start, num_blocks, config)
+    k = compress(params.get("k"), streams.k_compress, config)
+    v = compress(params.get("v"), streams.v_compress, config)
+
+    @jax.checkpoint
+    def of_chunk(k: Array, v: Array, q: Array, t: Array, start: Array) -> tuple[Array, Array]:
+        out, importance = compressed_attention(q, k, v, t, start, config, scale)
+        return out.astype(v.dtype), select(importance, t, start, num_blocks, config)
+
+    rows = min(chunk, length)
+    parts = jax.tree.map(lambda x: _split(x, rows), (q, t, start))
+    out, chosen = jax.lax.map(lambda part: of_chunk(k, v, *part), parts)
+    out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])[:, :length]
+    return out, _join(chosen)[:, :, :length]
+
+
+def _attend_selected(q, streams, chosen, t, start, config, scale, chunk):
+    (batch, length, heads, _), size, kv_heads = q.shape, config.select_block, streams.k_select.shape[2]
+    rows = min(chunk, length)
+    pad = lambda x, to: jnp.pad(x, [(0, 0), (0, -x.shape[1] % to)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+    grouped = pad(group(q, kv_heads), rows).transpose(0, 2, 1, 3, 4)
+    blocks = lambda x: pad(x, size).reshape(batch, -1, size, *x.shape[2:]).transpose(0, 3, 1, 2, 4)  # noqa: E731
+    chosen = jnp.pad(chosen, [(0, 0), (0, 0), (0, -length % rows), (0, 0)])
+    k, v = blocks(streams.k_select), blocks(streams.v_select)
+    out = selected_attention(grouped, k, v, chosen, pad(t, rows), pad(start, rows), scale, rows)
+    return out.transpose(0, 2, 1, 3, 4).reshape(batch, -1, heads, v.shape[-1])[:, :length]
+
+
+def _split(x: Array, rows: int) -> Array:
+    """``[B, T, ...] -> [chunks, B, rows, ...]``, padded with zeros."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % rows)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, rows, *x.shape[2:]), 1, 0)

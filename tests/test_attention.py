@@ -1,0 +1,261 @@
+"""Every kind of attention against one query at a time in float64, and the identities between them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from jrl import attention
+from jrl.attention import nsa, platforms
+from jrl.attention.flash import Blocks, flash
+from jrl.attention.visibility import Rule
+
+
+def qkv(batch, length, heads, kv_heads, dim, value_dim, num_keys=None, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    num_keys = length if num_keys is None else num_keys
+    shapes = [(batch, length, heads, dim), (batch, num_keys, kv_heads, dim), (batch, num_keys, kv_heads, value_dim)]
+    return [jax.random.normal(k, s, float) for k, s in zip(keys, shapes, strict=True)]
+
+
+def grads(f, *args):
+    return jax.grad(lambda *a: jnp.sum(jnp.sin(3 * f(*a))), tuple(range(len(args))))(*args)
+
+
+def close(a, b, tolerance=1e-10):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+SEGMENTS = np.array([[0] * 4 + [1] * 3 + [2] * 1 + [3] * 3, [0] * 11])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, value_dim, options",
+    [
+        (4, 2, 8, 8, {}),
+        (3, 1, 4, 6, {"window": 5}),
+        (2, 2, 5, 3, {"causal": False}),
+        (4, 2, 8, 8, {"segment_ids": SEGMENTS}),
+        (8, 1, 4, 4, {"window": 1, "scale": 0.3}),
+    ],
+)
+def test_dense_attention_and_its_gradients(implementation, heads, kv_heads, dim, value_dim, options):
+    with jax.enable_x64(True):
+        args = qkv(2, 11, heads, kv_heads, dim, value_dim)
+        given = options | {"segment_ids": jnp.array(SEGMENTS)} if "segment_ids" in options else options
+        ours = lambda *a: attention.attend(*a, implementation=implementation, **given)  # noqa: E731
+        wanted = lambda *a: oracles.dense(*a, **options)  # noqa: E731
+        close(jax.jit(ours)(*args), wanted(*args))
+        close(grads(ours, *args), grads(wanted, *args))
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (3, 7), (16, 5), (64, 64)])
+@pytest.mark.parametrize(
+    "rule", [Rule(), Rule(window=6), Rule(causal=False), Rule(q_start=9), Rule(k_start=3, k_step=4)]
+)
+def test_blocks_of_any_size_give_what_dense_gives(rows, columns, rule):
+    with jax.enable_x64(True):
+        args = qkv(2, 23, 4, 2, 3, 5, 31)
+        ours = lambda *a: flash(*a, None, None, rule, 0.7, Blocks(2 * rows, columns))  # noqa: E731
+        wanted = lambda *a: attention.dense(*a, None, None, rule, 0.7)  # noqa: E731
+        close(ours(*args), wanted(*args))
+        close(grads(ours, *args), grads(wanted, *args))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_padding_is_unseen_and_answers_0(implementation):
+    q, k, v = qkv(2, 12, 2, 1, 4, 4)
+    valid = jnp.arange(12)[None] < jnp.array([[12], [7]])
+    f = lambda q, k, v: attention.attend(q, k, v, valid=valid, causal=False, implementation=implementation)  # noqa: E731
+    out = f(q, k, v)
+    assert (out[1, 7:] == 0).all()
+    close(out[1:, :7], attention.attend(q[1:, :7], k[1:, :7], v[1:, :7], causal=False), 1e-5)
+    dq, dk, dv = grads(f, q, k, v)
+    assert (dk[1, 7:] == 0).all() and (dv[1, 7:] == 0).all() and (dq[1, 7:] == 0).all()
+    nothing = attention.attend(q, k, v, kv_valid=jnp.zeros((2, 12), bool), implementation=implementation)
+    assert (nothing == 0).all()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_the_future_changes_nothing_and_a_prefix_is_a_prefix(implementation):
+    q, k, v = qkv(1, 40, 4, 2, 8, 8)
+    f = lambda q, k, v: attention.attend(q, k, v, window=16, implementation=implementation)  # noqa: E731
+    whole = f(q, k, v)
+    later = lambda x: x.at[:, 25:].set(7.0)  # noqa: E731
+    np.testing.assert_array_equal(f(later(q), later(k), later(v))[:, :25], whole[:, :25])
+    close(f(q[:, :25], k[:, :25], v[:, :25]), whole[:, :25], 1e-6)
+    last = attention.attend(q[:, 39:], k, v, window=16, q_offset=39, implementation=implementation)
+    close(last, whole[:, 39:], 1e-6)
+
+
+def test_a_window_of_one_returns_the_value():
+    q, k, v = qkv(1, 9, 2, 2, 4, 4)
+    close(attention.attend(q, k, v, window=1), v, 1e-6)
+    close(attention.attend(q, k, v, window=9), attention.attend(q, k, v), 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_half_width_stays_near(implementation):
+    args = qkv(2, 64, 4, 2, 32, 32)
+    exact = attention.attend(*args)
+    half = attention.attend(*(x.astype(jnp.bfloat16) for x in args), implementation=implementation)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(float), exact, atol=0.05)
+
+
+def test_under_vmap_it_is_the_same():
+    q, k, v = qkv(3, 20, 2, 1, 4, 4)
+    f = lambda q, k, v: attention.attend(q[None], k[None], v[None], implementation="xla")[0]  # noqa: E731
+    close(jax.vmap(f)(q, k, v), attention.attend(q, k, v), 1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 50}, {"segment_ids": jnp.arange(128)[None] // 48}])
+def test_splash_attention_gives_the_same(options):
+    q, k, v = qkv(1, 128, 4, 2, 32, 32)
+    ids = options.get("segment_ids")
+    rule = Rule(window=options.get("window"))
+    ours = lambda *a: platforms.splash(*a, ids, ids, rule, 0.2, interpret=True)  # noqa: E731
+    wanted = lambda *a: attention.dense(*a, ids, ids, rule, 0.2)  # noqa: E731
+    with jax.numpy_rank_promotion("allow"):
+        close(ours(q, k, v), wanted(q, k, v), 1e-5)
+        close(grads(ours, q, k, v), grads(wanted, q, k, v), 1e-4)
+
+
+# Native sparse attention
+
+SMALL = nsa.Config(block=4, stride=2, select_block=4, selected=4, window=6)
+
+
+def sparse(batch, length, heads, kv_heads, dim, value_dim, config, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 8)
+    q = jax.random.normal(keys[0], (batch, length, heads, dim), float)
+    streams = nsa.Streams(
+        *(
+            jax.random.normal(keys[1 + i], (batch, length, kv_heads, value_dim if i % 2 else dim), float)
+            for i in range(6)
+        )
+    )
+    gates = jax.nn.sigmoid(jax.random.normal(keys[7], (batch, length, heads, 3), float))
+    params = jax.tree.map(lambda x: x.astype(float), nsa.init(jax.random.key(seed + 1), config, dim, value_dim, 5))
+    return params, q, streams, gates
+
+
+@pytest.mark.parametrize(
+    "config, heads, kv_heads, length, segments",
+    [
+        (SMALL, 4, 2, 23, None),
+        (dataclasses.replace(SMALL, block=2, select_block=8, selected=3), 3, 1, 30, None),
+        (dataclasses.replace(SMALL, block=4, stride=4, pooling="mean", initial=0, local=1), 2, 2, 18, None),
+        (SMALL, 2, 1, 21, [5, 1, 2, 13]),
+        (dataclasses.replace(SMALL, window=1), 8, 1, 3, None),
+    ],
+)
+def test_sparse_attention_and_its_gradients(config, heads, kv_heads, length, segments):
+    with jax.enable_x64(True):
+        args = sparse(2 if segments else 1, length, heads, kv_heads, 4, 3, config)
+        ids = None
+        if segments:
+            ids = np.repeat(np.arange(len(segments)), segments)
+            ids = np.stack([ids, np.zeros(length, int)])
+        ours = lambda *a: nsa.attend(*a, config, segment_ids=None if ids is None else jnp.array(ids), chunk=8)  # noqa: E731
+
+        def wanted(params, *rest, known=None):
+            phi = lambda name, block: nsa.phi(params.get(name), block[None])[0]  # noqa: E731
+            return oracles.nsa(phi, *rest, config, ids, known)
+
+        out, chosen = wanted(*args)
+        close(jax.jit(ours)(*args), out)
+        close(grads(ours, *args), grads(lambda *a: wanted(*a, known=chosen)[0], *args))
+
+
+def test_phi_by_hand():
+    params = nsa.init(jax.random.key(0), SMALL, 3, 3, 2)["k"]
+    block = jnp.arange(12.0).reshape(4, 3)
+    x = (block + params["position"]).reshape(-1) @ params["w_in"] + params["b_in"]
+    close(nsa.phi(params, block), (x / (1 + jnp.exp(-x))) @ params["w_out"] + params["b_out"], 1e-5)
+    close(nsa.phi(None, block), block.mean(0), 1e-6)
+
+
+def gate(shape, branch):
+    return jnp.broadcast_to(jax.nn.one_hot(branch, 3), (*shape, 3))
+
+
+def test_selection_of_every_block_is_dense_attention():
+    _, q, streams, _ = sparse(1, 33, 4, 2, 8, 8, SMALL)
+    config = dataclasses.replace(SMALL, selected=9)
+    out = nsa.attend(nsa.init(jax.random.key(0), config, 8, 8), q, streams, gate(q.shape[:3], 1), config)
+    close(out, attention.attend(q, streams.k_select, streams.v_select), 1e-5)
+
+
+def test_compression_of_single_tokens_is_dense_attention():
+    _, q, streams, _ = sparse(1, 20, 4, 2, 8, 8, SMALL)
+    config = nsa.Config(block=1, stride=1, select_block=4, selected=4, pooling="mean")
+    out = nsa.attend({}, q, streams, gate(q.shape[:3], 0), config)
+    close(out, attention.attend(q, streams.k_compress, streams.v_compress), 1e-5)
+
+
+def test_a_window_as_long_as_the_sequence_is_dense_attention():
+    params, q, streams, _ = sparse(1, 20, 4, 2, 8, 8, SMALL)
+    config = dataclasses.replace(SMALL, window=20)
+    out = nsa.attend(params, q, streams, gate(q.shape[:3], 2), config)
+    close(out, attention.attend(q, streams.k_window, streams.v_window), 1e-5)
+
+
+def test_sparse_attention_does_not_see_the_future():
+    params, q, streams, gates = sparse(1, 50, 4, 2, 8, 8, SMALL)
+    later = lambda x: x.at[:, 30:].set(5.0)  # noqa: E731
+    whole = nsa.attend(params, q, streams, gates, SMALL, chunk=16)
+    changed = nsa.attend(params, *jax.tree.map(later, (q, streams)), gates, SMALL, chunk=16)
+    np.testing.assert_array_equal(whole[:, :30], changed[:, :30])
+    first = lambda x: x[:, :30]  # noqa: E731
+    close(nsa.attend(params, *jax.tree.map(first, (q, streams, gates)), SMALL), whole[:, :30], 1e-5)
+
+
+def test_before_the_first_block_is_over_compression_answers_0():
+    params, q, streams, _ = sparse(1, 10, 2, 1, 4, 4, SMALL)
+    out = nsa.attend(params, q, streams, gate(q.shape[:3], 0), SMALL)
+    assert (out[:, :3] == 0).all() and (out[:, 3:] != 0).all()
+
+
+def test_ties_go_to_the_lowest_block():
+    config = nsa.Config(block=2, stride=2, select_block=2, selected=4, window=2)
+    importance = jnp.zeros((1, 1, 1, 8))
+    chosen = nsa.select(importance, jnp.array([[15]]), jnp.array([[0]]), 8, config)
+    assert sorted(chosen[0, 0, 0].tolist()) == [0, 1, 6, 7]
+    few = nsa.select(importance, jnp.array([[3]]), jnp.array([[0]]), 8, config)
+    assert sorted(few[0, 0, 0].tolist()) == [0, 1, 8, 8]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda q, k, v: attention.attend(q[0], k, v), r"takes \[batch, seq, heads, head_dim\]; got q \[8, 4, 16\]"),
+        (lambda q, k, v: attention.attend(q, k[:, :, :, :8], v), "must have one head_dim"),
+        (lambda q, k, v: attention.attend(q[:, :, :3], k, v), "must be a multiple of that of key heads"),
+        (lambda q, k, v: attention.attend(q, k, v, window=0), "window must be an integer of at least 1; got 0"),
+        (lambda q, k, v: attention.attend(q, k, v, window=4, causal=False), "window needs causal=True"),
+        (lambda q, k, v: attention.attend(q, k, v, implementation="triton"), "must be one of xla, pallas_tpu, cudnn"),
+        (lambda q, k, v: attention.attend(q, k, v, implementation="pallas_tpu"), "a multiple of 128 queries, got 8"),
+        (
+            lambda q, k, v: attention.attend(q, k, v, implementation="cudnn"),
+            "it needs an NVIDIA GPU, and this is a cpu",
+        ),
+        (
+            lambda q, k, v: attention.attend(q, k, v, segment_ids=jnp.zeros((2, 8))),
+            r"must be int \[1, 8\]; got float32",
+        ),
+        (lambda q, k, v: nsa.Config(block=24), "nsa.block must be a multiple of nsa.stride = 16; got 24"),
+        (lambda q, k, v: nsa.Config(selected=2), "nsa.selected must be at least nsa.initial \\+ nsa.local = 3; got 2"),
+        (
+            lambda q, k, v: nsa.attend({}, q, nsa.shared(k, v), jnp.ones((1, 8, 4)), SMALL),
+            r"gates must be \[1, 8, 4, 3\]",
+        ),
+    ],
+)
+def test_wrong_calls_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*qkv(1, 8, 4, 2, 16, 16))
