@@ -9,7 +9,7 @@ import oracles
 import pytest
 
 from jrl import attention
-from jrl.attention import nsa, platforms
+from jrl.attention import cache, nsa, nsa_cache, platforms
 from jrl.attention.flash import Blocks, flash
 from jrl.attention.visibility import Rule
 
@@ -228,6 +228,65 @@ def test_ties_go_to_the_lowest_block():
     assert sorted(chosen[0, 0, 0].tolist()) == [0, 1, 6, 7]
     few = nsa.select(importance, jnp.array([[3]]), jnp.array([[0]]), 8, config)
     assert sorted(few[0, 0, 0].tolist()) == [0, 1, 8, 8]
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("window, capacity", [(None, 20), (6, 20), (6, 6), (1, 1)])
+def test_a_decode_step_is_a_row_of_the_full_sequence(window, capacity):
+    q, k, v = qkv(2, 20, 4, 2, 8, 6)
+    whole = attention.attend(q, k, v, window=window)
+    empty = cache.init(2, capacity, 2, 8, 6)
+
+    def step(memory, x):
+        t, q_t, k_t, v_t = x
+        memory = cache.write(memory, k_t, v_t, t)
+        return memory, cache.decode_step(q_t, memory, t, window=window)
+
+    rows = (jnp.arange(20), *(jnp.moveaxis(x, 1, 0) for x in (q, k, v)))
+    memory, out = jax.lax.scan(step, empty, rows)
+    close(jnp.moveaxis(out, 0, 1), whole, 1e-5)
+    jax.tree.map(np.testing.assert_array_equal, cache.fill(empty, k, v), memory)
+    each = jnp.array([19, 19])
+    close(
+        cache.decode_step(q[:, 19], cache.write(memory, k[:, 19], v[:, 19], each), each, window=window), out[-1], 1e-6
+    )
+
+
+def test_decoding_sees_its_episode_alone():
+    q, k, v = qkv(1, 12, 2, 1, 4, 4)
+    memory = cache.fill(cache.init(1, 12, 1, 4), k, v)
+    alone = attention.attend(q[:, 7:], k[:, 7:], v[:, 7:])
+    close(cache.decode_step(q[:, 11], memory, jnp.array(11), start=7), alone[:, -1], 1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 9])
+@pytest.mark.parametrize(
+    "config",
+    [
+        SMALL,
+        dataclasses.replace(SMALL, block=2, select_block=8, selected=3),
+        dataclasses.replace(SMALL, pooling="mean"),
+    ],
+)
+def test_a_sparse_decode_step_is_a_row_of_the_full_sequence(config, start):
+    params, q, streams, gates = sparse(2, 34, 4, 2, 8, 6, config)
+    ids = jnp.broadcast_to(jnp.arange(34)[None] >= start, (2, 34)).astype(jnp.int32)
+    whole = nsa.attend(params, q, streams, gates, config, segment_ids=ids)
+
+    def step(memory, x):
+        t, q_t, gates_t, streams_t = x
+        memory = nsa_cache.write(params, memory, streams_t, t, config)
+        return memory, nsa_cache.decode_step(q_t, gates_t, memory, t, config, start=start)
+
+    rows = (jnp.arange(34), *jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, gates, streams)))
+    empty = nsa_cache.init(config, 2, 34, 2, 8, 6)
+    memory, out = jax.jit(lambda: jax.lax.scan(step, empty, rows))()
+    close(jnp.moveaxis(out, 0, 1)[:, start:], whole[:, start:], 2e-5)
+    close(nsa_cache.fill(params, empty, streams, config), memory, 1e-5)
+    each = jnp.array([33, 33])
+    close(nsa_cache.decode_step(q[:, 33], gates[:, 33], memory, each, config, start=start), out[-1], 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""What decoding remembers of keys and values: a ring of the last tokens, as a pytree of static shapes.
+
+    cache = init(batch, capacity, kv_heads, head_dim)
+    cache = write(cache, k, v, position)                  the token at ``position``, [B, K, D]
+    out = decode_step(q, cache, position)                 its row of the full sequence's attention, [B, H, Dv]
+
+A capacity as long as the sequence is a full cache; one as long as a window holds that window.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl import checks
+from jrl.attention.dense import masked_softmax
+
+Array = jax.Array
+
+
+class KV(NamedTuple):
+    """Keys ``[B, capacity, K, D]`` and values ``[B, capacity, K, Dv]``; the token at position p lies at ``p % capacity``."""
+
+    k: Array
+    v: Array
+
+
+def init(
+    batch: int,
+    capacity: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> KV:
+    """An empty cache. Raises ``ValueError`` for a size below 1."""
+    for name, value in (("batch", batch), ("capacity", capacity), ("kv_heads", kv_heads), ("head_dim", head_dim)):
+        checks.positive_int(f"cache: {name}", value)
+    shape = (batch, capacity, kv_heads)
+    return KV(jnp.zeros((*shape, head_dim), dtype), jnp.zeros((*shape, value_dim or head_dim), dtype))
+
+
+def put(rows: Array, new: Array, position: Array) -> Array:
+    """``rows [B, R, ...]`` with ``new [B, ...]`` written at ``position % R``; position is int32 ``[]`` or ``[B]``."""
+    at = position % rows.shape[1]
+    if jnp.ndim(at) == 0:
+        return jax.lax.dynamic_update_slice_in_dim(rows, new[:, None].astype(rows.dtype), at, 1)
+    return rows.at[jnp.arange(rows.shape[0]), at].set(new.astype(rows.dtype))
+
+
+def write(cache: KV, k: Array, v: Array, position: Array) -> KV:
+    """The cache with the token at ``position`` (int32 ``[]`` or ``[B]``), keys ``[B, K, D]`` and values ``[B, K, Dv]``."""
+    return KV(put(cache.k, k, position), put(cache.v, v, position))
+
+
+def fill(cache: KV, k: Array, v: Array) -> KV:
+    """The cache after a whole sequence from position 0: keys ``[B, T, K, D]``, values ``[B, T, K, Dv]``."""
+    return KV(put_all(cache.k, k), put_all(cache.v, v))
+
+
+def put_all(rows: Array, new: Array) -> Array:
+    """``rows [B, R, ...]`` after all of ``new [B, T, ...]`` was written from position 0."""
+    length, capacity = new.shape[1], rows.shape[1]
+    position = jnp.arange(max(0, length - capacity), length)
+    return rows.at[:, position % capacity].set(new[:, position].astype(rows.dtype))
+
+
+def decode_step(
+    q: Array,
+    cache: KV,
+    position: Array,
+    *,
+    start: Array | int = 0,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Array:
+    """Attention of the query ``[B, H, D]`` at ``position`` to the cached tokens up to it: ``[B, H, Dv]``.
+
+    Args:
+        q: query of the newest token, which was written before.
+        cache: with at least the tokens to be seen.
+        position: int32 ``[]`` or ``[B]``.
+        start: first position that may be seen (the beginning of the episode), int32 ``[]`` or ``[B]``.
+        window: only the last so many tokens are seen.
+        scale: of the scores; ``D ** -0.5`` if not given.
+    """
+    batch, heads, dim = q.shape
+    capacity, kv_heads = cache.k.shape[1:3]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    behind = (per_row(position, batch)[:, None] - jnp.arange(capacity)[None]) % capacity
+    furthest = per_row(position, batch) - per_row(start, batch)
+    if window is not None:
+        furthest = jnp.minimum(furthest, window - 1)
+    seen = behind <= furthest[:, None]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum("bkgd,bskd->bkgs", grouped, cache.k.astype(q.dtype), preferred_element_type=wide)
+    p = masked_softmax(scores * (dim**-0.5 if scale is None else scale), seen[:, None, None])
+    out = jnp.einsum("bkgs,bskd->bkgd", p.astype(q.dtype), cache.v.astype(q.dtype), preferred_element_type=wide)
+    return out.reshape(batch, heads, -1).astype(q.dtype)
+
+
+def per_row(x: Array | int, batch: int) -> Array:
+    """An int or int ``[B]`` as int32 ``[B]``."""
+    return jnp.broadcast_to(jnp.asarray(x, jnp.int32), (batch,))

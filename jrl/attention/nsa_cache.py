@@ -1,0 +1,127 @@
+"""Decoding with native sparse attention: each step reads one row for every d tokens, n blocks, and a window."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl.attention import cache as kv
+from jrl.attention import nsa
+from jrl.attention.cache import KV, per_row
+from jrl.attention.dense import group
+
+Array = jax.Array
+
+
+class Cache(NamedTuple):
+    """What each branch remembers. Static shapes; a sequence longer than the capacity does not fit.
+
+    Attributes:
+        recent: the last l tokens of the compression branch, which the next block is made of.
+        compressed: one row for each block of compression, ``[B, N, K, D]``.
+        select: all tokens of the selection branch, ``[B, capacity, K, D]``.
+        window: the last w tokens of the window branch.
+    """
+
+    recent: KV
+    compressed: KV
+    select: KV
+    window: KV
+
+
+def init(
+    config: nsa.Config,
+    batch: int,
+    capacity: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Cache:
+    """An empty cache for sequences of up to ``capacity`` tokens (rounded up to whole blocks)."""
+    capacity += -capacity % config.select_block
+    sizes = (config.block, max(1, config.num_compressed(capacity)), capacity, config.window)
+    return Cache(*(kv.init(batch, size, kv_heads, head_dim, value_dim, dtype) for size in sizes))
+
+
+def write(params: Any, cache: Cache, streams: nsa.Streams, position: Array, config: nsa.Config) -> Cache:
+    """The cache with the token at ``position`` (int32 ``[]`` or ``[B]``); ``streams`` holds its ``[B, K, D]`` of each branch."""
+    k_compress, v_compress, k_select, v_select, k_window, v_window = streams
+    recent = kv.write(cache.recent, k_compress, v_compress, position)
+    batch, rows = k_compress.shape[0], cache.compressed.k.shape[1]
+    at = per_row(position, batch)
+    first = at + 1 - config.block  # of the block that ends here, if one does
+    block = jnp.where((first >= 0) & (first % config.stride == 0), first // config.stride, rows)
+    in_order = (first[:, None] + jnp.arange(config.block)[None]) % config.block
+
+    def add(name: str, tokens: Array, compressed: Array) -> Array:
+        tokens = jnp.take_along_axis(tokens, in_order[..., None, None], axis=1)
+        row = nsa.phi(params.get(name), jnp.moveaxis(tokens, 1, 2))
+        return compressed.at[jnp.arange(batch), block].set(row.astype(compressed.dtype), mode="drop")
+
+    return Cache(
+        recent=recent,
+        compressed=KV(add("k", recent.k, cache.compressed.k), add("v", recent.v, cache.compressed.v)),
+        select=kv.write(cache.select, k_select, v_select, position),
+        window=kv.write(cache.window, k_window, v_window, position),
+    )
+
+
+def fill(params: Any, cache: Cache, streams: nsa.Streams, config: nsa.Config) -> Cache:
+    """The cache after a whole sequence from position 0, ``[B, T, K, D]`` of each branch."""
+    k_compress, v_compress, k_select, v_select, k_window, v_window = streams
+    compressed = cache.compressed
+    if config.num_compressed(k_compress.shape[1]):
+        rows = [nsa.compress(params.get(name), x, config) for name, x in (("k", k_compress), ("v", v_compress))]
+        compressed = kv.fill(compressed, *rows)
+    return Cache(
+        recent=kv.fill(cache.recent, k_compress, v_compress),
+        compressed=compressed,
+        select=kv.fill(cache.select, k_select, v_select),
+        window=kv.fill(cache.window, k_window, v_window),
+    )
+
+
+def decode_step(
+    q: Array,
+    gates: Array,
+    cache: Cache,
+    position: Array,
+    config: nsa.Config,
+    *,
+    start: Array | int = 0,
+    scale: float | None = None,
+) -> Array:
+    """The row of ``nsa.attend`` at ``position``: ``[B, H, Dv]`` for a query ``[B, H, D]`` and gates ``[B, H, 3]``.
+
+    ``position`` and ``start`` (the first position that may be seen) are int32 ``[]`` or ``[B]``; the token at ``position`` was
+    written before.
+    """
+    batch, heads, dim = q.shape
+    scale = dim**-0.5 if scale is None else scale
+    t, begin = per_row(position, batch)[:, None], per_row(start, batch)[:, None]
+    one = q[:, None]
+    compressed = jax.tree.map(lambda x: x.astype(q.dtype), cache.compressed)
+    out_compress, importance = nsa.compressed_attention(one, compressed.k, compressed.v, t, begin, config, scale)
+
+    size, capacity, kv_heads = config.select_block, *cache.select.k.shape[1:3]
+    chosen = nsa.select(importance, t, begin, capacity // size, config)  # [B, K, 1, n]
+    grouped = group(one, kv_heads).transpose(0, 2, 1, 3, 4)
+    k, v = (take_blocks(x, chosen[:, :, 0], size)[:, :, None].astype(q.dtype) for x in cache.select)
+    scores, seen = nsa.selected_scores(grouped, k, chosen, t, begin, scale)
+    p = nsa.masked_softmax(scores, seen)
+    values = v.reshape(*v.shape[:3], -1, v.shape[-1])
+    out_select = jnp.einsum("bkcgs,bkcsd->bkgd", p.astype(q.dtype), values, preferred_element_type=p.dtype)
+
+    out_window = kv.decode_step(q, cache.window, position, start=start, window=config.window, scale=scale)
+    parts = [out_compress[:, 0], out_select.reshape(batch, heads, -1), out_window]
+    out = sum(gates[..., i, None] * part.astype(gates.dtype) for i, part in enumerate(parts))
+    return jnp.asarray(out).astype(q.dtype)
+
+
+def take_blocks(x: Array, chosen: Array, size: int) -> Array:
+    """Blocks ``[B, K, n, l', D]`` of tokens ``[B, S, K, D]``, read where they lie."""
+    blocks = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+    at = jnp.minimum(chosen, blocks.shape[1] - 1)
+    heads = jnp.arange(x.shape[2])
+    return jax.vmap(lambda blocks, at: blocks[at, :, heads[:, None]])(blocks, at)
