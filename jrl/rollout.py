@@ -96,12 +96,13 @@ def collect(
 
 
 def following_values(
-    env: Environment, steps: Steps, memories: Any, value: Array, value_of: Callable[[Any, Any], Array]
+    env: Environment, steps: Steps, value: Array, value_of: Callable[[Any, Array, Array], Array], heavy: bool = False
 ) -> Array:
     """``V(next_obs)`` before any reset, ``[T, B]``; wrong where terminated, since there the discount is 0.
 
     Mid-episode it is the ``value [T, B]`` of the next row. Only the last row and the truncated steps need the network
-    again, ``value_of(next_obs [N], memories [N]) -> [N]``, and the environment may bound how many of those there can be.
+    again, ``value_of(next_obs [N], t [N], b [N]) -> [N]`` for the observations after steps t of environments b, and the
+    environment may bound how many of those there can be. ``heavy`` takes only as many at once as there are environments.
     """
     num_steps, num_envs = value.shape
     per_env = 1 + (num_steps - 1) // (env.first_truncation or 1)
@@ -109,8 +110,13 @@ def following_values(
     truncated = steps.truncated.at[-1].set(False)
     (where,) = jnp.nonzero(truncated.ravel(), size=most, fill_value=0)
     rows = jnp.concatenate([where, (num_steps - 1) * num_envs + jnp.arange(num_envs)])
-    next_obs, memory = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[rows], (steps.next_obs, memories))
-    again = value_of(next_obs, memory)
+    next_obs = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[rows], steps.next_obs)
+    asked = (next_obs, rows // num_envs, rows % num_envs)
+    if heavy:
+        split = jax.tree.map(lambda x: x.reshape(-1, num_envs, *x.shape[1:]), asked)
+        again = jax.lax.map(lambda part: value_of(*part), split).ravel()
+    else:
+        again = value_of(*asked)
     shifted = jnp.concatenate([value[1:], value[-1:]])
     # Rows that only fill up `where` point at row 0, which gets its own value back unless it is truncated.
     needed = truncated.ravel()[rows].at[-num_envs:].set(True)

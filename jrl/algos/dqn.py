@@ -96,9 +96,9 @@ class Config:
             raise ValueError(
                 f"config.learning_starts must be at most capacity = {self.capacity}; got {self.learning_starts}"
             )
-        if self.network.gru:
+        if self.network.remembers:
             raise ValueError(
-                "config.network.gru: DQN replays single transitions; R2D2 and PQN train recurrent networks"
+                "config.network.gru and attention: DQN replays single transitions; R2D2 and PQN train recurrent networks"
             )
         if self.munchausen and self.distribution != "mean":
             raise ValueError("config.munchausen needs config.distribution=mean")

@@ -76,7 +76,9 @@ class Config:
         checks.one_of("config.continuous", self.continuous, ("normal", "tanh_normal"))
         checks.one_of("config.standardize_advantages", self.standardize_advantages, ("minibatch", "batch", "none"))
         precision.parse(self.precision)
-        samples, what = (self.num_envs, "") if self.network.gru else (self.num_envs * self.num_steps, " * num_steps")
+        samples, what = (
+            (self.num_envs, "") if self.network.remembers else (self.num_envs * self.num_steps, " * num_steps")
+        )
         if samples % self.num_minibatches:
             raise ValueError(
                 f"config.num_minibatches must divide num_envs{what} = {samples}; got {self.num_minibatches}"
@@ -163,7 +165,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     network = nets.actor_critic(config.network, obs_spec, env.action_space)
     network = precision.float32_outputs(precision.apply(config.precision, network))
     distribution = action_distribution(env.action_space, config.continuous)
-    recurrent = bool(config.network.gru)
+    recurrent = config.network.remembers
     anneals = config.optimizer.uses_length
     defaults = hyper
 
@@ -217,7 +219,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         """Values and advantages of a rollout, as training sequences."""
         obs = normalize.observations(state.obs_stats, steps.obs)
         memories, outputs = network.unroll(state.params, state.actors.memory, obs, steps.first)
-        v_t = rollout.following_values(env, steps, memories, outputs.value, value_of(state))
+        v_t = rollout.following_values(env, steps, outputs.value, value_of(state, memories), network.heavy)
         reward = steps.reward
         if state.reward_stats is not None:
             reward = normalize.scale(state.reward_stats.stats, reward)
@@ -232,13 +234,14 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         batch = Batch(obs, steps.first, action, log_prob, policy, outputs.value, advantage, target)
         return batch if recurrent else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
 
-    def value_of(state: State) -> Any:
-        """The value of observations with the memories of before."""
+    def value_of(state: State, memories: Any) -> Any:
+        """The value of observations after steps t of environments b, with the memories of then."""
 
-        def value(obs: Any, memory: Any) -> Array:
+        def value(obs: Any, t: Array, b: Array) -> Array:
             seen = normalize.observations(state.obs_stats, obs)
-            first = jnp.zeros(jax.tree.leaves(seen)[0].shape[0], bool)
-            return network.step(state.params, memory, seen, first)[1].value
+            return network.step(state.params, network.memory_at(memories, t, b), seen, jnp.zeros(t.shape, bool))[
+                1
+            ].value
 
         return value
 

@@ -52,7 +52,9 @@ class Config:
         for name in ("num_envs", "num_steps", "num_epochs", "num_minibatches"):
             checks.positive_int(f"config.{name}", getattr(self, name))
         precision.parse(self.precision)
-        samples, what = (self.num_envs, "") if self.network.gru else (self.num_envs * self.num_steps, " * num_steps")
+        samples, what = (
+            (self.num_envs, "") if self.network.remembers else (self.num_envs * self.num_steps, " * num_steps")
+        )
         if samples % self.num_minibatches:
             raise ValueError(
                 f"config.num_minibatches must divide num_envs{what} = {samples}; got {self.num_minibatches}"
@@ -124,7 +126,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     check_hyper(hyper)
     network = nets.action_values(config.network, observation_spec(env), env.action_space)
     network = precision.float32_outputs(precision.apply(config.precision, network))
-    recurrent = bool(config.network.gru)
+    recurrent = config.network.remembers
     defaults = hyper
 
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
@@ -166,12 +168,13 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     def assemble(state: State, steps: rollout.Steps) -> Batch:
         """Lambda returns of a rollout, as training sequences."""
 
-        def value_of(obs: Any, memory: Any) -> Array:
-            first = jnp.zeros(jax.tree.leaves(obs)[0].shape[0], bool)
-            return mask(network.step(state.params, memory, obs, first)[1], obs).max(-1)
-
         memories, q = network.unroll(state.params, state.actors.memory, steps.obs, steps.first)
-        v_t = rollout.following_values(env, steps, memories, mask(q, steps.obs).max(-1), value_of)
+
+        def value_of(obs: Any, t: Array, b: Array) -> Array:
+            memory = network.memory_at(memories, t, b)
+            return mask(network.step(state.params, memory, obs, jnp.zeros(t.shape, bool))[1], obs).max(-1)
+
+        v_t = rollout.following_values(env, steps, mask(q, steps.obs).max(-1), value_of, network.heavy)
         discount_t = state.hyper.gamma * (1 - steps.terminated)
         continue_t = 1.0 - (steps.terminated | steps.truncated)
         over_envs = jax.vmap(returns.lambda_returns, in_axes=(1, 1, 1, 1, None), out_axes=1)

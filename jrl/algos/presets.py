@@ -1,6 +1,5 @@
 """Settings that learn, by algorithm and environment. The results they reach are in the README's table."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jrl import nets
@@ -93,11 +92,7 @@ DQN_DEFAULT = Preset(500_000, dqn.Config(), dqn.Hyper())
 _CONTROL = dqn.Config(num_envs=8, capacity=50_000, target_every=0, network=nets.ValueConfig())
 
 DQN: dict[str, Preset] = {
-    "CartPole-v1": Preset(
-        500_000,
-        replace(_CONTROL, network=nets.ValueConfig(norm="none")),
-        dqn.Hyper(learning_rate=2.5e-3, tau=0.02, epsilon_fraction=0.1),
-    ),
+    "CartPole-v1": Preset(500_000, _CONTROL, dqn.Hyper(learning_rate=1e-3, tau=0.02, epsilon_fraction=0.1)),
     "Acrobot-v1": Preset(100_000, _CONTROL, dqn.Hyper(learning_rate=2.5e-3, tau=0.02, epsilon_fraction=0.15)),
     "MountainCar-v0": Preset(200_000, _CONTROL, dqn.Hyper(learning_rate=2.5e-3, tau=0.02, epsilon_fraction=0.3)),
     "Breakout-MinAtar": Preset(

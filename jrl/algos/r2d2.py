@@ -81,6 +81,10 @@ class Config:
             )
         if not self.network.gru:
             raise ValueError("config.network.gru must be at least 1: without a memory this is DQN; got 0")
+        if self.network.attention.kind != "none":
+            raise ValueError(
+                "config.network.attention: R2D2 would store its memory with each row; PPO and PQN train it"
+            )
         if self.network.noisy:
             raise ValueError("config.network.noisy is an option of DQN; R2D2 explores by epsilon")
 
@@ -252,7 +256,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             return before
         obs, first = jax.tree.map(lambda x: x[: config.burn_in], (seq.obs[0], seq.first))
         memories, _ = network.unroll(params, before, obs, first)
-        return jax.lax.stop_gradient(jax.tree.map(lambda x: x[-1], memories))
+        rows = jnp.arange(config.batch_size)
+        return jax.lax.stop_gradient(network.memory_at(memories, jnp.full_like(rows, config.burn_in - 1), rows))
 
     def targets(state: State, seq: replay.Sequences, part: Any, online: Any, target: Any) -> Array:
         """What the value of each action taken should be ``[length, N]``, from memories ``[N]`` of both networks."""

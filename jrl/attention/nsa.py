@@ -316,15 +316,32 @@ def attend(
     scale = dim**-0.5 if scale is None else scale
     t = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
     start = jnp.zeros_like(t) if segment_ids is None else segment_starts(segment_ids)
-    out_compress, chosen = _compress_and_choose(params, q, streams, t, start, config, scale, chunk)
-    out_select = _attend_selected(q, streams, chosen, t, start, config, scale, chunk)
-    out_window = flash(
-        q, streams.k_window, streams.v_window, segment_ids, segment_ids, Rule(window=config.window), scale
-    )
-    parts = jnp.stack(
-        [out_compress.astype(gates.dtype), out_select.astype(gates.dtype), out_window.astype(gates.dtype)], -1
-    )
-    return jnp.sum(parts * gates[..., None, :], axis=-1).astype(out_window.dtype)
+    near = flash(q, streams.k_window, streams.v_window, segment_ids, segment_ids, Rule(window=config.window), scale)
+    return mix(params, q, streams, gates, near, t, start, config, scale=scale, chunk=chunk)
+
+
+def mix(
+    params: Any,
+    q: Array,
+    streams: Streams,
+    gates: Array,
+    near: Array,
+    t: Array,
+    start: Array,
+    config: Config,
+    *,
+    scale: float | None = None,
+    chunk: int = 64,
+) -> Array:
+    """``attend`` for queries ``[B, T, H, D]`` that stand at ``t`` among the keys and see them from ``start`` on, both int ``[B, T]``.
+
+    ``near [B, T, H, Dv]`` is the window branch's answer.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    far, chosen = _compress_and_choose(params, q, streams, t, start, config, scale, chunk)
+    picked = _attend_selected(q, streams, chosen, t, start, config, scale, chunk)
+    parts = jnp.stack([x.astype(gates.dtype) for x in (far, picked, near)], axis=-1)
+    return jnp.sum(parts * gates[..., None, :], axis=-1).astype(near.dtype)
 
 
 def segment_starts(segment_ids: Array) -> Array:
@@ -336,9 +353,9 @@ def segment_starts(segment_ids: Array) -> Array:
 
 def _compress_and_choose(params, q, streams, t, start, config, scale, chunk):
     """The compression branch's answer ``[B, T, H, Dv]`` and the blocks that each query selects ``[B, K, T, n]``."""
-    length, kv_heads = q.shape[1], streams.k_compress.shape[2]
-    num_blocks = -(-length // config.select_block)
-    if not config.num_compressed(length):
+    (length, num_keys), kv_heads = (q.shape[1], streams.k_compress.shape[1]), streams.k_compress.shape[2]
+    num_blocks = -(-num_keys // config.select_block)
+    if not config.num_compressed(num_keys):
         out = jnp.zeros((*q.shape[:3], streams.v_compress.shape[-1]), q.dtype)
         importance = jnp.zeros((q.shape[0], kv_heads, length, 0), jnp.float32)
         return out, select(importance, t, start, num_blocks, config)

@@ -15,11 +15,12 @@ from jrl.nets.torso import (
     Activation,
     Features,
     Norm,
-    Recurrent,
     TorsoConfig,
     activated,
     as_network,
+    empty_memory,
     observation_shape,
+    remember,
     split_mask,
     wide_dot,
 )
@@ -61,8 +62,7 @@ def action_values(config: ValueConfig, obs_spec: Any, space: Space, atoms: int =
     if not isinstance(space, Discrete):
         raise ValueError(f"action values need discrete actions; got {space}")
     shape = observation_shape(config, obs_spec)
-    memory = jnp.zeros(config.gru, jnp.float32) if config.gru else ()
-    return as_network(ActionValues(config, len(shape), space.n, atoms), obs_spec, memory)
+    return as_network(ActionValues(config, len(shape), space.n, atoms), config, obs_spec, empty_memory(config))
 
 
 class ActionValues(nn.Module):
@@ -76,12 +76,10 @@ class ActionValues(nn.Module):
     @nn.compact
     def __call__(self, memory: Any, obs: Any, first: Array) -> tuple[Any, Array]:
         x, _ = split_mask(self, obs)
-        memories: Any = ()
         dueling = self.config.dueling and bool(self.config.hidden)
         torso = replace(self.config, hidden=self.config.hidden[:-1]) if dueling else self.config
         x = Features(torso, self.obs_rank, name="torso")(x)
-        if self.config.gru:
-            x = memories = Recurrent(self.config.gru, name="gru")(memory, x, first)
+        memories, x = remember(self.config, "torso", memory, x, first)
         values = self._head("values", x, self.num_actions)
         if self.config.dueling:
             values = self._head("baseline", x, 1) + values - values.mean(-2, keepdims=True)

@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from jrl.distributions import MASKED, NormalParams
 from jrl.envs.types import Box, Discrete, MultiDiscrete, Space
 from jrl.nets.initializers import orthogonal
-from jrl.nets.torso import Features, Recurrent, TorsoConfig, as_network, observation_shape, split_mask, wide_dot
+from jrl.nets.torso import (
+    Features,
+    TorsoConfig,
+    as_network,
+    empty_memory,
+    observation_shape,
+    remember,
+    split_mask,
+    wide_dot,
+)
 from jrl.nets.types import Network, Outputs
 
 Array = jax.Array
@@ -43,14 +52,13 @@ def actor_critic(config: Config, obs_spec: Any, space: Space) -> Network:
     """
     shape = observation_shape(config, obs_spec)
     module = ActorCritic(config, len(shape), space)
-
     towers = 1 if config.shared else 2
-    memory = jnp.zeros((towers, config.gru), jnp.float32) if config.gru else ()
-    return as_network(module, obs_spec, memory)
+    memory = tuple(empty_memory(config) for _ in range(towers)) if config.remembers else ()
+    return as_network(module, config, obs_spec, memory)
 
 
 class ActorCritic(nn.Module):
-    """``(memory [B, towers, gru] or (), obs [T, B], first [T, B]) -> (memories [T, B, ...], Outputs [T, B])``."""
+    """``(memory of each tower [B] or (), obs [T, B], first [T, B]) -> (memories, Outputs [T, B])``."""
 
     config: Config
     obs_rank: int
@@ -63,13 +71,12 @@ class ActorCritic(nn.Module):
         features, memories = [], []
         for i, name in enumerate(names):
             h = Features(self.config, self.obs_rank, name=name)(x)
-            if self.config.gru:
-                h = Recurrent(self.config.gru, name=f"{name}_gru")(memory[:, i], h, first)
-                memories.append(h)
+            later, h = remember(self.config, name, memory[i] if memory else (), h, first)
+            memories.append(later)
             features.append(h)
         policy = Policy(self.space, self.config.log_std, name="policy")(features[0], mask)
         value = nn.Dense(1, kernel_init=orthogonal(1.0), dot_general=wide_dot, name="value")(features[-1])[..., 0]
-        return jnp.stack(memories, axis=-2) if memories else (), Outputs(policy, value)
+        return tuple(memories) if self.config.remembers else (), Outputs(policy, value)
 
 
 class Policy(nn.Module):

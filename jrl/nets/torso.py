@@ -1,7 +1,7 @@
 """What networks have in common: a torso over the observation, an optional GRU, and heads that answer in float32."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from jrl import checks, precision
 from jrl.envs.types import MaskedObs
+from jrl.nets import memory as memories_of
 from jrl.nets.initializers import orthogonal
+from jrl.nets.memory import AttentionConfig
 from jrl.nets.types import Network
 
 Array = jax.Array
@@ -31,6 +33,7 @@ class TorsoConfig:
         activation: between layers.
         norm: layer normalization (Ba et al. 2016, arXiv 1607.06450) before each activation, or none.
         gru: width of a GRU after the torso; 0 for none.
+        attention: a transformer over the episode so far, after the torso.
     """
 
     torso: Torso = "auto"
@@ -39,15 +42,25 @@ class TorsoConfig:
     activation: Activation = "tanh"
     norm: Norm = "none"
     gru: int = 0
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it has a memory."""
+        return bool(self.gru) or self.attention.kind != "none"
 
     def __post_init__(self) -> None:
         checks.one_of("network.torso", self.torso, get_args(Torso))
         checks.one_of("network.activation", self.activation, get_args(Activation))
         checks.one_of("network.norm", self.norm, get_args(Norm))
         checks.positive_int("network.gru", self.gru, at_least=0)
-        for field in ("hidden", "channels"):
-            for width in getattr(self, field):
-                checks.positive_int(f"network.{field}", width)
+        if self.attention.kind != "none":
+            if self.gru or not self.hidden:
+                raise ValueError("network.attention needs network.gru = 0 and a hidden layer, whose width it takes")
+            self.attention.transformer(self.hidden[-1])
+        for name in ("hidden", "channels"):
+            for width in getattr(self, name):
+                checks.positive_int(f"network.{name}", width)
 
 
 def observation_shape(config: TorsoConfig, obs_spec: Any) -> tuple[int, ...]:
@@ -77,22 +90,49 @@ def split_mask(module: nn.Module, obs: Any) -> tuple[Array, Array | None]:
     return obs, mask
 
 
-def as_network(module: nn.Module, obs_spec: Any, memory: Any) -> Network:
-    """The record of a module ``(memory [B], obs [T, B], first [T, B]) -> (memories [T, B], outputs [T, B])``."""
+def empty_memory(config: TorsoConfig) -> Any:
+    """The memory of one agent that has not begun; ``()`` without one."""
+    if config.attention.kind != "none":
+        return memories_of.empty(config.attention, config.hidden[-1])
+    return jnp.zeros(config.gru, jnp.float32) if config.gru else ()
+
+
+def remember(config: TorsoConfig, name: str, memory: Any, x: Array, first: Array) -> tuple[Any, Array]:
+    """Features with what is remembered, ``(memories, [T, B, width])``; inside a module."""
+    if config.attention.kind != "none":
+        return memories_of.AttentionMemory(config.attention, name=f"{name}_attention")(memory, x, first)
+    if config.gru:
+        x = Recurrent(config.gru, name=f"{name}_gru")(memory, x, first)
+        return x, x
+    return (), x
+
+
+def as_network(module: nn.Module, config: TorsoConfig, obs_spec: Any, memory: Any) -> Network:
+    """The record of a module ``(memory [B], obs [T, B], first [T, B]) -> (memories, outputs [T, B])``."""
+    attention = config.attention.kind != "none"
+
+    def memory_at(memories: Any, t: Array, b: Array) -> Any:
+        if not attention:
+            return jax.tree.map(lambda x: x[t, b], memories)
+        is_line = lambda x: isinstance(x, memories_of.Timeline)  # noqa: E731
+        return jax.tree.map(
+            lambda line: memories_of.memory_at(line, t, b, config.attention.context), memories, is_leaf=is_line
+        )
 
     def unroll(params: Any, memory: Any, obs: Any, first: Array) -> tuple[Any, Any]:
         return module.apply(params, memory, obs, first)  # type: ignore[return-value]
 
     def step(params: Any, memory: Any, obs: Any, first: Array) -> tuple[Any, Any]:
         memories, outputs = unroll(params, memory, *jax.tree.map(lambda x: x[None], (obs, first)))
-        return jax.tree.map(lambda x: x[0], (memories, outputs))
+        rows = jnp.arange(first.shape[0])
+        return memory_at(memories, jnp.zeros_like(rows), rows), jax.tree.map(lambda x: x[0], outputs)
 
     def init(key: Array) -> Any:
         batched = jax.tree.map(lambda x: jnp.zeros((1, 1, *x.shape), x.dtype), obs_spec)
         start = jax.tree.map(lambda x: x[None], memory)
         return module.init(key, start, batched, jnp.ones((1, 1), bool))
 
-    return Network(init, step, unroll, memory)
+    return Network(init, step, unroll, memory, memory_at, attention)
 
 
 class Features(nn.Module):

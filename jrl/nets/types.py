@@ -25,11 +25,15 @@ class Network(NamedTuple):
         step: ``(params, memory [B], obs [B], first bool [B]) -> (memory, Outputs [B])``. Where ``first`` is true an
             episode begins, and the memory is forgotten before it is used.
         unroll: ``(params, memory [B], obs [T, B], first [T, B]) -> (memories [T, B], Outputs [T, B])``; the same numbers as T steps.
-            ``memories[t]`` is the memory after observation t.
+            ``memories`` is for ``memory_at``.
         memory: the empty memory of one agent; ``()`` for feed-forward networks.
+        memory_at: ``(memories, t int [N], b int [N]) -> memory [N]``: those after observations t of rows b.
+        heavy: whether memories are so large that only as many as there are environments should be taken at once.
     """
 
     init: Callable[[Array], Params]
     step: Callable[[Params, Memory, Any, Array], tuple[Memory, Outputs]]
     unroll: Callable[[Params, Memory, Any, Array], tuple[Memory, Outputs]]
     memory: Memory
+    memory_at: Callable[[Any, Array, Array], Memory]
+    heavy: bool = False

@@ -1,0 +1,189 @@
+"""A memory of attention: a transformer over the observations of the episode so far.
+
+What is remembered are the keys and values of the last ``context`` steps (Parisotto et al. 2019, 1910.06764, without its
+gates), shifted by one at each step. An unrolled sequence sees them before its own, so that it gives the same numbers as its
+steps; they carry no gradient. Where an episode begins, all before it is out of sight.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jrl import checks
+from jrl.attention import attend, nsa
+from jrl.attention.visibility import NO_KEY
+from jrl.nets import transformer
+
+Array = jax.Array
+Kind = Literal["none", "dense", "nsa"]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Shape of a memory of attention.
+
+    Attributes:
+        kind: none, dense, or nsa (native sparse attention).
+        context: steps that are remembered; what is further back is out of sight.
+        num_layers: layers of the transformer.
+        num_heads: query heads.
+        num_kv_heads: key heads.
+        block: of nsa: steps that are compressed into one, half as far apart.
+        select_block: of nsa: steps of a block that is selected.
+        selected: of nsa: blocks that are selected, with the first one and the last two.
+        window: of nsa: last steps seen by the window; of dense: 0, or the last steps that are seen.
+    """
+
+    kind: Kind = "none"
+    context: int = 128
+    num_layers: int = 1
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    block: int = 8
+    select_block: int = 16
+    selected: int = 4
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        checks.one_of("network.attention.kind", self.kind, get_args(Kind))
+        for name in ("context", "num_layers", "num_heads", "num_kv_heads", "block", "select_block", "selected"):
+            checks.positive_int(f"network.attention.{name}", getattr(self, name))
+        checks.positive_int("network.attention.window", self.window, at_least=0)
+        if self.kind == "nsa":
+            self.sparse()
+
+    def sparse(self) -> nsa.Config:
+        """Sizes of native sparse attention."""
+        stride = max(1, self.block // 2)
+        return nsa.Config(self.block, stride, self.select_block, self.selected, window=self.window or 16)
+
+    def transformer(self, dim: int) -> transformer.Config:
+        """The layers, for a stream of width ``dim``."""
+        return transformer.Config(
+            dim=dim,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            ffn_dim=2 * dim,
+            attention="nsa" if self.kind == "nsa" else "dense",
+            sparse=self.sparse() if self.kind == "nsa" else nsa.Config(),
+        )
+
+
+class Memory(NamedTuple):
+    """The last ``context`` steps of each agent, oldest first.
+
+    Attributes:
+        k: keys, before rotary positions ``[B, context, layers, branches, K, D]``.
+        v: values.
+        alive: whether the step belongs to the episode under way ``[B, context]``.
+        position: of the step in its episode, int32 ``[B, context]``.
+        steps: ever taken, int32 ``[B]``: blocks of nsa begin at its multiples.
+    """
+
+    k: Array
+    v: Array
+    alive: Array
+    position: Array
+    steps: Array
+
+
+class Timeline(NamedTuple):
+    """The memory and an unrolled sequence of T steps behind it ``[B, context + T, ...]``, with the episode of each step."""
+
+    k: Array
+    v: Array
+    episode: Array
+    position: Array
+    steps: Array
+
+
+def empty(config: AttentionConfig, dim: int) -> Memory:
+    """The memory of one agent before its first step."""
+    shape = config.transformer(dim)
+    rows = (config.context, config.num_layers, shape.branches, config.num_kv_heads, shape.width)
+    return Memory(
+        jnp.zeros(rows),
+        jnp.zeros(rows),
+        jnp.zeros(config.context, bool),
+        jnp.zeros(config.context, jnp.int32),
+        jnp.int32(0),
+    )
+
+
+def memory_at(line: Timeline, t: Array, b: Array, context: int) -> Memory:
+    """Memories ``[N]`` after steps ``t [N]`` of agents ``b [N]``."""
+    rows = (t + 1)[:, None] + jnp.arange(context)[None]
+    at = b[:, None]
+    own = line.episode[b, t + context]
+    alive = line.episode[at, rows] == own[:, None]
+    return Memory(line.k[at, rows], line.v[at, rows], alive, line.position[at, rows], line.steps[b] + t + 1)
+
+
+class AttentionMemory(nn.Module):
+    """``(memory [B], x [T, B, dim], first [T, B]) -> (timeline, [T, B, dim])``."""
+
+    config: AttentionConfig
+
+    @nn.compact
+    def __call__(self, memory: Memory, x: Array, first: Array) -> tuple[Timeline, Array]:
+        shape = self.config.transformer(x.shape[-1])
+        params = self.param("blocks", lambda key: transformer.init(key, shape))
+        x, first = jnp.swapaxes(x, 0, 1), first.T
+        episode = jnp.cumsum(first, axis=1, dtype=jnp.int32)
+        episode = jnp.concatenate([jnp.where(memory.alive, 0, NO_KEY), episode], axis=1)
+        position = _positions(memory, first)
+        keys, values = [], []
+        for i in range(self.config.num_layers):
+            layer = jax.tree.map(lambda p, i=i: p[i], params["layers"])
+            y = transformer.rms_norm(x, layer["attention_norm"], shape.norm_eps)
+            q, k, v = transformer.project(layer, y, shape)
+            past_k, past_v = (jnp.moveaxis(m[:, :, i], 2, 0).astype(k.dtype) for m in (memory.k, memory.v))
+            k, v = jnp.concatenate([past_k, k], axis=2), jnp.concatenate([past_v, v], axis=2)
+            keys.append(jnp.moveaxis(k, 0, 2))
+            values.append(jnp.moveaxis(v, 0, 2))
+            mixed = self._mix(layer, y, q, k, v, episode, position, memory.steps, shape)
+            x = x + transformer.out(layer, mixed)
+            x = x + transformer.ffn(layer, x, shape)
+        x = transformer.rms_norm(x, params["norm"], shape.norm_eps)
+        line = Timeline(jnp.stack(keys, axis=2), jnp.stack(values, axis=2), episode, position, memory.steps)
+        return line, jnp.swapaxes(x, 0, 1)
+
+    def _mix(self, layer, y, q, k, v, episode, position, steps, shape):
+        """Attention of queries ``[B, T, H, D]`` to the timeline of each branch ``[n, B, context + T, K, D]``."""
+        context, length = self.config.context, k.shape[2]
+        at = jnp.arange(length)[None]
+        q = transformer.rope(q, position[:, context:], shape.rope_theta)
+        k = transformer.rope(k, position[None], shape.rope_theta)
+        horizon = context + 1
+        if self.config.kind == "dense":
+            window = min(self.config.window or horizon, horizon)
+            return _window(q, k[0], v[0], episode, window, context)
+        sparse = self.config.sparse()
+        near = _window(q, k[2], v[2], episode, min(sparse.window, horizon), context)
+        # Blocks begin at multiples of the steps ever taken, wherever the timeline begins.
+        size = sparse.select_block
+        shift = (steps - context) % size
+        grown = lambda x: jnp.pad(x, [(0, 0), (0, size + -length % size)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+        place = lambda x: jax.vmap(jnp.roll, in_axes=(0, 0, None))(grown(x), shift, 0)  # noqa: E731
+        starts = nsa.segment_starts(episode)[:, context:]
+        t = jnp.broadcast_to(at[:, context:], starts.shape)
+        start = jnp.maximum(starts, t - context) + shift[:, None]
+        streams = nsa.Streams(place(k[0]), place(v[0]), place(k[1]), place(v[1]), k[2], v[2])
+        gates = transformer.branch_gates(layer, y)
+        return nsa.mix(layer["compress"], q, streams, gates, near, t + shift[:, None], start, sparse)
+
+
+def _positions(memory: Memory, first: Array) -> Array:
+    """Position in its episode of each step of the timeline, int32 ``[B, context + T]``."""
+    before = jnp.where(memory.alive[:, -1], memory.position[:, -1], -1)  # of the last step before the sequence
+    t = jnp.broadcast_to(jnp.arange(first.shape[1], dtype=jnp.int32)[None], first.shape)
+    begun = jax.lax.cummax(jnp.where(first, t, -1), axis=1)
+    return jnp.concatenate([memory.position, jnp.where(begun >= 0, t - begun, before[:, None] + 1 + t)], axis=1)
+
+
+def _window(q: Array, k: Array, v: Array, episode: Array, window: int, context: int) -> Array:
+    return attend(q, k, v, window=window, q_offset=context, segment_ids=episode[:, context:], kv_segment_ids=episode)
