@@ -34,13 +34,18 @@ class ValueConfig(TorsoConfig):
     """Shape of a network of action values.
 
     Attributes:
-        torso: mlp flattens the observation; conv expects ``[height, width, channels]``; auto takes conv for such
-            observations, else mlp.
-        hidden: widths of the dense layers (for conv, those after the convolution).
+        torso: mlp flattens the observation; conv and vit (a vision transformer) expect ``[height, width, channels]``; auto
+            takes conv for such observations, else mlp.
+        hidden: widths of the dense layers (for conv and vit, those after it).
         channels: widths of the 3x3 convolutions.
+        patch: height and width of vit's patches; observations are padded with zeros to whole ones.
+        vit_dim: width of vit.
+        vit_layers: layers of vit.
+        vit_heads: heads of vit.
         activation: between layers.
         norm: layer normalization before each activation, or none.
         gru: width of a GRU after the torso; 0 for none.
+        attention: a transformer over the episode so far, after the torso.
         dueling: value and advantages apart, each with a layer of the last hidden width of its own, put together around the
             advantages' mean (1511.06581, eq. 9).
         noisy: heads (and dueling streams) whose weights carry learned, factorized noise (1706.10295, eq. 9-11): exploration that is learned. It is

@@ -30,13 +30,18 @@ class Config(TorsoConfig):
     """Shape of an actor-critic network.
 
     Attributes:
-        torso: mlp flattens the observation; conv expects ``[height, width, channels]``; auto takes conv for such
-            observations, else mlp.
-        hidden: widths of the dense layers (for conv, those after the convolution).
+        torso: mlp flattens the observation; conv and vit (a vision transformer) expect ``[height, width, channels]``; auto
+            takes conv for such observations, else mlp.
+        hidden: widths of the dense layers (for conv and vit, those after it).
         channels: widths of the 3x3 convolutions.
+        patch: height and width of vit's patches; observations are padded with zeros to whole ones.
+        vit_dim: width of vit.
+        vit_layers: layers of vit.
+        vit_heads: heads of vit.
         activation: between layers.
         norm: layer normalization before each activation, or none.
         gru: width of a GRU after the torso; 0 for none.
+        attention: a transformer over the episode so far, after the torso.
         shared: one torso for policy and value instead of two.
         log_std: initial log standard deviation of continuous policies, a parameter independent of the observation.
     """

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jrl import checks, precision
 from jrl.envs.types import MaskedObs
 from jrl.nets import memory as memories_of
+from jrl.nets import transformer
 from jrl.nets.initializers import orthogonal
 from jrl.nets.memory import AttentionConfig
 from jrl.nets.types import Network
 
 Array = jax.Array
 Activation = Literal["tanh", "relu", "silu", "gelu"]
-Torso = Literal["auto", "mlp", "conv"]
+Torso = Literal["auto", "mlp", "conv", "vit"]
 Norm = Literal["none", "layer"]
 
 
@@ -26,10 +27,14 @@ class TorsoConfig:
     """Shape of a torso.
 
     Attributes:
-        torso: mlp flattens the observation; conv expects ``[height, width, channels]``; auto takes conv for such
-            observations, else mlp.
-        hidden: widths of the dense layers (for conv, those after the convolution).
+        torso: mlp flattens the observation; conv and vit (a vision transformer) expect ``[height, width, channels]``; auto
+            takes conv for such observations, else mlp.
+        hidden: widths of the dense layers (for conv and vit, those after it).
         channels: widths of the 3x3 convolutions.
+        patch: height and width of vit's patches; observations are padded with zeros to whole ones.
+        vit_dim: width of vit.
+        vit_layers: layers of vit.
+        vit_heads: heads of vit.
         activation: between layers.
         norm: layer normalization (Ba et al. 2016, arXiv 1607.06450) before each activation, or none.
         gru: width of a GRU after the torso; 0 for none.
@@ -39,10 +44,25 @@ class TorsoConfig:
     torso: Torso = "auto"
     hidden: tuple[int, ...] = (64, 64)
     channels: tuple[int, ...] = (16,)
+    patch: int = 2
+    vit_dim: int = 64
+    vit_layers: int = 2
+    vit_heads: int = 4
     activation: Activation = "tanh"
     norm: Norm = "none"
     gru: int = 0
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    def vit(self) -> transformer.Config:
+        """The layers of the vision transformer."""
+        return transformer.Config(
+            dim=self.vit_dim,
+            num_layers=self.vit_layers,
+            num_heads=self.vit_heads,
+            num_kv_heads=self.vit_heads,
+            ffn_dim=2 * self.vit_dim,
+            causal=False,
+        )
 
     @property
     def remembers(self) -> bool:
@@ -54,6 +74,9 @@ class TorsoConfig:
         checks.one_of("network.activation", self.activation, get_args(Activation))
         checks.one_of("network.norm", self.norm, get_args(Norm))
         checks.positive_int("network.gru", self.gru, at_least=0)
+        checks.positive_int("network.patch", self.patch)
+        if self.torso == "vit":
+            self.vit()
         if self.attention.kind != "none":
             if self.gru or not self.hidden:
                 raise ValueError("network.attention needs network.gru = 0 and a hidden layer, whose width it takes")
@@ -68,8 +91,8 @@ def observation_shape(config: TorsoConfig, obs_spec: Any) -> tuple[int, ...]:
     shape = obs_spec.obs.shape if isinstance(obs_spec, MaskedObs) else getattr(obs_spec, "shape", None)
     if shape is None:
         raise ValueError("observations must be one array, or MaskedObs(obs, mask)")
-    if config.torso == "conv" and len(shape) != 3:
-        raise ValueError(f"network.torso=conv needs observations [height, width, channels], got {shape}")
+    if config.torso in ("conv", "vit") and len(shape) != 3:
+        raise ValueError(f"network.torso={config.torso} needs observations [height, width, channels], got {shape}")
     convolves = config.torso == "conv" or (config.torso == "auto" and len(shape) == 3)
     if convolves and min(shape[:2]) <= 2 * len(config.channels):
         raise ValueError(
@@ -147,6 +170,8 @@ class Features(nn.Module):
         if self.config.torso == "conv" or (self.config.torso == "auto" and self.obs_rank == 3):
             for width in self.config.channels:
                 x = activated(self.config, Conv3x3(width)(x))
+        if self.config.torso == "vit":
+            x = VisionTransformer(self.config, name="vit")(x)
         x = x.reshape(*batch_shape, -1)
         for width in self.config.hidden:
             x = activated(self.config, nn.Dense(width, kernel_init=orthogonal(math.sqrt(2)))(x))
@@ -157,6 +182,27 @@ def activated(config: TorsoConfig, x: Array) -> Array:
     """Layer normalization, if asked for, and the activation; inside a module."""
     x = nn.LayerNorm()(x) if config.norm == "layer" else x
     return getattr(nn, config.activation)(x)
+
+
+class VisionTransformer(nn.Module):
+    """A transformer over patches (Dosovitskiy et al. 2021, arXiv 2010.11929): ``[..., H, W, C] -> [..., dim]``, the mean over patches."""
+
+    config: TorsoConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        size, shape = self.config.patch, self.config.vit()
+        batch_shape, (height, width, channels) = x.shape[:-3], x.shape[-3:]
+        x = x.reshape(-1, height, width, channels)
+        x = jnp.pad(x, [(0, 0), (0, -height % size), (0, -width % size), (0, 0)])
+        rows, columns = x.shape[1] // size, x.shape[2] // size
+        x = x.reshape(-1, rows, size, columns, size, channels).swapaxes(2, 3).reshape(x.shape[0], rows * columns, -1)
+        x = nn.Dense(shape.dim, name="patches")(x)
+        position = self.param("position", nn.initializers.normal(0.02), (rows * columns, shape.dim))
+        x = x + jnp.broadcast_to(position.astype(x.dtype), x.shape)
+        params = self.param("blocks", lambda key: transformer.init(key, shape))
+        nowhere = jnp.zeros(x.shape[:2], jnp.int32)  # positions are learned: none is rotated
+        return transformer.blocks(params, x, shape, positions=nowhere).mean(-2).reshape(*batch_shape, shape.dim)
 
 
 class Conv3x3(nn.Module):

@@ -35,6 +35,7 @@ class Config:
         head_dim: of keys, queries and values; dim / num_heads if 0.
         ffn_dim: width of SwiGLU; about 8/3 dim if 0.
         attention: dense, window, or nsa (native sparse attention).
+        causal: tokens see those before them alone; false for dense attention alone.
         window: tokens that window attention sees.
         sparse: sizes of native sparse attention.
         implementation: of dense and window attention; None picks.
@@ -54,6 +55,7 @@ class Config:
     head_dim: int = 0
     ffn_dim: int = 0
     attention: Kind = "dense"
+    causal: bool = True
     window: int = 512
     sparse: nsa.Config = field(default_factory=nsa.Config)
     implementation: Implementation | None = None
@@ -78,6 +80,8 @@ class Config:
             raise ValueError(
                 f"transformer.dim must be a multiple of num_heads = {self.num_heads}, or give head_dim; got {self.dim}"
             )
+        if not self.causal and self.attention != "dense":
+            raise ValueError(f"transformer.causal=False needs transformer.attention=dense; got {self.attention}")
         if self.width % 2:
             raise ValueError(f"transformer.head_dim must be even, for rotary positions; got {self.width}")
 
@@ -273,6 +277,7 @@ def blocks(
                 q,
                 k[0],
                 v[0],
+                causal=config.causal,
                 window=config.window if config.attention == "window" else None,
                 segment_ids=segment_ids,
                 valid=valid,

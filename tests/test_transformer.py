@@ -1,0 +1,157 @@
+"""The decoder: one token after another is the whole sequence, and its parts by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrl import envs, nets
+from jrl.attention import nsa
+from jrl.nets import transformer
+
+SMALL = transformer.Config(
+    vocab_size=11, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, qkv_bias=True, qk_norm=True
+)
+SPARSE = nsa.Config(block=4, stride=2, select_block=4, selected=4, window=5)
+KINDS = {
+    "dense": SMALL,
+    "window": dataclasses.replace(SMALL, attention="window", window=5, tie_embeddings=False),
+    "nsa": dataclasses.replace(SMALL, attention="nsa", sparse=SPARSE, head_dim=6),
+}
+
+
+def close(a, b, tolerance=2e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+def start(config, key):
+    """Parameters away from zero biases and unit norms, and tokens."""
+    params = transformer.init(key, config)
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(5), x.shape), params)
+    return params, jax.random.randint(jax.random.key(1), (2, 27), 0, config.vocab_size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_gives_the_logits_of_the_whole_sequence(kind, key):
+    config = KINDS[kind]
+    params, tokens = start(config, key)
+    whole = jax.jit(lambda p, t: transformer.forward(p, t, config))(params, tokens)
+    assert whole.shape == (2, 27, 11) and whole.dtype == jnp.float32
+
+    def step(cache, x):
+        logits, cache = transformer.decode(params, x[1], cache, x[0], config)
+        return cache, logits
+
+    cache = transformer.init_cache(config, 2, 27)
+    _, steps = jax.jit(lambda: jax.lax.scan(step, cache, (jnp.arange(27), tokens.T)))()
+    close(jnp.moveaxis(steps, 0, 1), whole)
+    later = tokens.at[:, 20:].set(3)
+    np.testing.assert_array_equal(
+        transformer.forward(params, later, config)[:, :20], transformer.forward(params, tokens, config)[:, :20]
+    )
+
+
+@pytest.mark.parametrize("kind", ["dense", "window"])
+def test_packed_sequences_are_as_if_alone(kind, key):
+    config = KINDS[kind]
+    params, tokens = start(config, key)
+    ids = jnp.broadcast_to(jnp.arange(27)[None] >= 10, tokens.shape).astype(jnp.int32)
+    positions = jnp.where(ids == 1, jnp.arange(27)[None] - 10, jnp.arange(27)[None])
+    packed = transformer.forward(params, tokens, config, positions=positions, segment_ids=ids)
+    close(packed[:, :10], transformer.forward(params, tokens[:, :10], config))
+    close(packed[:, 10:], transformer.forward(params, tokens[:, 10:], config))
+    cache = transformer.init_cache(config, 2, 27)
+    for t in range(27):
+        logits, cache = transformer.decode(
+            params, tokens[:, t], cache, jnp.int32(t), config, start=10 if t >= 10 else 0
+        )
+    close(logits, packed[:, -1])
+
+
+def test_padding_changes_nothing(key):
+    params, tokens = start(SMALL, key)
+    padded = jnp.pad(tokens, [(0, 0), (6, 0)])
+    valid, positions = jnp.arange(33)[None] >= jnp.full((2, 1), 6), jnp.broadcast_to(jnp.arange(33)[None] - 6, (2, 33))
+    close(
+        transformer.forward(params, padded, SMALL, positions=positions, valid=valid)[:, 6:],
+        transformer.forward(params, tokens, SMALL),
+    )
+
+
+def test_rotary_positions_by_hand_and_relative():
+    x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
+    out = transformer.rope(x, jnp.array([[2]]), 100.0)[0, 0, 0]
+    angle = np.array([2.0, 0.2])
+    wanted = [np.cos(angle) * [1, 2] - np.sin(angle) * [3, 4], np.cos(angle) * [3, 4] + np.sin(angle) * [1, 2]]
+    close(out, np.concatenate(wanted), 1e-5)
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    def score(i, j):
+        return jnp.sum(transformer.rope(q, jnp.array([[i]]), 1e4) * transformer.rope(k, jnp.array([[j]]), 1e4))
+
+    close(score(7, 3), score(104, 100), 1e-4)
+
+
+def test_norm_and_feed_forward_by_hand():
+    close(
+        transformer.rms_norm(jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0]), 0.0), np.array([3, 8]) / np.sqrt(12.5), 1e-6
+    )
+    layer = {
+        "ffn_norm": jnp.ones(2),
+        "gate": jnp.array([[1.0], [0.0]]),
+        "up": jnp.array([[0.0], [2.0]]),
+        "down": jnp.array([[1.0, -1.0]]),
+    }
+    x = np.array([3, 4]) / np.sqrt(12.5)
+    inner = x[0] / (1 + np.exp(-x[0])) * 2 * x[1]
+    config = dataclasses.replace(SMALL, norm_eps=0.0)
+    close(transformer.ffn(layer, jnp.array([3.0, 4.0]), config), [inner, -inner], 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_axes_name_every_parameter(kind, key):
+    config = KINDS[kind]
+    names, params = transformer.axes(config), jax.eval_shape(lambda: transformer.init(key, config))
+    jax.tree.map(lambda p, n: None if p.ndim == len(n) else pytest.fail(f"{p.shape} {n}"), params, names)
+
+
+def test_remat_changes_no_gradient(key):
+    params, tokens = start(SMALL, key)
+    loss = lambda config: jax.grad(lambda p: transformer.forward(p, tokens, config).std())(params)  # noqa: E731
+    close(loss(SMALL), loss(dataclasses.replace(SMALL, remat=True)), 1e-5)
+
+
+def test_a_vision_transformer_is_a_torso(key):
+    config = nets.Config(torso="vit", patch=3, vit_dim=8, vit_layers=1, vit_heads=2, hidden=(8,))
+    net = nets.actor_critic(config, jax.ShapeDtypeStruct((10, 10, 4), jnp.bool_), envs.Discrete(3))
+    params, obs = net.init(key), jax.random.bernoulli(key, 0.3, (5, 10, 10, 4))
+    _, out = net.step(params, (), obs, jnp.zeros(5, bool))
+    assert out.policy.shape == (5, 3) and out.value.shape == (5,)
+    swapped = obs.at[:, :3, :3].set(obs[:, 3:6, 3:6]).at[:, 3:6, 3:6].set(obs[:, :3, :3])
+    assert (net.step(params, (), swapped, jnp.zeros(5, bool))[1].value != out.value).any()  # patches know their place
+    alone = net.step(params, (), obs[2:3], jnp.zeros(1, bool))[1].value
+    close(alone, out.value[2:3], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (
+            lambda: transformer.Config(num_heads=4, num_kv_heads=3),
+            "num_heads must be a multiple of num_kv_heads = 3; got 4",
+        ),
+        (lambda: transformer.Config(dim=30), "dim must be a multiple of num_heads = 4, or give head_dim; got 30"),
+        (lambda: transformer.Config(dim=12), "head_dim must be even"),
+        (lambda: transformer.Config(attention="flash"), "transformer.attention must be one of dense, window, nsa"),
+        (lambda: transformer.Config(causal=False, attention="nsa"), "causal=False needs transformer.attention=dense"),
+        (
+            lambda: nets.actor_critic(nets.Config(torso="vit"), jax.ShapeDtypeStruct((4,), float), envs.Discrete(2)),
+            "network.torso=vit needs",
+        ),
+    ],
+)
+def test_wrong_settings_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
