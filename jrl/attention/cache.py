@@ -87,16 +87,21 @@ def decode_step(
     batch, heads, dim = q.shape
     capacity, kv_heads = cache.k.shape[1:3]
     wide = jnp.promote_types(q.dtype, jnp.float32)
+    visible = seen(position, start, window, batch, capacity)
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    scores = jnp.einsum("bkgd,bskd->bkgs", grouped, cache.k.astype(q.dtype), preferred_element_type=wide)
+    p = masked_softmax(scores * (dim**-0.5 if scale is None else scale), visible[:, None, None])
+    out = jnp.einsum("bkgs,bskd->bkgd", p.astype(q.dtype), cache.v.astype(q.dtype), preferred_element_type=wide)
+    return out.reshape(batch, heads, -1).astype(q.dtype)
+
+
+def seen(position: Array, start: Array | int, window: int | None, batch: int, capacity: int) -> Array:
+    """Which rows of a ring hold a token that the one at ``position`` sees, bool ``[B, capacity]``."""
     behind = (per_row(position, batch)[:, None] - jnp.arange(capacity)[None]) % capacity
     furthest = per_row(position, batch) - per_row(start, batch)
     if window is not None:
         furthest = jnp.minimum(furthest, window - 1)
-    seen = behind <= furthest[:, None]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-    scores = jnp.einsum("bkgd,bskd->bkgs", grouped, cache.k.astype(q.dtype), preferred_element_type=wide)
-    p = masked_softmax(scores * (dim**-0.5 if scale is None else scale), seen[:, None, None])
-    out = jnp.einsum("bkgs,bskd->bkgd", p.astype(q.dtype), cache.v.astype(q.dtype), preferred_element_type=wide)
-    return out.reshape(batch, heads, -1).astype(q.dtype)
+    return behind <= furthest[:, None]
 
 
 def per_row(x: Array | int, batch: int) -> Array:

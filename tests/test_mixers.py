@@ -1,0 +1,122 @@
+"""Latent attention and RWKV: the equations one token at a time, and decoding that gives the same."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from jrl.attention import mla, rwkv
+from jrl.attention.rotary import rms_norm, rope
+
+LATENT = mla.Config(latent=6, nope_dim=4, rope_dim=2, value_dim=5)
+
+
+def close(a, b, tolerance=1e-10):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
+
+
+def grads(f, *args):
+    return jax.grad(lambda *a: jnp.sum(jnp.sin(3 * f(*a))), tuple(range(len(args))))(*args)
+
+
+@pytest.mark.parametrize("config", [LATENT, dataclasses.replace(LATENT, query_latent=7)])
+def test_latent_attention_and_its_gradients(config):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(float), mla.init(jax.random.key(0), config, 8, 3))
+        x = jax.random.normal(jax.random.key(1), (1, 9, 8), float)
+        at = jnp.arange(9)[None]
+
+        def wanted(params, x):
+            source = rms_norm(x @ params["query_down"], params["query_norm"], 1e-6) if config.query_latent else x
+            q = jnp.einsum("btd,dhw->bthw", source, params["query"])
+            latent = rms_norm(x @ params["down"], params["norm"], 1e-6)
+            shared = rope((x @ params["key"])[:, :, None], at, 1e4)
+            k = jnp.einsum("btr,rhw->bthw", latent, params["up_key"])
+            k = jnp.concatenate([k, jnp.repeat(shared, 3, axis=2)], -1)
+            q = jnp.concatenate([q[..., :4], rope(q[..., 4:], at, 1e4)], -1)
+            return oracles.dense(q, k, jnp.einsum("btr,rhw->bthw", latent, params["up_value"]))
+
+        ours = lambda params, x: mla.attend(params, x, config)  # noqa: E731
+        close(ours(params, x), wanted(params, x), 1e-6)  # rotary angles are float32
+        close(grads(ours, params, x), grads(wanted, params, x), 1e-6)
+
+
+@pytest.mark.parametrize("start", [0, 6])
+def test_absorbed_decoding_is_a_row_of_latent_attention(start):
+    params = mla.init(jax.random.key(0), LATENT, 8, 3)
+    x = jax.random.normal(jax.random.key(1), (2, 15, 8))
+    at = jnp.broadcast_to(jnp.arange(15)[None], (2, 15))
+    whole = mla.attend(params, x, LATENT, segment_ids=(at >= start).astype(jnp.int32))
+    cache = mla.init_cache(LATENT, 2, 15)
+    latent, key = mla.latents(params, x, at, LATENT)
+    nope, turned = mla.queries(params, x, at, LATENT)
+    for t in range(15):
+        cache = mla.write(cache, latent[:, t], key[:, t], jnp.int32(t))
+        row = mla.decode_step(params, nope[:, t], turned[:, t], cache, jnp.int32(t), LATENT, start=start)
+        if t >= start:
+            close(row, whole[:, t], 2e-5)
+    assert cache.latent.shape == (2, 15, 6) and cache.key.shape == (2, 15, 2)
+
+
+def tokens(length, batch=2, heads=2, dim=3, value_dim=4, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 5)
+    r, k, w = (jax.random.normal(key, (batch, length, heads, dim), float) for key in keys[:3])
+    v = jax.random.normal(keys[3], (batch, length, heads, value_dim), float)
+    return r, k, v, -jnp.exp(w), jax.random.normal(keys[4], (heads, dim), float)
+
+
+def by_hand(r, k, v, log_w, u, first):
+    """Equations 18 and 19, one token, head and row at a time."""
+    out = []
+    for b in range(r.shape[0]):
+        for h in range(r.shape[2]):
+            state, ys = jnp.zeros((r.shape[3], v.shape[3])), []
+            for t in range(r.shape[1]):
+                state = jnp.zeros_like(state) if first[b][t] else state
+                new = jnp.outer(k[b, t, h], v[b, t, h])
+                ys.append(r[b, t, h] @ (state + u[h][:, None] * new))
+                state = jnp.exp(log_w[b, t, h])[:, None] * state + new
+            out.append(jnp.stack(ys))
+    return jnp.moveaxis(jnp.stack(out).reshape(r.shape[0], r.shape[2], r.shape[1], -1), 1, 2)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 16])
+def test_rwkv_in_chunks_and_its_gradients(chunk):
+    with jax.enable_x64(True):
+        args = tokens(11)
+        first = np.zeros((2, 11), bool)
+        first[0, [0, 5, 6]] = True
+        ours = lambda *a: rwkv.mix(*a, first=jnp.array(first), chunk=chunk)[0]  # noqa: E731
+        wanted = lambda *a: by_hand(*a, first)  # noqa: E731
+        close(ours(*args), wanted(*args))
+        close(grads(ours, *args), grads(wanted, *args))
+
+
+def test_the_recurrence_is_the_sequence_and_the_state_carries_on():
+    r, k, v, log_w, u = tokens(20)
+    first = jnp.zeros((2, 20), bool).at[1, 13].set(True)
+    whole, end = rwkv.mix(r, k, v, log_w, u, first=first, chunk=8)
+
+    def step(state, x):
+        y, state = rwkv.recur(*x[:4], u, state, x[4])
+        return state, y
+
+    rows = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (r, k, v, log_w, first))
+    state, y = jax.lax.scan(step, jnp.zeros((2, 2, 3, 4)), rows)
+    close((jnp.moveaxis(y, 0, 1), state), (whole, end), 2e-5)
+    head = lambda x: x[:, :7]  # noqa: E731
+    tail = lambda x: x[:, 7:]  # noqa: E731
+    _, middle = rwkv.mix(*map(head, (r, k, v, log_w)), u, first=head(first))
+    rest, _ = rwkv.mix(*map(tail, (r, k, v, log_w)), u, middle, tail(first))
+    close(rest, whole[:, 7:], 2e-5)
+
+
+def test_a_strong_decay_overflows_nothing():
+    r, k, v, log_w, u = tokens(40)
+    y, state = rwkv.mix(r, k, v, 200 * log_w, u)
+    assert jnp.isfinite(y).all() and jnp.isfinite(state).all()
+    g = jax.grad(lambda w: rwkv.mix(r, k, v, w, u)[0].sum())(200 * log_w)
+    assert jnp.isfinite(g).all()
