@@ -1,6 +1,7 @@
 """The command line and the scripts as a user meets them."""
 
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -223,3 +224,34 @@ def test_the_update_compiles_for_tpus():
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| v5e")]
     assert len(rows) == 2 and all(0 < float(row.split("|")[2]) < 1 for row in rows)
+
+
+# Scripts as modules
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"scripts/{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_attention_is_measured_side_by_side(tmp_path, capsys):
+    bench = module("bench_attention")
+    bench.main(bench.Args(lengths=(64,), decode=(128,), repeats=1, heads=2, head_dim=8, folder=tmp_path))
+    out = capsys.readouterr().out
+    for kind in ("dense", "jax", "blocks", "nsa"):
+        (row,) = [line for line in out.splitlines() if line.startswith(f"| 64 | forward | {kind} |")]
+        assert float(row.split("|")[4]) > 0
+    assert (tmp_path / "attention.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="kinds must be one of dense, jax, blocks, splash, nsa; got 'flash'"):
+        bench.main(bench.Args(kinds=("flash",), folder=tmp_path))
+
+
+def test_results_are_chosen_by_algorithm_and_by_name():
+    results = module("results")
+    assert list(results.chosen(results.Args(only=("dqn/CartPole-v1, 100k",)))) == ["dqn/CartPole-v1, 100k"]
+    assert all(name.startswith("pqn/") for name in results.chosen(results.Args(algos=("pqn",))))
+    with pytest.raises(SystemExit, match="only must be one of ppo/CartPole-v1, "):
+        results.main(results.Args(only=("ppo/Nothing",)))

@@ -9,7 +9,7 @@ import pytest
 
 from jrl import envs, nets
 from jrl.attention import nsa
-from jrl.nets import transformer
+from jrl.nets import moe, transformer
 
 SMALL = transformer.Config(
     vocab_size=11, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, qkv_bias=True, qk_norm=True
@@ -19,6 +19,7 @@ KINDS = {
     "dense": SMALL,
     "window": dataclasses.replace(SMALL, attention="window", window=5, tie_embeddings=False),
     "nsa": dataclasses.replace(SMALL, attention="nsa", sparse=SPARSE, head_dim=6),
+    "experts": dataclasses.replace(SMALL, experts=moe.Config(experts=4, expert_dim=8, scores="sigmoid", shared=1)),
 }
 
 

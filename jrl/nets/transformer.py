@@ -19,6 +19,7 @@ from jrl.attention import Implementation, attend, nsa, nsa_cache
 from jrl.attention import cache as kv_cache
 from jrl.attention.rotary import rms_norm as rms_norm
 from jrl.attention.rotary import rope as rope
+from jrl.nets import moe
 
 Array = jax.Array
 Kind = Literal["dense", "window", "nsa"]
@@ -40,6 +41,7 @@ class Config:
         causal: tokens see those before them alone; false for dense attention alone.
         window: tokens that window attention sees.
         sparse: sizes of native sparse attention.
+        experts: a mixture of experts in place of SwiGLU, if it has experts.
         implementation: of dense and window attention; None picks.
         rope_theta: base of the rotary frequencies.
         norm_eps: of RMSNorm.
@@ -60,6 +62,7 @@ class Config:
     causal: bool = True
     window: int = 512
     sparse: nsa.Config = field(default_factory=nsa.Config)
+    experts: moe.Config = field(default_factory=moe.Config)
     implementation: Implementation | None = None
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
@@ -124,10 +127,14 @@ def leaves(config: Config) -> dict[str, Any]:
         "v": Leaf((n, d, k, w), ("branch", "dim", "kv_heads", "head_dim"), d**-0.5),
         "o": Leaf((h, w, d), ("heads", "head_dim", "dim"), (h * w * 2 * config.num_layers) ** -0.5),
         "ffn_norm": Leaf((d,), ("dim",), None),
-        "gate": Leaf((d, f), ("dim", "ffn"), d**-0.5),
-        "up": Leaf((d, f), ("dim", "ffn"), d**-0.5),
-        "down": Leaf((f, d), ("ffn", "dim"), (f * 2 * config.num_layers) ** -0.5),
     }
+    if config.experts.experts:
+        for name, (shape, names) in moe.shapes(config.experts, d).items():
+            small = 2 * config.num_layers if name.endswith("down") else 1
+            layer[name] = Leaf(shape, names, 0.0 if name == "bias" else (shape[-2] * small) ** -0.5)
+    else:
+        layer["gate"] = layer["up"] = Leaf((d, f), ("dim", "ffn"), d**-0.5)
+        layer["down"] = Leaf((f, d), ("ffn", "dim"), (f * 2 * config.num_layers) ** -0.5)
     if config.qkv_bias:
         layer["q_bias"] = Leaf((h, w), ("heads", "head_dim"), 0.0)
         layer["k_bias"] = Leaf((n, k, w), ("branch", "kv_heads", "head_dim"), 0.0)
@@ -190,8 +197,10 @@ def project(layer: Any, x: Array, config: Config) -> tuple[Array, Array, Array]:
 
 
 def ffn(layer: Any, x: Array, config: Config) -> Array:
-    """SwiGLU of the normalized stream: ``(silu(x W_gate) * x W_up) W_down`` (2002.05202, eq. 6)."""
+    """SwiGLU of the normalized stream: ``(silu(x W_gate) * x W_up) W_down`` (2002.05202, eq. 6), or a mixture of them."""
     x = rms_norm(x, layer["ffn_norm"], config.norm_eps)
+    if config.experts.experts:
+        return moe.apply(layer, x, config.experts)[0]
     p = lambda name: layer[name].astype(x.dtype)  # noqa: E731
     return (jax.nn.silu(x @ p("gate")) * (x @ p("up"))) @ p("down")
 

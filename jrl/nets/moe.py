@@ -1,0 +1,123 @@
+"""A mixture of experts in place of a feed-forward layer: each token goes through a few of many SwiGLUs, and none is dropped.
+
+    softmax   Mixtral (2401.04088, section 2): the k largest router logits, weighted by their softmax
+    sigmoid   DeepSeek-V3 (2412.19437, eq. 12-16): s = sigmoid(logits); the k largest s + bias, weighted by s over the sum of the
+              chosen s, times a factor. The bias evens the load and has no gradient: ``balance`` moves it after each step.
+
+Shared experts see every token besides. Tokens are sorted by expert and multiplied group by group (``jax.lax.ragged_dot``). Under
+vmap the parameters must be mapped, too, as they are over seeds: JAX has no rule for the tokens alone, which take leading axes.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jrl import checks
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Config:
+    """Shape of a mixture of experts.
+
+    Attributes:
+        experts: how many there are; 0 for a plain feed-forward layer.
+        chosen: experts that each token goes through.
+        expert_dim: width of an expert.
+        shared: experts that every token goes through, as one of their joint width.
+        scores: softmax (Mixtral) or sigmoid (DeepSeek-V3).
+        groups: experts fall into so many groups, of which a token may choose ``chosen_groups`` (sigmoid only).
+        chosen_groups: those with the largest sum of their two best scores.
+        scale: factor on the chosen experts' weights.
+    """
+
+    experts: int = 0
+    chosen: int = 2
+    expert_dim: int = 128
+    shared: int = 0
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    groups: int = 1
+    chosen_groups: int = 1
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("chosen", "expert_dim", "groups", "chosen_groups"):
+            checks.positive_int(f"moe.{name}", getattr(self, name))
+        for name in ("experts", "shared"):
+            checks.positive_int(f"moe.{name}", getattr(self, name), at_least=0)
+        checks.one_of("moe.scores", self.scores, ("softmax", "sigmoid"))
+        if self.experts and self.chosen > self.experts:
+            raise ValueError(f"moe.chosen must be at most moe.experts = {self.experts}; got {self.chosen}")
+        if self.experts and (self.experts % self.groups or self.chosen_groups > self.groups):
+            raise ValueError(
+                f"moe.groups must divide moe.experts = {self.experts} and be at least moe.chosen_groups = "
+                f"{self.chosen_groups}; got {self.groups}"
+            )
+
+
+def shapes(config: Config, dim: int) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and axis names of each parameter, for tokens of width ``dim``."""
+    e, f = config.experts, config.expert_dim
+    found: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {
+        "router": ((dim, e), ("dim", "experts")),
+        "gate": ((e, dim, f), ("experts", "dim", "ffn")),
+        "up": ((e, dim, f), ("experts", "dim", "ffn")),
+        "down": ((e, f, dim), ("experts", "ffn", "dim")),
+    }
+    if config.scores == "sigmoid":
+        found["bias"] = ((e,), ("experts",))
+    if config.shared:
+        width = config.shared * f
+        found |= {
+            "shared_gate": ((dim, width), ("dim", "ffn")),
+            "shared_up": ((dim, width), ("dim", "ffn")),
+            "shared_down": ((width, dim), ("ffn", "dim")),
+        }
+    return found
+
+
+def route(params: Any, x: Array, config: Config) -> tuple[Array, Array]:
+    """Experts of each token, int32 ``[N, k]``, and their weights, float32 ``[N, k]``, for tokens ``[N, dim]``."""
+    logits = jnp.matmul(x, params["router"].astype(x.dtype), preferred_element_type=jnp.float32)
+    if config.scores == "softmax":
+        best, chosen = jax.lax.top_k(logits, config.chosen)
+        return chosen, jax.nn.softmax(best) * config.scale
+    scores = jax.nn.sigmoid(logits)
+    biased = jax.lax.stop_gradient(scores + jnp.broadcast_to(params["bias"].astype(jnp.float32), scores.shape))
+    if config.groups > 1:
+        by_group = biased.reshape(x.shape[0], config.groups, -1)
+        strength = jax.lax.top_k(by_group, min(2, by_group.shape[-1]))[0].sum(-1)
+        _, kept = jax.lax.top_k(strength, config.chosen_groups)
+        allowed = jax.nn.one_hot(kept, config.groups, dtype=bool).any(1)
+        biased = jnp.where(allowed[..., None], by_group, -jnp.inf).reshape(biased.shape)
+    _, chosen = jax.lax.top_k(biased, config.chosen)
+    weight = jnp.take_along_axis(scores, chosen, axis=-1)
+    return chosen, weight / (weight.sum(-1, keepdims=True) + 1e-20) * config.scale
+
+
+def apply(params: Any, x: Array, config: Config) -> tuple[Array, Array]:
+    """The layer for tokens ``[..., dim]``, and the share of choices that fell on each expert, float32 ``[E]``."""
+    tokens = x.reshape(-1, x.shape[-1])
+    chosen, weight = route(params, tokens, config)
+    order = jnp.argsort(chosen.ravel(), stable=True)
+    sizes = jnp.bincount(chosen.ravel(), length=config.experts).astype(jnp.int32)
+    rows = tokens[order // config.chosen]
+    p = lambda name: params[name].astype(x.dtype)  # noqa: E731
+    inner = jax.nn.silu(jax.lax.ragged_dot(rows, p("gate"), sizes)) * jax.lax.ragged_dot(rows, p("up"), sizes)
+    answers = jax.lax.ragged_dot(inner, p("down"), sizes)
+    answers = answers * weight.ravel()[order][:, None].astype(x.dtype)
+    out = jnp.zeros_like(tokens).at[order // config.chosen].add(answers)
+    if config.shared:
+        out = out + (jax.nn.silu(tokens @ p("shared_gate")) * (tokens @ p("shared_up"))) @ p("shared_down")
+    return out.reshape(x.shape), sizes / jnp.maximum(sizes.sum(), 1).astype(jnp.float32)
+
+
+def balance(bias: Array, load: Array, rate: Array | float = 1e-3) -> Array:
+    """The bias after a step: up by ``rate`` where an expert had less than an even share, down where it had more.
+
+    2412.19437, section 2.1.2 (auxiliary-loss-free balancing, 2408.15664).
+    """
+    return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
