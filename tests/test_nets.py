@@ -41,7 +41,7 @@ def test_unroll_is_the_steps(spec, config, key):
 def test_a_reset_forgets_and_nothing_else_does(key):
     net = nets.actor_critic(nets.Config(gru=8), VECTOR, Discrete(2))
     params, obs = net.init(key), random_obs(key, VECTOR, 4, 1)
-    start = net.memory[None] + 1.0
+    start = jax.tree.map(lambda m: m[None] + 1.0, net.memory)
     value = lambda obs, first: net.unroll(params, start, obs, first)[1].value[-1, 0]  # noqa: E731
     grads = jax.grad(value)(obs, jnp.zeros((4, 1), bool).at[2].set(True))
     assert (grads[:2] == 0).all() and (grads[2:] != 0).any()
