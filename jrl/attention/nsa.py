@@ -18,17 +18,19 @@ before it is not seen, and its first block is the one with its first token. Segm
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jrl import checks
+from jrl.attention import platforms
 from jrl.attention.dense import group, masked_softmax
 from jrl.attention.flash import flash
 from jrl.attention.visibility import Rule, check_shapes
 
 Array = jax.Array
+Implementation = Literal["xla", "pallas_tpu"]
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,8 @@ def attend(
     segment_ids: Array | None = None,
     scale: float | None = None,
     chunk: int = 64,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
 ) -> Array:
     """Causal native sparse attention of a sequence with itself: ``[B, T, H, Dv]``.
 
@@ -300,9 +304,12 @@ def attend(
         config: sizes.
         segment_ids: int ``[B, T]``, contiguous; nothing is seen beyond a segment.
         scale: of the scores; ``D ** -0.5`` if not given.
-        chunk: queries computed at once; changes memory and speed alone.
+        chunk: queries that xla computes at once; changes memory and speed alone.
+        implementation: xla, for every platform, or pallas_tpu, kernels of our own for compression and selection. None takes
+            the kernels on a TPU where they can, else xla. A named one that cannot compute this raises.
+        interpret: run the kernels in Pallas's interpreter, for tests.
 
-    Raises ``ValueError`` for shapes that do not fit.
+    Raises ``ValueError`` for shapes that do not fit, and for kernels that cannot, with the reason.
     """
     for k, v in (streams[0:2], streams[2:4], streams[4:6]):
         check_shapes(q, k, v)
@@ -316,8 +323,44 @@ def attend(
     scale = dim**-0.5 if scale is None else scale
     t = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
     start = jnp.zeros_like(t) if segment_ids is None else segment_starts(segment_ids)
-    near = flash(q, streams.k_window, streams.v_window, segment_ids, segment_ids, Rule(window=config.window), scale)
-    return mix(params, q, streams, gates, near, t, start, config, scale=scale, chunk=chunk)
+    chosen = choose(implementation, q, streams, config)
+    near = _window(q, streams, segment_ids, Rule(window=config.window), scale, chosen, interpret)
+    return mix(
+        params,
+        q,
+        streams,
+        gates,
+        near,
+        t,
+        start,
+        config,
+        scale=scale,
+        chunk=chunk,
+        implementation=chosen,
+        interpret=interpret,
+    )
+
+
+def choose(name: Implementation | None, q: Array, streams: Streams, config: Config) -> Implementation:
+    """The implementation to use. Raises ``ValueError`` for a named one that cannot, with the reason."""
+    from jrl.attention import nsa_tpu  # Pallas takes a while to import
+
+    if name is not None:
+        checks.one_of("implementation", name, get_args(Implementation))
+    if name == "xla" or (name is None and jax.default_backend() != "tpu"):
+        return "xla"
+    reason = nsa_tpu.why_not(q, streams, config)
+    if name and reason:
+        raise ValueError(f"implementation='pallas_tpu' cannot do this: {reason}")
+    return "xla" if reason else "pallas_tpu"
+
+
+def _window(q, streams, segment_ids, rule, scale, implementation, interpret):
+    """The window branch, by splash attention beside the kernels where it fits."""
+    k, v = streams.k_window, streams.v_window
+    if implementation == "xla" or platforms.why_not_splash(q, k, v, rule):
+        return flash(q, k, v, segment_ids, segment_ids, rule, scale)
+    return platforms.splash(q, k, v, segment_ids, segment_ids, rule, scale, interpret)
 
 
 def mix(
@@ -332,14 +375,17 @@ def mix(
     *,
     scale: float | None = None,
     chunk: int = 64,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
 ) -> Array:
     """``attend`` for queries ``[B, T, H, D]`` that stand at ``t`` among the keys and see them from ``start`` on, both int ``[B, T]``.
 
     ``near [B, T, H, Dv]`` is the window branch's answer.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    far, chosen = _compress_and_choose(params, q, streams, t, start, config, scale, chunk)
-    picked = _attend_selected(q, streams, chosen, t, start, config, scale, chunk)
+    kernels = choose(implementation, q, streams, config) == "pallas_tpu"
+    far, chosen = _compress_and_choose(params, q, streams, t, start, config, scale, chunk, kernels, interpret)
+    picked = _attend_selected(q, streams, chosen, t, start, config, scale, chunk, kernels, interpret)
     parts = jnp.stack([x.astype(gates.dtype) for x in (far, picked, near)], axis=-1)
     return jnp.sum(parts * gates[..., None, :], axis=-1).astype(near.dtype)
 
@@ -351,7 +397,7 @@ def segment_starts(segment_ids: Array) -> Array:
     return jax.lax.cummax(jnp.where(segment_ids != before, at, 0), axis=1)
 
 
-def _compress_and_choose(params, q, streams, t, start, config, scale, chunk):
+def _compress_and_choose(params, q, streams, t, start, config, scale, chunk, kernels, interpret):
     """The compression branch's answer ``[B, T, H, Dv]`` and the blocks that each query selects ``[B, K, T, n]``."""
     (length, num_keys), kv_heads = (q.shape[1], streams.k_compress.shape[1]), streams.k_compress.shape[2]
     num_blocks = -(-num_keys // config.select_block)
@@ -361,6 +407,8 @@ def _compress_and_choose(params, q, streams, t, start, config, scale, chunk):
         return out, select(importance, t, start, num_blocks, config)
     k = compress(params.get("k"), streams.k_compress, config)
     v = compress(params.get("v"), streams.v_compress, config)
+    if kernels:
+        return _compress_by_kernel(q, k, v, t, start, num_blocks, config, scale, interpret)
 
     @jax.checkpoint
     def of_chunk(k: Array, v: Array, q: Array, t: Array, start: Array) -> tuple[Array, Array]:
@@ -374,15 +422,35 @@ def _compress_and_choose(params, q, streams, t, start, config, scale, chunk):
     return out, _join(chosen)[:, :, :length]
 
 
-def _attend_selected(q, streams, chosen, t, start, config, scale, chunk):
+def _compress_by_kernel(q, k, v, t, start, num_blocks, config, scale, interpret):
+    from jrl.attention import nsa_tpu
+
+    (batch, length, heads, _), rows = q.shape, nsa_tpu.ROWS
+    pad = lambda x, to: jnp.pad(x, [(0, 0), (0, to - x.shape[1])] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
+    whole, number = length + -length % rows, nsa_tpu.columns(num_blocks, config)
+    by_head = pad(group(q, k.shape[2]), whole).transpose(0, 2, 3, 1, 4)
+    k, v = (pad(x, number).transpose(0, 2, 1, 3) for x in (k, v))
+    out, chosen = nsa_tpu.compressed_attention(
+        by_head, k, v, pad(t, whole), pad(start, whole), num_blocks, config, scale, interpret
+    )
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, whole, heads, -1)[:, :length], chosen[:, :, :length]
+
+
+def _attend_selected(q, streams, chosen, t, start, config, scale, chunk, kernels, interpret):
+    from jrl.attention import nsa_tpu
+
     (batch, length, heads, _), size, kv_heads = q.shape, config.select_block, streams.k_select.shape[2]
-    rows = min(chunk, length)
+    rows = nsa_tpu.ROWS if kernels else min(chunk, length)
     pad = lambda x, to: jnp.pad(x, [(0, 0), (0, -x.shape[1] % to)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
     grouped = pad(group(q, kv_heads), rows).transpose(0, 2, 1, 3, 4)
     blocks = lambda x: pad(x, size).reshape(batch, -1, size, *x.shape[2:]).transpose(0, 3, 1, 2, 4)  # noqa: E731
     chosen = jnp.pad(chosen, [(0, 0), (0, 0), (0, -length % rows), (0, 0)])
     k, v = blocks(streams.k_select), blocks(streams.v_select)
-    out = selected_attention(grouped, k, v, chosen, pad(t, rows), pad(start, rows), scale, rows)
+    at = chosen, pad(t, rows), pad(start, rows)
+    if kernels:
+        out = nsa_tpu.selected_attention(grouped, k, v, *at, scale, interpret)
+    else:
+        out = selected_attention(grouped, k, v, *at, scale, rows)
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, -1, heads, v.shape[-1])[:, :length]
 
 
