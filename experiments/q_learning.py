@@ -47,6 +47,8 @@ def by_episode(
     train = jax.jit(lambda keys: jax.vmap(run.train_fn(algo, env_steps))(keys)[1][metric])
     history = np.asarray(train(jax.random.split(jax.random.key(seed), runs)))
     ended = [row[~np.isnan(row)] for row in history]  # NaN where no episode ended at that step
+    if not min(map(len, ended)):
+        raise ValueError(f"episodes is too small: with {method} a run finished none in {env_steps} steps")
     return np.stack([row[: min(map(len, ended))] for row in ended])
 
 
@@ -59,6 +61,7 @@ def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
     for name in ("runs", "episodes"):
         checks.positive_int(name, getattr(args, name))
+    checks.not_empty(methods=args.methods)
     for method in args.methods:
         checks.one_of("methods", method, get_args(td.Method))
     args.folder.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,12 @@ def mask(q: Array, obs: Any) -> Array:
     return jnp.where(obs.mask, q, -jnp.inf) if isinstance(obs, MaskedObs) else q
 
 
+def best_value(q: Array, obs: Any) -> Array:
+    """The largest value of a legal action ``[...]``; 0 where none is legal, as in a terminal state."""
+    best = mask(q, obs).max(-1)
+    return jnp.where(jnp.isneginf(best), 0.0, best)
+
+
 def exploration_noise(key: Array, shape: tuple[int, ...], num_actions: int) -> tuple[Array, Array]:
     """What ``epsilon_greedy`` needs of chance: uniform ``shape`` and ``[*shape, A]``, from one draw."""
     uniform = jax.random.uniform(key, (*shape, num_actions + 1))

@@ -26,6 +26,14 @@ def use_cpu_cores() -> None:
         pass
 
 
+def device_memory() -> int | None:
+    """Bytes of the first device, or of the machine where it is a CPU; None if that is not known."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -52,7 +52,7 @@ def make(
 ) -> MDP:
     """An ``MDP`` from arrays; reward is ``[S, A, S]`` or ``[S, A]``, the start uniform over what is not terminal.
 
-    Raises ``ValueError`` for shapes that do not fit or rows that are no distributions.
+    Raises ``ValueError`` for shapes that do not fit, rows that are no distributions, and rewards that are not finite.
     """
     transition = jnp.asarray(transition, jnp.float32)
     if transition.ndim != 3 or transition.shape[0] != transition.shape[2]:
@@ -77,7 +77,19 @@ def make(
         if rows.min() < 0 or not np.allclose(rows.sum(-1), 1, atol=1e-4):
             raise ValueError("transition must be a distribution over next states for each state and action")
     std = jnp.broadcast_to(jnp.asarray(reward_std, jnp.float32), (states, actions))
+    _check_numbers(reward=reward, start=start, reward_std=std)
     return MDP(transition, reward, terminal, start.astype(jnp.float32), legal, std)
+
+
+def _check_numbers(reward: Array, start: Array, reward_std: Array) -> None:
+    """Raise ``ValueError`` unless concrete numbers can be what their names say; traced ones pass."""
+    if isinstance(reward, jax.core.Tracer) or isinstance(start, jax.core.Tracer):
+        return
+    if not np.isfinite(reward).all():
+        raise ValueError("reward must be finite")
+    if not (np.asarray(start) >= 0).all() or not np.isclose(start.sum(), 1, atol=1e-4):
+        raise ValueError(f"start must be a distribution over states; got {np.asarray(start).tolist()}")
+    checks.within("reward_std", reward_std, 0, np.inf)
 
 
 def discounts(mdp: MDP, gamma: Array | float) -> Array:
@@ -107,7 +119,7 @@ def evaluate_policy(mdp: MDP, policy: Array, gamma: Array | float) -> Array:
 
 def uniform_policy(mdp: MDP) -> Array:
     """Every legal action with the same probability, ``[S, A]``."""
-    return mdp.legal / mdp.legal.sum(1, keepdims=True)
+    return mdp.legal / jnp.maximum(mdp.legal.sum(1, keepdims=True), 1)
 
 
 def greedy_policy(mdp: MDP, q: Array) -> Array:
@@ -116,11 +128,16 @@ def greedy_policy(mdp: MDP, q: Array) -> Array:
     return jax.nn.one_hot(best, q.shape[1])
 
 
-def value_iteration(mdp: MDP, gamma: Array | float, tolerance: float = 1e-6, max_sweeps: int = 10_000) -> Array:
-    """``v_*`` ``[S]``: sweeps of eq. 4.10 until none changes a value by more than ``tolerance``."""
+def value_iteration(mdp: MDP, gamma: Array | float, tolerance: float = 1e-6, max_sweeps: int = 100_000) -> Array:
+    """``v_*`` ``[S]``: sweeps of eq. 4.10 until none changes a value by more than ``tolerance``.
+
+    Near ``gamma = 1`` sweeps approach it slowly; for any below 1 the answer is therefore the exact value of the policy that is
+    greedy at the end.
+    """
 
     def better(v: Array) -> Array:
-        return jnp.max(jnp.where(mdp.legal, action_values(mdp, v, gamma), -jnp.inf), axis=1)
+        best = jnp.max(jnp.where(mdp.legal, action_values(mdp, v, gamma), -jnp.inf), axis=1)
+        return jnp.where(mdp.terminal, 0.0, best)
 
     def going(carry: tuple[Array, Array, Array]) -> Array:
         _, change, sweeps = carry
@@ -132,7 +149,9 @@ def value_iteration(mdp: MDP, gamma: Array | float, tolerance: float = 1e-6, max
         return new, jnp.abs(new - v).max(), sweeps + 1
 
     start = jnp.zeros(len(mdp.terminal))
-    return jax.lax.while_loop(going, sweep, (start, jnp.float32(jnp.inf), jnp.int32(0)))[0]
+    swept = jax.lax.while_loop(going, sweep, (start, jnp.float32(jnp.inf), jnp.int32(0)))[0]
+    exact = evaluate_policy(mdp, greedy_policy(mdp, action_values(mdp, swept, gamma)), gamma)
+    return jnp.where(gamma < 1, exact, swept)
 
 
 def policy_iteration(mdp: MDP, gamma: Array | float, max_rounds: int = 1000) -> tuple[Array, Array]:

@@ -12,7 +12,6 @@ the buffer: rows are scattered into it in place.
 """
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl import checks
+from jrl.host import device_memory
 
 Array = jax.Array
 NOWHERE = 2**30  # a row that no buffer has
@@ -299,6 +299,8 @@ class _Store:
         if not self.prioritized:
             return buffer
         priority = jnp.where(jnp.isfinite(priority), priority, 0.0)  # one NaN would spoil every sum above it for good
+        # Sorted, since XLA would else work out the rows again at every level, from a copy of the whole tree.
+        rows, priority = jax.lax.sort((rows, priority), num_keys=1)
         tree = set_leaves(buffer.tree, rows, jnp.maximum(priority, 1e-6))
         known = jnp.where(rows < self.leaves, priority, 0.0)
         return buffer._replace(tree=tree, largest=jnp.maximum(buffer.largest, known.max()))
@@ -354,12 +356,8 @@ def find_leaves(tree: Array, mass: Array) -> Array:
 
 def refuse_if_larger_than_memory(needed: int) -> None:
     """Raise ``ValueError`` with both numbers if one buffer of ``needed`` bytes does not fit the first device."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    else:
-        there = (device.memory_stats() or {}).get("bytes_limit", needed)
-    if needed > there:
+    there = device_memory()
+    if there is not None and needed > there:
         raise ValueError(
             f"replay: a buffer of {needed / 2**30:.1f} GiB is larger than the device's {there / 2**30:.1f} GiB"
         )

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from jrl import envs, replay, rollout
+from jrl.algorithm import over_seeds
+from jrl.algos import dqn, r2d2
+from jrl.run.memory import state_bytes
 
 SPEC = jax.ShapeDtypeStruct((2,), jnp.uint8)
 
@@ -292,6 +295,19 @@ def test_nothing_copies_the_buffer(prioritized):
     assert memory.bytes > 400 * 20_000
     assert used.temp_size_in_bytes < 0.1 * seeds * memory.bytes
     assert used.alias_size_in_bytes >= seeds * memory.bytes
+
+
+@pytest.mark.parametrize("module, make", [(dqn, dqn.Config), (r2d2, r2d2.Config)])
+def test_a_whole_update_copies_neither_rows_nor_priorities(module, make):
+    """Rows of a few numbers, where a copy of the priorities alone would show."""
+    config = make(num_envs=4, capacity=200_000, prioritized=True)
+    algo = over_seeds(module.make(envs.make("Probe-policy"), config))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    state = jax.eval_shape(algo.init, keys)
+    run = lambda state: jax.lax.scan(lambda s, _: algo.update(s), state, length=4)  # noqa: E731
+    with jax.numpy_rank_promotion("allow"):
+        used = jax.jit(run, donate_argnums=0).lower(state).compile().memory_analysis()
+    assert used.temp_size_in_bytes < 0.1 * state_bytes(state.buffer)
 
 
 def test_too_small_and_too_large_are_refused():

@@ -476,3 +476,47 @@ def test_keys_are_not_reused():
 def test_wrong_words_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_is_legal_nowhere_and_nearly_undiscounted_is_exact():
+    legal = jnp.array([[True, True], [False, False]])
+    to_end = jnp.zeros((2, 2, 2)).at[:, 0, 1].set(1).at[0, 1, 0].set(1).at[1, 1, 1].set(1)
+    process = mdp.make(to_end, jnp.ones((2, 2)), jnp.array([False, True]), jnp.array([1.0, 0.0]), legal)
+    np.testing.assert_allclose(mdp.value_iteration(process, 0.9), [10, 0], rtol=1e-5)
+    np.testing.assert_allclose(mdp.policy_iteration(process, 0.9)[1], [10, 0], rtol=1e-5)
+    assert np.isfinite(mdp.uniform_policy(process)).all()
+    for method in ("q_learning", "expected_sarsa", "watkins_q", "tree_backup"):
+        algo = td.make(envs.strict(tabular.environment(process)), td.Config(method, num_steps=50))
+        state, _ = jax.jit(algo.update)(algo.init(jax.random.key(0)))
+        assert np.isfinite(state.q).all(), method
+    forever = mdp.make(jnp.ones((1, 1, 1)), jnp.ones((1, 1)))
+    np.testing.assert_allclose(mdp.value_iteration(forever, 0.9999), [10_000], rtol=1e-3)
+
+
+def test_slips_into_a_teleport_count_with_their_probability():
+    grid = tabular.gridworld(["....", "SCCG"], step_reward=-1.0, rewards={"C": -100.0}, teleport={"C": "S"}, slip=0.1)
+    expected = jnp.sum(grid.transition * grid.reward, axis=-1)
+    start = 4
+    np.testing.assert_allclose(expected[start, 1], 0.9 * -1 + 0.1 * -100, rtol=1e-5)  # down: a slip goes right
+    np.testing.assert_allclose(expected[start, 2], 0.8 * -100 + 0.2 * -1, rtol=1e-5)
+
+
+def test_a_walled_in_cell_spoils_no_answer():
+    grid = tabular.gridworld(["##S", "##G"], step_reward=-1.0, terminals="G")
+    values = mdp.value_iteration(grid, 1.0)
+    np.testing.assert_allclose(mdp.policy_iteration(grid, 0.99)[1], values, atol=1e-4)
+    assert values[2] == -1 and np.isfinite(mdp.evaluate_policy(grid, mdp.uniform_policy(grid), 1.0)).all()
+
+
+@pytest.mark.parametrize(
+    "bad, why",
+    [
+        ({"start": [0.2, 0.2]}, "start must be a distribution"),
+        ({"start": [-1.0, 2.0]}, "start must be a distribution"),
+        ({"reward": [[jnp.nan], [0.0]]}, "reward must be finite"),
+        ({"reward_std": -1.0}, "reward_std must be at least 0"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(bad, why):
+    with pytest.raises(ValueError, match=why):
+        mdp.make(**({"transition": jnp.full((2, 1, 2), 0.5), "reward": jnp.zeros((2, 1))} | bad))

@@ -168,6 +168,8 @@ def check_hyper(hyper: Hyper) -> None:
     for name in ("max_grad_norm", "temperature"):
         checks.above_zero(f"hyper.{name}", getattr(hyper, name))
     bounds = (hyper.v_min, hyper.v_max)
+    for name in ("v_min", "v_max"):
+        checks.within(f"hyper.{name}", getattr(hyper, name), -1e30, 1e30)
     if not any(isinstance(x, jax.core.Tracer) for x in bounds) and not float(hyper.v_max) > float(hyper.v_min):
         raise ValueError(f"hyper.v_max must be above hyper.v_min; got {hyper.v_max:g} and {hyper.v_min:g}")
     optim.check_hyper(hyper.optimizer)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jrl import checks, nets, optim, precision, returns, rollout
 from jrl.algorithm import Algorithm, Metrics, exploration, learning_rate_factor, optimizer
 from jrl.envs.types import Environment, observation_spec
-from jrl.greedy import epsilon_greedy, exploration_noise, mask
+from jrl.greedy import best_value, epsilon_greedy, exploration_noise, mask
 
 Array = jax.Array
 
@@ -172,9 +172,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
         def value_of(obs: Any, t: Array, b: Array) -> Array:
             memory = network.memory_at(memories, t, b)
-            return mask(network.step(state.params, memory, obs, jnp.zeros(t.shape, bool))[1], obs).max(-1)
+            return best_value(network.step(state.params, memory, obs, jnp.zeros(t.shape, bool))[1], obs)
 
-        v_t = rollout.following_values(env, steps, mask(q, steps.obs).max(-1), value_of, network.heavy)
+        v_t = rollout.following_values(env, steps, best_value(q, steps.obs), value_of, network.heavy)
         discount_t = state.hyper.gamma * (1 - steps.terminated)
         continue_t = 1.0 - (steps.terminated | steps.truncated)
         over_envs = jax.vmap(returns.lambda_returns, in_axes=(1, 1, 1, 1, None), out_axes=1)

@@ -119,7 +119,7 @@ def expected(q: Array, pi: Array) -> Array:
 def epsilon_greedy(q: Array, epsilon: Array | float, legal: Array) -> Array:
     """Probabilities ``[A]``: epsilon spread over all legal actions, the rest over the best ones, ties evenly."""
     best = legal & (q == jnp.max(jnp.where(legal, q, -jnp.inf)))
-    return epsilon * legal / legal.sum() + (1 - epsilon) * best / best.sum()
+    return epsilon * legal / jnp.maximum(legal.sum(), 1) + (1 - epsilon) * best / jnp.maximum(best.sum(), 1)
 
 
 def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
@@ -231,7 +231,7 @@ def _one_step(target: Callable[[Hyper, Array, Transition], Array]) -> Callable[.
 
 
 def _best(q: Array, t: Transition) -> Array:
-    return jnp.max(jnp.where(t.legal_t, q, -jnp.inf))
+    return jnp.where(t.legal_t.any(), jnp.max(jnp.where(t.legal_t, q, -jnp.inf)), 0.0)
 
 
 def _double_q(config: Config, h: Hyper, q: Array, memory: Any, t: Transition, key: Array) -> Learned:

@@ -140,7 +140,7 @@ def _softmax_of(q_i, groups, scale):
     scores = [jnp.where(seen, _dot(q_i, keys, 1, 1) * scale, HIDDEN) for _, keys, _, seen in groups]
     largest = functools.reduce(jnp.maximum, scores).max(axis=1, keepdims=True)
     weight = [jnp.where(g[3], jnp.exp(s - largest), 0.0) for g, s in zip(groups, scores, strict=True)]
-    total = sum(weight).sum(axis=1, keepdims=True)
+    total = _add(weight).sum(axis=1, keepdims=True)
     share = 1 / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
     return [w * share for w in weight]
 
@@ -149,9 +149,8 @@ def _select_forward(chosen, t, start, q, k, v, out, *, count, size, per, scale):
     def query(i, _):
         groups = _rows_of(chosen, t, start, q, k, v, i, count, size, per)
         p = _softmax_of(q[0, 0, i], groups, scale)
-        out[0, 0, i] = sum(
-            _dot(x.astype(v.dtype), values, 1, 0) for x, (_, _, values, _) in zip(p, groups, strict=True)
-        ).astype(out.dtype)
+        parts = [_dot(x.astype(v.dtype), values, 1, 0) for x, (_, _, values, _) in zip(p, groups, strict=True)]
+        out[0, 0, i] = _add(parts).astype(out.dtype)
         return 0
 
     jax.lax.fori_loop(0, ROWS, query, 0)
@@ -175,9 +174,10 @@ def _select_backward(chosen, t, start, q, k, v, d_out, dq, dk, dv, *, count, siz
         q_i, d_i = q[0, 0, i], d_out[0, 0, i]
         p = _softmax_of(q_i, groups, scale)
         dp = [_dot(d_i, values, 1, 1) for _, _, values, _ in groups]
-        overlap = sum(x * y for x, y in zip(p, dp, strict=True)).sum(axis=1, keepdims=True)
+        overlap = _add([x * y for x, y in zip(p, dp, strict=True)]).sum(axis=1, keepdims=True)
         ds = [(x * (y - overlap) * scale).astype(q.dtype) for x, y in zip(p, dp, strict=True)]
-        dq[0, 0, i] = sum(_dot(d, keys, 1, 0) for d, (_, keys, _, _) in zip(ds, groups, strict=True)).astype(dq.dtype)
+        parts = [_dot(d, keys, 1, 0) for d, (_, keys, _, _) in zip(ds, groups, strict=True)]
+        dq[0, 0, i] = _add(parts).astype(dq.dtype)
         for d, x, (first, _, _, _) in zip(ds, p, groups, strict=True):
             dk_group, dv_group = _dot(d, q_i, 0, 0), _dot(x.astype(d_i.dtype), d_i, 0, 0)
             for b, f in enumerate(first):
@@ -338,6 +338,10 @@ def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
+def _add(parts: list[Array]) -> Array:
+    return functools.reduce(jnp.add, parts)
+
+
 def _zero_at_first(*refs: Any) -> None:
     """Zero sums ``[1, 1, S, D]`` before the first queries go by, a piece at a time: at once would unroll."""
 
@@ -355,8 +359,9 @@ def _zero_at_first(*refs: Any) -> None:
 
 def _call(body, grid, in_specs, out_specs, out_shapes, interpret, scratch=()):
     """A kernel over a grid of batch, key heads, parts of a key head, and steps of queries."""
-    order = ("parallel", "parallel", "arbitrary", "arbitrary")
-    params = pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=vmem() - 4 * 2**20)
+    params = pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=vmem() - 4 * 2**20
+    )
     return pl.pallas_call(
         body,
         grid=grid,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jrl.envs import gymnax, probes, tabular, wrappers
+from jrl.envs.recall import recall
 from jrl.envs.types import (
     Box,
     Discrete,
@@ -34,7 +35,7 @@ __all__ = [
     "wrappers",
 ]
 
-_registered: dict[str, Callable[..., Environment]] = {**probes.PROBES, **tabular.NAMED}
+_registered: dict[str, Callable[..., Environment]] = {**probes.PROBES, **tabular.NAMED, "Recall": recall}
 
 
 def register(name: str, factory: Callable[..., Environment]) -> None:

@@ -60,7 +60,7 @@ def gridworld(
         raise ValueError("a gridworld needs a start, S")
     n = letters.size
     transition, reward = np.zeros((n, 4, n)), np.zeros((n, 4, n))
-    terminal = np.isin(letters, list(terminals))
+    terminal = np.isin(letters, [*terminals, "#"])  # nobody is inside a wall: terminal, so that it has a value
 
     def arrive(s: int, direction: int) -> tuple[int, float]:
         row, column = divmod(s, width)
@@ -78,7 +78,8 @@ def gridworld(
             for turn, probability in ((0, 1 - 2 * slip), (1, slip), (-1, slip)):
                 to, earned = (s, 0.0) if terminal[s] else arrive(s, (action + turn) % 4)
                 transition[s, action, to] += probability
-                reward[s, action, to] = earned
+                reward[s, action, to] += probability * earned
+    reward /= np.where(transition > 0, transition, 1)  # the mean, where several ways lead to one cell
     start = letters == "S"
     return mdps.make(transition, reward, terminal, start / start.sum())
 

@@ -164,12 +164,14 @@ def main(experiment: Callable[[list[str]], Result | None]) -> NoReturn:
     """
     try:
         result = experiment(sys.argv[1:])
-    except (ValueError, RunError) as error:
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os._exit(0)
+    except OverflowError as error:
+        sys.exit(f"error: a number, such as --seed, is too large: {error}")
+    except (ValueError, RunError, OSError) as error:
         sys.exit(f"error: {str(error).strip()}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os._exit(0)
     sys.exit(0 if result is None or result.finished else 130)
 
 

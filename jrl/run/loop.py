@@ -12,7 +12,7 @@ import numpy as np
 
 from jrl import checks
 from jrl.algorithm import Algorithm, over_members
-from jrl.run import checkpoint, folders, layout, log, program, report, stats
+from jrl.run import checkpoint, folders, layout, log, memory, program, report, stats
 from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
 from jrl.run.evaluate import evaluate, record
 from jrl.run.interrupt import StopOnSignal
@@ -111,6 +111,7 @@ def train(
     settings = folders.settings(algo, key, env_steps, num_seeds, cells, every)
     folder = None if run_dir is None else folders.open_folder(Path(run_dir), resume, settings)
 
+    memory.refuse_if_too_many(algo, len(members.labels), len(jax.devices()[:devices]))
     run = _Run(algo, members, total, every, folder, settings, progress, eval_episodes, checkpoint_every)
     run.compile(
         layout.choose(len(members.labels), jax.devices()[:devices], seeds_at_once), automatic=seeds_at_once is None

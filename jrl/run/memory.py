@@ -9,6 +9,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jrl.algorithm import Algorithm, over_seeds
+from jrl.host import device_memory
 
 
 class Chip(NamedTuple):
@@ -35,6 +36,20 @@ def state_bytes(tree: Any) -> int:
 def init_shapes(algo: Algorithm) -> Any:
     """The state of one seed, as shapes."""
     return jax.eval_shape(algo.init, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def refuse_if_too_many(algo: Algorithm, members: int, devices: int) -> None:
+    """Raise ``ValueError`` with both numbers if the states of all members, before anything else, do not fit the devices."""
+    there = device_memory()
+    if there is None:
+        return
+    one = state_bytes(init_shapes(algo))
+    room = there if jax.devices()[0].platform == "cpu" else there * devices
+    if one * members > room:
+        raise ValueError(
+            f"{members} states of {one / 2**30:.2f} GiB, {one * members / 2**30:.1f} GiB in all, are larger than the "
+            f"{room / 2**30:.1f} GiB there are: take fewer seeds, or a smaller replay"
+        )
 
 
 def tpu_gib(chip: str, algo: Algorithm, num_seeds: int) -> float:
