@@ -38,8 +38,9 @@ def not_empty(**fields: Sized) -> None:
 
 def within(field: str, value: Any, low: float, high: float) -> None:
     """Raise ``ValueError`` unless a concrete number is finite and lies in ``[low, high]``; traced values pass unchecked."""
-    bounds = f"at least {low:g}, and finite" if high == math.inf else f"between {low:g} and {high:g}"
-    _all(field, value, lambda x: low <= x <= high and math.isfinite(x), bounds)
+    bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+    _all(field, value, lambda x: not math.isinf(x), "finite")
+    _all(field, value, lambda x: low <= x <= high, bounds)
 
 
 def below_one(field: str, value: Any) -> None:
