@@ -318,3 +318,91 @@ def test_a_sparse_decode_step_is_a_row_of_the_full_sequence(config, start):
 def test_wrong_calls_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(*qkv(1, 8, 4, 2, 16, 16))
+
+
+@pytest.mark.parametrize("kind", ["reference", "xla", "nsa"])
+@pytest.mark.parametrize("axis", ["batch", "heads"])
+def test_over_devices_it_is_the_same(kind, axis):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    spec = jax.sharding.PartitionSpec(*(("x",) if axis == "batch" else (None, None, "x")))
+    params, q, streams, gates = sparse(2, 40, 4, 2, 8, 8, SMALL)
+
+    def f(q, streams, gates):
+        if kind == "nsa":
+            return nsa.attend(params, q, streams, gates, SMALL, chunk=16)
+        return attention.attend(q, streams[0], streams[1], implementation=kind)
+
+    over = jax.shard_map(f, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec)
+    close(jax.jit(over)(q, streams, gates), f(q, streams, gates), 1e-5)
+    close(jax.jit(lambda *a: grads(over, *a))(q, streams, gates), grads(f, q, streams, gates), 1e-4)
+
+
+@pytest.mark.parametrize("heads, kv_heads, dim, value_dim", [(32, 1, 64, 64), (2, 2, 256, 32), (4, 1, 192, 128)])
+def test_wide_heads_and_large_groups(heads, kv_heads, dim, value_dim):
+    with jax.enable_x64(True):
+        args = qkv(1, 13, heads, kv_heads, dim, value_dim)
+        close(attention.attend(*args, implementation="xla"), oracles.dense(*args))
+        params, q, streams, gates = sparse(1, 13, heads, kv_heads, dim, value_dim, SMALL)
+        phi = lambda name, block: nsa.phi(params[name], block[None])[0]  # noqa: E731
+        close(nsa.attend(params, q, streams, gates, SMALL), oracles.nsa(phi, q, streams, gates, SMALL)[0])
+
+
+def test_sparse_attention_under_vmap_remat_and_half_width():
+    args = sparse(2, 30, 4, 2, 16, 16, SMALL)
+    f = lambda q, s, g: nsa.attend(args[0], q[None], jax.tree.map(lambda x: x[None], s), g[None], SMALL)[0]  # noqa: E731
+    whole = nsa.attend(*args, SMALL)
+    close(jax.vmap(f)(*args[1:]), whole, 1e-5)
+    loss = lambda f: jax.grad(lambda a: jnp.sum(jnp.sin(f(*a, SMALL))))(args)  # noqa: E731
+    close(loss(jax.checkpoint(nsa.attend, static_argnums=4)), loss(nsa.attend), 1e-5)
+    half = nsa.attend(*jax.tree.map(lambda x: x.astype(jnp.bfloat16), args), SMALL)
+    assert half.dtype == jnp.bfloat16
+    near = jnp.abs(half.astype(jnp.float32) - whole).max((-1, -2)) < 0.1
+    assert near.mean() > 0.9  # here and there it selects other blocks
+
+
+def test_no_intermediate_is_nan_where_nothing_is_seen():
+    q, k, v = qkv(2, 12, 2, 1, 4, 4)
+    with jax.debug_nans(True):
+        none = jnp.zeros((2, 12), bool)
+        for implementation in ("reference", "xla"):
+            assert (attention.attend(q, k, v, kv_valid=none, implementation=implementation) == 0).all()
+        memory = nsa_cache.init(SMALL, 2, 12, 1, 4)
+        nsa_cache.decode_step(q[:, 0], jnp.ones((2, 2, 3)), memory, jnp.int32(0), SMALL)
+
+
+def test_it_lowers_for_a_gpu():
+    q = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    gates = jax.ShapeDtypeStruct((1, 256, 4, 3), jnp.bfloat16)
+    params = jax.eval_shape(lambda: nsa.init(jax.random.key(0), SMALL, 64, 64))
+    loss = lambda *a: jnp.sum(nsa.attend(a[0], a[1], nsa.shared(*a[2:4]), a[4], SMALL).astype(jnp.float32))  # noqa: E731
+    exported = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"])(params, q, k, k, gates)
+    assert exported.platforms == ("cuda",)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda q, k, v: nsa.attend({}, q, nsa.shared(k, v), jnp.ones((1, 8, 4, 3)), SMALL),
+            "nsa.pooling=mlp does not",
+        ),
+        (
+            lambda q, k, v: nsa.attend(
+                nsa.init(jax.random.key(0), SMALL, 16, 16),
+                q,
+                nsa.shared(k, v),
+                jnp.ones((1, 8, 4, 3)),
+                SMALL,
+                segment_ids=jnp.zeros((1, 8)),
+            ),
+            r"token segment_ids must be int \[1, 8\]; got float32",
+        ),
+        (lambda q, k, v: cache.decode_step(q[:, 0], cache.init(2, 8, 2, 16), jnp.int32(0)), "does not fit the cache"),
+        (lambda q, k, v: cache.decode_step(q[:, 0], cache.init(1, 8, 2, 16), jnp.int32(0), window=0), "window must be"),
+        (lambda q, k, v: cache.write(cache.init(1, 8, 4, 16), k[:, 0], v[:, 0], jnp.int32(0)), "a cache of"),
+    ],
+)
+def test_wrong_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*qkv(1, 8, 4, 2, 16, 16))

@@ -120,3 +120,14 @@ def test_a_strong_decay_overflows_nothing():
     assert jnp.isfinite(y).all() and jnp.isfinite(state).all()
     g = jax.grad(lambda w: rwkv.mix(r, k, v, w, u)[0].sum())(200 * log_w)
     assert jnp.isfinite(g).all()
+
+
+def test_a_decay_that_fades_all_at_once_leaves_the_rest_exact():
+    r, k, v, _, u = tokens(40)
+    strong = jax.random.bernoulli(jax.random.key(9), 0.3, r.shape)
+    first = jnp.zeros((2, 40), bool)
+    for fade in (-50.0, -1e6, -3e38):
+        log_w = jnp.where(strong, fade, -1e-3)
+        np.testing.assert_allclose(rwkv.mix(r, k, v, log_w, u)[0], by_hand(r, k, v, log_w, u, first), atol=2e-4)
+        g = jax.grad(lambda w: rwkv.mix(r, k, v, w, u)[0].sum())(log_w)
+        assert jnp.isfinite(g).all()

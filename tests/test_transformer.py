@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jrl import envs, nets
-from jrl.attention import nsa
+from jrl.attention import mla, nsa
+from jrl.attention.rotary import rms_norm, rope
 from jrl.nets import moe, transformer
 
 SMALL = transformer.Config(
@@ -19,6 +20,11 @@ KINDS = {
     "dense": SMALL,
     "window": dataclasses.replace(SMALL, attention="window", window=5, tie_embeddings=False),
     "nsa": dataclasses.replace(SMALL, attention="nsa", sparse=SPARSE, head_dim=6),
+    "shared": dataclasses.replace(SMALL, attention="nsa", sparse=SPARSE, shared_kv=True),
+    "mla": dataclasses.replace(
+        SMALL, attention="mla", latent=mla.Config(latent=8, nope_dim=6, rope_dim=4, value_dim=5)
+    ),
+    "rwkv": dataclasses.replace(SMALL, attention="rwkv"),
     "experts": dataclasses.replace(SMALL, experts=moe.Config(experts=4, expert_dim=8, scores="sigmoid", shared=1)),
 }
 
@@ -54,7 +60,7 @@ def test_decoding_gives_the_logits_of_the_whole_sequence(kind, key):
     )
 
 
-@pytest.mark.parametrize("kind", ["dense", "window"])
+@pytest.mark.parametrize("kind", ["dense", "window", "mla", "rwkv"])
 def test_packed_sequences_are_as_if_alone(kind, key):
     config = KINDS[kind]
     params, tokens = start(config, key)
@@ -83,22 +89,20 @@ def test_padding_changes_nothing(key):
 
 def test_rotary_positions_by_hand_and_relative():
     x = jnp.array([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 4)
-    out = transformer.rope(x, jnp.array([[2]]), 100.0)[0, 0, 0]
+    out = rope(x, jnp.array([[2]]), 100.0)[0, 0, 0]
     angle = np.array([2.0, 0.2])
     wanted = [np.cos(angle) * [1, 2] - np.sin(angle) * [3, 4], np.cos(angle) * [3, 4] + np.sin(angle) * [1, 2]]
     close(out, np.concatenate(wanted), 1e-5)
     q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
 
     def score(i, j):
-        return jnp.sum(transformer.rope(q, jnp.array([[i]]), 1e4) * transformer.rope(k, jnp.array([[j]]), 1e4))
+        return jnp.sum(rope(q, jnp.array([[i]]), 1e4) * rope(k, jnp.array([[j]]), 1e4))
 
     close(score(7, 3), score(104, 100), 1e-4)
 
 
 def test_norm_and_feed_forward_by_hand():
-    close(
-        transformer.rms_norm(jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0]), 0.0), np.array([3, 8]) / np.sqrt(12.5), 1e-6
-    )
+    close(rms_norm(jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0]), 0.0), np.array([3, 8]) / np.sqrt(12.5), 1e-6)
     layer = {
         "ffn_norm": jnp.ones(2),
         "gate": jnp.array([[1.0], [0.0]]),

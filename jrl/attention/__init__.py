@@ -65,6 +65,9 @@ def attend(
     check_window(window, causal)
     batch, length, num_keys = q.shape[0], q.shape[1], k.shape[1]
     checks.positive_int("q_offset", q_offset, at_least=0)
+    own = (
+        kv_segment_ids is None and kv_valid is None and (length == num_keys or (segment_ids is None and valid is None))
+    )
     if length == num_keys:
         kv_segment_ids = segment_ids if kv_segment_ids is None else kv_segment_ids
         kv_valid = valid if kv_valid is None else kv_valid
@@ -78,7 +81,7 @@ def attend(
         k_seg = jnp.zeros((batch, num_keys), jnp.int32)
     rule = Rule(causal, window, q_start=q_offset)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    match _choose(implementation, q, k, v, rule, q_seg is not None):
+    match _choose(implementation, q, k, v, rule, q_seg is not None, own):
         case "reference":
             return dense(q, k, v, q_seg, k_seg, rule, scale)
         case "xla":
@@ -89,13 +92,15 @@ def attend(
             return platforms.cudnn(q, k, v, rule, scale)
 
 
-def _choose(name: Implementation | None, q: Array, k: Array, v: Array, rule: Rule, segmented: bool) -> Implementation:
+def _choose(
+    name: Implementation | None, q: Array, k: Array, v: Array, rule: Rule, segmented: bool, own: bool
+) -> Implementation:
     """The implementation to use. Raises ``ValueError`` for a named one that cannot."""
     platform = jax.default_backend()
     if name is not None:
         checks.one_of("implementation", name, get_args(Implementation))
     if name in (None, "pallas_tpu"):
-        reason = platforms.why_not_splash(q, k, v, rule)
+        reason = platforms.why_not_splash(q, k, v, rule, own)
         if name and reason:
             raise ValueError(f"implementation='pallas_tpu' cannot do this: {reason}")
         if name or (platform == "tpu" and not reason):

@@ -42,6 +42,10 @@ def init(
 
 def put(rows: Array, new: Array, position: Array) -> Array:
     """``rows [B, R, ...]`` with ``new [B, ...]`` written at ``position % R``; position is int32 ``[]`` or ``[B]``."""
+    if new.shape != (rows.shape[0], *rows.shape[2:]):
+        raise ValueError(
+            f"a cache of {list(rows.shape)} takes {[rows.shape[0], *rows.shape[2:]]}; got {list(new.shape)}"
+        )
     at = position % rows.shape[1]
     if jnp.ndim(at) == 0:
         return jax.lax.dynamic_update_slice_in_dim(rows, new[:, None].astype(rows.dtype), at, 1)
@@ -86,6 +90,10 @@ def decode_step(
     """
     batch, heads, dim = q.shape
     capacity, kv_heads = cache.k.shape[1:3]
+    if cache.k.shape[0] != batch or heads % kv_heads or cache.k.shape[3] != dim:
+        raise ValueError(f"the query {list(q.shape)} does not fit the cache's keys {list(cache.k.shape)}")
+    if window is not None:
+        checks.positive_int("window", window)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     visible = seen(position, start, window, batch, capacity)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)

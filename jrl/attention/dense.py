@@ -30,6 +30,7 @@ def masked_softmax(scores: Array, seen: Array) -> Array:
     seen = jnp.broadcast_to(seen, scores.shape)
     scores = jnp.where(seen, scores, -jnp.inf)
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    largest = jnp.where(jnp.isneginf(largest), 0.0, largest)
     weight = jnp.where(seen, jnp.exp(jnp.where(seen, scores - largest, 0.0)), 0.0)
     total = weight.sum(-1, keepdims=True)
     return weight / jnp.where(total > 0, total, 1.0)

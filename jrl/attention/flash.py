@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.attention.visibility import NO_KEY, NO_QUERY, Rule
+from jrl.attention.visibility import NO_KEY, NO_QUERY, Rule, spread
 
 Array = jax.Array
 
@@ -90,7 +90,8 @@ def _forward(q, k, v, q_segments, k_segments, rule, scale, rows, columns):
             jnp.zeros(shape, wide),
             jnp.zeros((*shape, v.shape[-1]), wide),
         )
-        m, total, out = jax.lax.fori_loop(*_key_blocks(rule, i, rows, columns, k.shape[2]), step, start)
+        blocks = _key_blocks(rule, i, rows, columns, k.shape[2])
+        m, total, out = jax.lax.fori_loop(*blocks, step, spread(start, q))
         out = out / jnp.where(total > 0, total, 1.0)[..., None]
         return out.astype(v.dtype), jnp.where(total > 0, m + jnp.log(jnp.where(total > 0, total, 1.0)), jnp.inf)
 
@@ -123,12 +124,12 @@ def _backward(rule, scale, rows, columns, saved, d_out):
             part = jnp.einsum("bktgs,bktgd->bksd", p.astype(d_i.dtype), d_i, preferred_element_type=wide)
             return dq, dk, _add(dv, j, part, columns)
 
-        dq = jnp.zeros(q_i.shape, wide)
+        dq = spread(jnp.zeros(q_i.shape, wide), q)
         dq, dk, dv = jax.lax.fori_loop(*_key_blocks(rule, i, rows, columns, k.shape[2]), step, (dq, *carry))
         return (dk, dv), dq.astype(q.dtype)
 
     start = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
-    (dk, dv), dq = jax.lax.scan(of_queries, start, jnp.arange(q.shape[2] // rows))
+    (dk, dv), dq = jax.lax.scan(of_queries, spread(start, q), jnp.arange(q.shape[2] // rows))
     return _join(dq), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 

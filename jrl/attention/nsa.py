@@ -13,7 +13,8 @@ Equation 9 is written here for blocks counted from 0, where the paper's ``-m-n``
 gradient through the choice; ties go to the lowest index. Each branch may have its own keys and values, as in the paper.
 
 With ``segment_ids`` (episodes, packed sequences) nothing is seen beyond the segment: a block of compression that began
-before it is not seen, and its first block is the one with its first token. Segments must be contiguous.
+before it is not seen, and its first block is the one with its first token. Segments must be contiguous. Blocks begin at
+multiples of l' and d in the whole sequence, so that a segment is cut into them by where it lies.
 """
 
 import functools
@@ -27,7 +28,7 @@ from jrl import checks
 from jrl.attention import platforms
 from jrl.attention.dense import group, masked_softmax
 from jrl.attention.flash import flash
-from jrl.attention.visibility import Rule, check_shapes
+from jrl.attention.visibility import NO_QUERY, Rule, check_shapes, segments, spread
 
 Array = jax.Array
 Implementation = Literal["xla", "pallas_tpu"]
@@ -119,6 +120,15 @@ def init(key: Array, config: Config, head_dim: int, value_dim: int, hidden: int 
 
     key_k, key_v = jax.random.split(key)
     return {"k": of(key_k, head_dim), "v": of(key_v, value_dim)}
+
+
+def check_phi(params: Any, config: Config) -> None:
+    """Raise ``ValueError`` unless these are parameters of the configured phi."""
+    if bool(params) != (config.pooling == "mlp"):
+        given = "parameters of an mlp" if params else "no parameters"
+        raise ValueError(
+            f"nsa.pooling={config.pooling} does not go with {given}: take those of nsa.init(key, config, ...)"
+        )
 
 
 def phi(params: Any, block: Array) -> Array:
@@ -252,7 +262,7 @@ def _backward(scale, rows, saved, d_out):
         return carry, dq.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
-    (dk, dv), dq = jax.lax.scan(chunk, zeros, jnp.arange(q.shape[2] // rows))
+    (dk, dv), dq = jax.lax.scan(chunk, spread(zeros, q), jnp.arange(q.shape[2] // rows))
     return _join(dq), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
 
 
@@ -317,11 +327,19 @@ def attend(
             raise ValueError(
                 f"native sparse attention takes as many keys as queries; got {k.shape[1]} and {q.shape[1]}"
             )
+        if (k.shape[2], v.shape[3]) != (streams[0].shape[2], streams[1].shape[3]):
+            raise ValueError(
+                "the branches must have one number of key heads and one width of values; got "
+                + ", ".join(f"{name} {list(x.shape)}" for name, x in streams._asdict().items())
+            )
+    check_phi(params, config)
+    checks.positive_int("chunk", chunk)
     if gates.shape != (*q.shape[:3], 3):
         raise ValueError(f"gates must be {[*q.shape[:3], 3]}: compression, selection, window; got {list(gates.shape)}")
     (batch, length), dim = q.shape[:2], q.shape[3]
     scale = dim**-0.5 if scale is None else scale
     t = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+    segment_ids = segments("token", batch, length, segment_ids, None, NO_QUERY)
     start = jnp.zeros_like(t) if segment_ids is None else segment_starts(segment_ids)
     chosen = choose(implementation, q, streams, config)
     near = _window(q, streams, segment_ids, Rule(window=config.window), scale, chosen, interpret)

@@ -98,6 +98,8 @@ def decode_step(
     written before.
     """
     batch, heads, dim = q.shape
+    if gates.shape != (batch, heads, 3):
+        raise ValueError(f"gates must be {[batch, heads, 3]}: compression, selection, window; got {list(gates.shape)}")
     scale = dim**-0.5 if scale is None else scale
     t, begin = per_row(position, batch)[:, None], per_row(start, batch)[:, None]
     one = q[:, None]

@@ -12,8 +12,10 @@ Array = jax.Array
 LANES = 128  # splash attention's blocks are multiples of it
 
 
-def why_not_splash(q: Array, k: Array, v: Array, rule: Rule) -> str | None:
-    """What keeps splash attention from computing this, or None."""
+def why_not_splash(q: Array, k: Array, v: Array, rule: Rule, own: bool = True) -> str | None:
+    """What keeps splash attention from computing this, or None; ``own`` says that no query is without a key but padding."""
+    if not own:
+        return "queries and keys must be the same tokens where they have segments or padding"
     for name, length in (("queries", q.shape[1]), ("keys", k.shape[1])):
         if length % LANES:
             return f"it takes a multiple of {LANES} {name}, got {length}"
@@ -21,6 +23,8 @@ def why_not_splash(q: Array, k: Array, v: Array, rule: Rule) -> str | None:
         return f"it takes float32 and bfloat16, got {q.dtype}"
     if rule.k_step != 1:
         return "its keys stand one position apart"
+    if rule.window is not None and rule.q_start != rule.k_start:
+        return "with a window its queries must stand at the keys' positions"
     return None
 
 

@@ -16,8 +16,9 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 def rope(x: Array, position: Array, theta: float) -> Array:
     """Rotary positions of heads ``[..., T, H, D]`` at ``position [..., T]``: halves rotated by ``p theta^(-2i/D)`` (2104.09864, eq. 34)."""
     half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (position[..., None].astype(jnp.float32) * frequency.reshape((1,) * position.ndim + (half,)))[..., None, :]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
+    angle = (position[..., None].astype(wide) * frequency.reshape((1,) * position.ndim + (half,)))[..., None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    a, b = x[..., :half].astype(wide), x[..., half:].astype(wide)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -16,6 +16,8 @@ No exponent is above 0.
 import jax
 import jax.numpy as jnp
 
+from jrl.attention.visibility import spread
+
 Array = jax.Array
 
 
@@ -65,24 +67,32 @@ def mix(
 
     before = jnp.tril(jnp.ones((chunk, chunk), bool), -1)
 
+    def gaps(log_w: Array) -> tuple[Array, Array]:
+        """``W_{t-1} - W_i`` for i before t, ``[B, t, i, H, D]``, and ``W_last - W_i``: summed, not subtracted, which would
+        cancel where a token fades all."""
+        after = jnp.where(before[None, :, :, None, None], log_w[:, :, None], 0.0)  # of token t, if it is after i
+        total = jnp.cumsum(after, axis=1)
+        return jnp.pad(total[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * 3), total[:, -1]
+
     def step(state: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
         r, k, v, log_w, first = part
         fade = jnp.cumsum(log_w, axis=1)  # W_t
-        earlier = fade - log_w  # W_{t-1}
+        earlier = jnp.pad(fade[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)])  # W_{t-1}
+        between, after = gaps(log_w)
         episode = jnp.cumsum(first, axis=1)  # nothing goes over the start of an episode
         carried = (episode == 0)[:, :, None, None]
         y = jnp.einsum("bthd,bhdv->bthv", jnp.where(carried, r * jnp.exp(earlier), 0.0), state)
         pairs = before[None] & (episode[:, :, None] == episode[:, None, :])
-        gap = jnp.where(pairs[..., None, None], earlier[:, :, None] - fade[:, None, :], -jnp.inf)
+        gap = jnp.where(pairs[..., None, None], between, -jnp.inf)
         scores = jnp.einsum("bthd,bihd,btihd->btih", r, k, jnp.exp(gap))
         y = y + jnp.einsum("btih,bihv->bthv", scores, v)
         own = jnp.sum(r * jnp.broadcast_to(u.astype(wide)[None, None], r.shape) * k, axis=-1, keepdims=True)
         y = y + own * v
         last = episode[:, -1:]
-        kept = jnp.where((episode == last)[:, :, None, None], jnp.exp(fade[:, -1:] - fade), 0.0)
+        kept = jnp.where((episode == last)[:, :, None, None], jnp.exp(after), 0.0)
         old = jnp.where((last == 0)[..., None, None], jnp.exp(fade[:, -1])[..., None], 0.0)
         return old * state + jnp.einsum("bthd,bthv->bhdv", k * kept, v), y
 
     parts = (*(split(x, wide) for x in (r, k, v, log_w)), split(first, bool))
-    end, y = jax.lax.scan(step, begin, parts)
+    end, y = jax.lax.scan(step, spread(begin, r), parts)
     return jnp.moveaxis(y, 0, 1).reshape(batch, -1, heads, v.shape[-1])[:, :length], end

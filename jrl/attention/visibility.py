@@ -1,6 +1,6 @@
 """Which key a query sees: one rule for every kind of attention."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,12 @@ def segments(name: str, batch: int, length: int, ids: Array | None, valid: Array
         return None
     ids = jnp.zeros((batch, length), jnp.int32) if ids is None else ids.astype(jnp.int32)
     return ids if valid is None else jnp.where(valid, ids, padding)
+
+
+def spread(x: Any, like: Array) -> Any:
+    """Constants as varying over the axes of ``shard_map`` that ``like`` varies over, so that a loop may carry them."""
+    zero = jnp.where(jnp.isnan(like[(0,) * like.ndim]), 0, 0)  # no constant for the tracer, one for the compiler
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), x)
 
 
 def check_shapes(q: Array, k: Array, v: Array) -> None:

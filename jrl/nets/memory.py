@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 from jrl import checks
 from jrl.attention import attend, nsa
+from jrl.attention.rotary import rms_norm, rope
 from jrl.attention.visibility import NO_KEY
-from jrl.nets import transformer
+from jrl.nets import mixers, transformer
 
 Array = jax.Array
 Kind = Literal["none", "dense", "nsa"]
@@ -53,6 +54,10 @@ class AttentionConfig:
             checks.positive_int(f"network.attention.{name}", getattr(self, name))
         checks.positive_int("network.attention.window", self.window, at_least=0)
         if self.kind == "nsa":
+            if self.block > 1 and self.block % 2:
+                raise ValueError(
+                    f"network.attention.block must be 1 or even, for blocks half as far apart; got {self.block}"
+                )
             self.sparse()
 
     def sparse(self) -> nsa.Config:
@@ -139,8 +144,8 @@ class AttentionMemory(nn.Module):
         keys, values = [], []
         for i in range(self.config.num_layers):
             layer = jax.tree.map(lambda p, i=i: p[i], params["layers"])
-            y = transformer.rms_norm(x, layer["attention_norm"], shape.norm_eps)
-            q, k, v = transformer.project(layer, y, shape)
+            y = rms_norm(x, layer["attention_norm"], shape.norm_eps)
+            q, k, v = mixers.project(layer, y, shape)
             past_k, past_v = (jnp.moveaxis(m[:, :, i], 2, 0).astype(k.dtype) for m in (memory.k, memory.v))
             k, v = jnp.concatenate([past_k, k], axis=2), jnp.concatenate([past_v, v], axis=2)
             keys.append(jnp.moveaxis(k, 0, 2))
@@ -148,7 +153,7 @@ class AttentionMemory(nn.Module):
             mixed = self._mix(layer, y, q, k, v, episode, position, memory.steps, shape)
             x = x + transformer.out(layer, mixed)
             x = x + transformer.ffn(layer, x, shape)
-        x = transformer.rms_norm(x, params["norm"], shape.norm_eps)
+        x = rms_norm(x, params["norm"], shape.norm_eps)
         line = Timeline(jnp.stack(keys, axis=2), jnp.stack(values, axis=2), episode, position, memory.steps)
         return line, jnp.swapaxes(x, 0, 1)
 
@@ -156,8 +161,8 @@ class AttentionMemory(nn.Module):
         """Attention of queries ``[B, T, H, D]`` to the timeline of each branch ``[n, B, context + T, K, D]``."""
         context, length = self.config.context, k.shape[2]
         at = jnp.arange(length)[None]
-        q = transformer.rope(q, position[:, context:], shape.rope_theta)
-        k = transformer.rope(k, position[None], shape.rope_theta)
+        q = rope(q, position[:, context:], shape.rope_theta)
+        k = rope(k, position[None], shape.rope_theta)
         horizon = context + 1
         if self.config.kind == "dense":
             window = min(self.config.window or horizon, horizon)
@@ -173,7 +178,7 @@ class AttentionMemory(nn.Module):
         t = jnp.broadcast_to(at[:, context:], starts.shape)
         start = jnp.maximum(starts, t - context) + shift[:, None]
         streams = nsa.Streams(place(k[0]), place(v[0]), place(k[1]), place(v[1]), k[2], v[2])
-        gates = transformer.branch_gates(layer, y)
+        gates = mixers.branch_gates(layer, y)
         return nsa.mix(layer["compress"], q, streams, gates, near, t + shift[:, None], start, sparse)
 
 

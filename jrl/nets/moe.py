@@ -56,6 +56,11 @@ class Config:
                 f"moe.groups must divide moe.experts = {self.experts} and be at least moe.chosen_groups = "
                 f"{self.chosen_groups}; got {self.groups}"
             )
+        within = self.chosen_groups * self.experts // self.groups
+        if self.experts and self.chosen > within:
+            raise ValueError(f"moe.chosen must be at most the {within} experts of moe.chosen_groups; got {self.chosen}")
+        if self.groups > 1 and self.scores == "softmax":
+            raise ValueError("moe.groups needs moe.scores=sigmoid")
 
 
 def shapes(config: Config, dim: int) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
@@ -81,7 +86,8 @@ def shapes(config: Config, dim: int) -> dict[str, tuple[tuple[int, ...], tuple[s
 
 def route(params: Any, x: Array, config: Config) -> tuple[Array, Array]:
     """Experts of each token, int32 ``[N, k]``, and their weights, float32 ``[N, k]``, for tokens ``[N, dim]``."""
-    logits = jnp.matmul(x, params["router"].astype(x.dtype), preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # half a width would send tokens elsewhere
+    logits = jnp.matmul(x.astype(wide), params["router"].astype(wide))
     if config.scores == "softmax":
         best, chosen = jax.lax.top_k(logits, config.chosen)
         return chosen, jax.nn.softmax(best) * config.scale

@@ -1,0 +1,298 @@
+"""How tokens of a decoder see each other, one record a kind: its parameters, a whole sequence, and one token behind a cache.
+
+    dense, window   keys and values of every token, or of the last ones
+    nsa             native sparse attention (2502.11089): three pairs of them, of which a query reads a few blocks
+    mla             multi-head latent attention (2405.04434): one small latent a token
+    rwkv            RWKV-6 time mixing (2404.05892): a state of one size, and the token before
+
+All take the normalized stream ``[B, T, dim]`` (a step: ``[B, dim]``) and give heads ``[..., H, width]`` for the output projection.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl.attention import attend, mla, nsa, nsa_cache, rwkv
+from jrl.attention import cache as kv_cache
+from jrl.attention.rotary import rms_norm, rope
+
+Array = jax.Array
+
+
+class Leaf(NamedTuple):
+    """Shape of a parameter, the names of its axes, and its standard deviation at the start (None for ones, 0 for zeros)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    std: float | None
+
+
+class Tokens(NamedTuple):
+    """Where tokens stand: ``position`` int ``[B, T]``, and what hides them from each other (or None), as in ``attend``."""
+
+    position: Array
+    segment_ids: Array | None
+    valid: Array | None
+
+
+class Mixer(NamedTuple):
+    """One kind of mixing; ``config`` is the decoder's.
+
+    Attributes:
+        leaves: ``config -> {name: Leaf}`` of a layer, or a tree of them.
+        sequence: ``(layer, y [B, T, dim], tokens, config) -> [B, T, H, width]``.
+        init_cache: ``(config, batch, capacity, dtype) -> cache`` of a layer.
+        step: ``(layer, y [B, dim], cache, position, start, config) -> ([B, H, width], cache)``.
+    """
+
+    leaves: Callable[[Any], dict[str, Any]]
+    sequence: Callable[[Any, Array, Tokens, Any], Array]
+    init_cache: Callable[[Any, int, int, Any], Any]
+    step: Callable[[Any, Array, Any, Array, Array | int, Any], tuple[Array, Any]]
+
+
+# Queries, keys and values of each token
+
+
+def projections(config: Any) -> dict[str, Any]:
+    """Parameters of ``project``, for ``config.branches`` pairs of keys and values."""
+    d, h, k, w, n = config.dim, config.num_heads, config.num_kv_heads, config.width, config.branches
+    found = {
+        "q": Leaf((d, h, w), ("dim", "heads", "head_dim"), d**-0.5),
+        "k": Leaf((n, d, k, w), ("branch", "dim", "kv_heads", "head_dim"), d**-0.5),
+        "v": Leaf((n, d, k, w), ("branch", "dim", "kv_heads", "head_dim"), d**-0.5),
+    }
+    if config.qkv_bias:
+        found["q_bias"] = Leaf((h, w), ("heads", "head_dim"), 0.0)
+        found["k_bias"] = found["v_bias"] = Leaf((n, k, w), ("branch", "kv_heads", "head_dim"), 0.0)
+    if config.qk_norm:
+        found["q_norm"] = found["k_norm"] = Leaf((w,), ("head_dim",), None)
+    return found
+
+
+def project(layer: Any, x: Array, config: Any) -> tuple[Array, Array, Array]:
+    """Queries ``[..., H, D]``, keys and values ``[n, ..., K, D]`` of each branch, without positions."""
+    p = lambda name: layer[name].astype(x.dtype)  # noqa: E731
+    q = jnp.einsum("...d,dhw->...hw", x, p("q"))
+    k, v = (jnp.einsum("...d,ndhw->n...hw", x, p(name)) for name in ("k", "v"))
+    if config.qkv_bias:
+        q = q + jnp.broadcast_to(p("q_bias"), q.shape)
+        k, v = (
+            y + p(f"{name}_bias").reshape(y.shape[0], *(1,) * (x.ndim - 1), *y.shape[-2:])
+            for name, y in (("k", k), ("v", v))
+        )
+    if config.qk_norm:
+        q, k = (rms_norm(y, layer[f"{name}_norm"], config.norm_eps) for name, y in (("q", q), ("k", k)))
+    return q, k, v
+
+
+def _placed(layer: Any, y: Array, tokens: Tokens, config: Any) -> tuple[Array, Array, Array]:
+    q, k, v = project(layer, y, config)
+    return rope(q, tokens.position, config.rope_theta), rope(k, tokens.position[None], config.rope_theta), v
+
+
+def _placed_step(layer: Any, y: Array, position: Array, start: Array | int, config: Any) -> tuple[Array, Array, Array]:
+    """Of one token; rotary positions count from ``start``."""
+    at = kv_cache.per_row(position, len(y)) - kv_cache.per_row(start, len(y))
+    q, k, v = _placed(layer, y[:, None], Tokens(at[:, None], None, None), config)
+    return q[:, 0], k[:, :, 0], v[:, :, 0]
+
+
+# Dense and window
+
+
+def _sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array:
+    q, k, v = _placed(layer, y, tokens, config)
+    return attend(
+        q,
+        k[0],
+        v[0],
+        causal=config.causal,
+        window=_window(config),
+        segment_ids=tokens.segment_ids,
+        valid=tokens.valid,
+        implementation=config.implementation,
+    )
+
+
+def _init_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
+    rows = min(capacity, _window(config) or capacity)
+    return kv_cache.init(batch, rows, config.num_kv_heads, config.width, dtype=dtype)
+
+
+def _step(layer: Any, y: Array, cache: Any, position: Array, start: Array | int, config: Any) -> tuple[Array, Any]:
+    q, k, v = _placed_step(layer, y, position, start, config)
+    cache = kv_cache.write(cache, k[0], v[0], position)
+    return kv_cache.decode_step(q, cache, position, start=start, window=_window(config)), cache
+
+
+def _window(config: Any) -> int | None:
+    return config.window if config.attention == "window" else None
+
+
+# Native sparse attention
+
+
+def _sparse_leaves(config: Any) -> dict[str, Any]:
+    d, h = config.dim, config.num_heads
+    phi = jax.eval_shape(lambda: nsa.init(jax.random.key(0), config.sparse, config.width, config.width))
+
+    def leaf(path: Any, x: Any) -> Leaf:
+        name = path[-1].key
+        std = 0.02 if name == "position" else 0.0 if name.startswith("b_") else x.shape[0] ** -0.5
+        return Leaf(x.shape, ("compress",) * x.ndim, std)
+
+    return projections(config) | {
+        "branch_gate": Leaf((d, h, 3), ("dim", "heads", "branch"), d**-0.5),
+        "branch_gate_bias": Leaf((h, 3), ("heads", "branch"), 0.0),
+        "compress": jax.tree_util.tree_map_with_path(leaf, phi),
+    }
+
+
+def branch_gates(layer: Any, x: Array) -> Array:
+    """NSA's gates ``[..., H, 3]``: a sigmoid for each head and branch (2502.11089, section 3.3)."""
+    gate = jnp.einsum("...d,dhn->...hn", x, layer["branch_gate"].astype(x.dtype))
+    return jax.nn.sigmoid(gate + jnp.broadcast_to(layer["branch_gate_bias"].astype(x.dtype), gate.shape))
+
+
+def _streams(k: Array, v: Array) -> nsa.Streams:
+    """Of as many branches as there are, one shared by all or each its own."""
+    pairs = [(k[i % len(k)], v[i % len(v)]) for i in range(3)]
+    return nsa.Streams(*(x for pair in pairs for x in pair))
+
+
+def _sparse_sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array:
+    if tokens.valid is not None:
+        raise ValueError("valid: native sparse attention takes padding as a segment of its own, in segment_ids")
+    q, k, v = _placed(layer, y, tokens, config)
+    gates, implementation = branch_gates(layer, y), config.implementation
+    return nsa.attend(
+        layer["compress"],
+        q,
+        _streams(k, v),
+        gates,
+        config.sparse,
+        segment_ids=tokens.segment_ids,
+        implementation=implementation,
+    )
+
+
+def _sparse_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
+    return nsa_cache.init(config.sparse, batch, capacity, config.num_kv_heads, config.width, dtype=dtype)
+
+
+def _sparse_step(layer: Any, y: Array, cache: Any, position: Array, start: Array | int, config: Any):
+    q, k, v = _placed_step(layer, y, position, start, config)
+    cache = nsa_cache.write(layer["compress"], cache, _streams(k, v), position, config.sparse)
+    gates = branch_gates(layer, y)
+    return nsa_cache.decode_step(q, gates, cache, position, config.sparse, start=start), cache
+
+
+# Latent attention
+
+
+def _latent_leaves(config: Any) -> dict[str, Any]:
+    shapes = jax.eval_shape(lambda: mla.init(jax.random.key(0), config.latent, config.dim, config.num_heads))
+    names = {3: ("latent", "heads", "head_dim"), 2: ("dim", "latent"), 1: ("latent",)}
+    leaf = lambda x: Leaf(x.shape, names[x.ndim], None if x.ndim == 1 else x.shape[0] ** -0.5)  # noqa: E731
+    return {"latent": jax.tree.map(leaf, shapes)}
+
+
+def _latent_sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array:
+    return mla.attend(layer["latent"], y, config.latent, positions=tokens.position, segment_ids=tokens.segment_ids,
+                      valid=tokens.valid)  # fmt: skip
+
+
+def _latent_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
+    return mla.init_cache(config.latent, batch, capacity, dtype)
+
+
+def _latent_step(layer: Any, y: Array, cache: Any, position: Array, start: Array | int, config: Any):
+    params, y = layer["latent"], y[:, None]
+    at = (kv_cache.per_row(position, len(y)) - kv_cache.per_row(start, len(y)))[:, None]
+    latent, key = mla.latents(params, y, at, config.latent)
+    nope, turned = mla.queries(params, y, at, config.latent)
+    cache = mla.write(cache, latent[:, 0], key[:, 0], position)
+    return mla.decode_step(params, nope[:, 0], turned[:, 0], cache, position, config.latent, start=start), cache
+
+
+# RWKV
+
+
+class Recurrent(NamedTuple):
+    """What RWKV remembers: a matrix of each head ``[B, H, D, D]`` and the token before ``[B, dim]``."""
+
+    state: Array
+    before: Array
+
+
+MIXED = ("r", "k", "v", "w", "g")  # each sees its own mixture of the token and the one before it
+DECAY_RANK = 16
+
+
+def _rwkv_leaves(config: Any) -> dict[str, Any]:
+    d, h, w = config.dim, config.num_heads, config.width
+    found = {x: Leaf((d, h, w), ("dim", "heads", "head_dim"), d**-0.5) for x in ("r", "k", "v", "g")}
+    return found | {
+        "shift": Leaf((len(MIXED), d), ("mixed", "dim"), 0.0),
+        "decay": Leaf((h, w), ("heads", "head_dim"), 0.0),
+        "decay_down": Leaf((d, DECAY_RANK), ("dim", "rank"), d**-0.5),
+        "decay_up": Leaf((DECAY_RANK, h, w), ("rank", "heads", "head_dim"), 0.1 * DECAY_RANK**-0.5),
+        "bonus": Leaf((h, w), ("heads", "head_dim"), 0.1),
+        "head_norm": Leaf((h, w), ("heads", "head_dim"), None),
+    }
+
+
+def _rwkv_inputs(layer: Any, y: Array, before: Array) -> tuple[Array, ...]:
+    """r, k, v, log w and the gate, ``[..., H, D]`` (2404.05892, eq. 14-17): the decay ``exp(-exp(w))`` depends on the token."""
+    p = lambda name: layer[name].astype(y.dtype)  # noqa: E731
+    share = jax.nn.sigmoid(p("shift"))
+    x = {m: y + (before - y) * jnp.broadcast_to(share[i], y.shape) for i, m in enumerate(MIXED)}
+    r, k, v, g = (jnp.einsum("...d,dhw->...hw", x[m], p(m)) for m in ("r", "k", "v", "g"))
+    low = jnp.tanh(x["w"] @ p("decay_down"))
+    w = jnp.einsum("...n,nhw->...hw", low, p("decay_up"))
+    w = (w + jnp.broadcast_to(p("decay"), w.shape)).astype(jnp.promote_types(w.dtype, jnp.float32))
+    return r, k, v, -jnp.exp(w - 2.0), g
+
+
+def _rwkv_out(layer: Any, mixed: Array, gate: Array, config: Any) -> Array:
+    """Each head normalized, times ``silu`` of the gate (eq. 20)."""
+    return rms_norm(mixed, layer["head_norm"], config.norm_eps).astype(gate.dtype) * jax.nn.silu(gate)
+
+
+def _rwkv_sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array:
+    if tokens.valid is not None:
+        raise ValueError("valid: rwkv takes padding as a segment of its own, in segment_ids")
+    first = jnp.zeros(y.shape[:2], bool).at[:, 0].set(True)
+    if (ids := tokens.segment_ids) is not None:
+        first = first.at[:, 1:].set(ids[:, 1:] != ids[:, :-1])
+    before = jnp.where(first[..., None], 0, jnp.pad(y[:, :-1], [(0, 0), (1, 0), (0, 0)]))
+    r, k, v, log_w, gate = _rwkv_inputs(layer, y, before)
+    mixed, _ = rwkv.mix(r, k, v, log_w, layer["bonus"], first=first)
+    return _rwkv_out(layer, mixed, gate, config)
+
+
+def _rwkv_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
+    wide = jnp.promote_types(dtype, jnp.float32)  # a sum over the whole past
+    heads = (batch, config.num_heads, config.width, config.width)
+    return Recurrent(jnp.zeros(heads, wide), jnp.zeros((batch, config.dim), dtype))
+
+
+def _rwkv_step(layer: Any, y: Array, cache: Any, position: Array, start: Array | int, config: Any):
+    first = kv_cache.per_row(position, len(y)) == kv_cache.per_row(start, len(y))
+    before = jnp.where(first[:, None], 0, cache.before.astype(y.dtype))
+    r, k, v, log_w, gate = _rwkv_inputs(layer, y, before)
+    mixed, state = rwkv.recur(r, k, v, log_w, layer["bonus"], cache.state, first)
+    return _rwkv_out(layer, mixed, gate, config), Recurrent(state, y.astype(cache.before.dtype))
+
+
+_DENSE = Mixer(projections, _sequence, _init_cache, _step)
+MIXERS = {
+    "dense": _DENSE,
+    "window": _DENSE,
+    "nsa": Mixer(_sparse_leaves, _sparse_sequence, _sparse_cache, _sparse_step),
+    "mla": Mixer(_latent_leaves, _latent_sequence, _latent_cache, _latent_step),
+    "rwkv": Mixer(_rwkv_leaves, _rwkv_sequence, _rwkv_cache, _rwkv_step),
+}
