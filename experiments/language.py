@@ -1,0 +1,200 @@
+"""Small language models by kind of attention: do they reach the same loss, and do they find a needle in a haystack?
+
+    bash scripts/run experiments/language.py                          this project's own text, byte by byte: loss by kind
+    bash scripts/run experiments/language.py --task needle            one token among 4,096 is asked for at the end
+    bash scripts/run experiments/language.py --task needle --length 16384
+
+The needle is trained at a sixteenth of its length first, then at all of it; window attention cannot reach it. Leaves language.png
+(or needle.png) and a table in the folder.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from jrl import checks, optim
+from jrl.attention import nsa
+from jrl.nets import transformer
+from jrl.run import cli, plot, report
+
+Array = jax.Array
+Draw = Callable[[Array], tuple[Array, Array]]  # key -> tokens [B, T + 1], weight of each prediction [B, T]
+ROOT = Path(__file__).parents[1]
+FILLER, VALUES = 48, 16  # tokens of the haystack, needles; one more asks
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train small decoders that differ in their attention alone.
+
+    Attributes:
+        task: text or needle.
+        kinds: of dense, window, nsa, mla, rwkv.
+        length: tokens of a sequence; default 256 for text and 4096 for needle.
+        steps: gradient steps; default 400 for text, 600 for needle (half of them short).
+        batch_size: sequences of a step; default 8 for text and 2 for needle.
+        dim: width.
+        num_layers: layers.
+        learning_rate: of AdamW, with warm-up and a cosine to a tenth.
+        seed: of everything.
+        folder: default runs/language-TASK.
+    """
+
+    task: Literal["text", "needle"] = "text"
+    kinds: tuple[str, ...] = ("dense", "nsa")
+    length: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    dim: int = 160
+    num_layers: int = 4
+    learning_rate: float = 2e-3
+    seed: int = 0
+    folder: Path | None = None
+
+
+def decoder(kind: Any, args: Args, vocab_size: int, sparse: nsa.Config) -> transformer.Config:
+    return transformer.Config(
+        vocab_size=vocab_size,
+        dim=args.dim,
+        num_layers=args.num_layers,
+        num_heads=4,
+        num_kv_heads=1,
+        attention=kind,
+        window=sparse.window,
+        sparse=sparse,
+        shared_kv=True,
+    )
+
+
+def text() -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of this project's files, as tokens: to train on, and the last tenth of each file to test on."""
+    files = [ROOT / "README.md", *sorted(ROOT.glob("jrl/**/*.py")), *sorted(ROOT.glob("tests/*.py"))]
+    parts = [np.frombuffer(f.read_bytes(), np.uint8) for f in files]
+    cut = [len(p) * 9 // 10 for p in parts]
+    return (
+        np.concatenate([p[:c] for p, c in zip(parts, cut, strict=True)]),
+        np.concatenate([p[c:] for p, c in zip(parts, cut, strict=True)]),
+    )
+
+
+def pieces(data: np.ndarray, batch_size: int, length: int) -> Draw:
+    """Draws sequences from anywhere in the data."""
+    tokens = jnp.asarray(data)
+
+    def draw(key: Array) -> tuple[Array, Array]:
+        begin = jax.random.randint(key, (batch_size, 1), 0, len(data) - length - 1)
+        return tokens[begin + jnp.arange(length + 1)[None]].astype(jnp.int32), jnp.ones((batch_size, length))
+
+    return draw
+
+
+def haystack(batch_size: int, length: int) -> Draw:
+    """Filler, one needle anywhere in the first seven eighths, and at the end a question whose answer is the needle."""
+
+    def draw(key: Array) -> tuple[Array, Array]:
+        key_filler, key_value, key_place = jax.random.split(key, 3)
+        tokens = jax.random.randint(key_filler, (batch_size, length + 1), 0, FILLER)
+        needle = FILLER + jax.random.randint(key_value, (batch_size,), 0, VALUES)
+        place = jax.random.randint(key_place, (batch_size,), 0, length * 7 // 8)
+        tokens = tokens.at[jnp.arange(batch_size), place].set(needle)
+        tokens = tokens.at[:, length - 1].set(FILLER + VALUES).at[:, length].set(needle)
+        return tokens, jnp.zeros((batch_size, length)).at[:, -1].set(1.0)
+
+    return draw
+
+
+def losses(params: Any, tokens: Array, weight: Array, config: transformer.Config) -> tuple[Array, Array]:
+    """Mean cross-entropy in nats, and accuracy, of the predictions that count."""
+    logits = transformer.forward(params, tokens[:, :-1], config)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    right = jnp.argmax(logits, -1) == tokens[:, 1:]
+    return jnp.sum(each * weight) / weight.sum(), jnp.sum(right * weight) / weight.sum()
+
+
+def train(config: transformer.Config, stages: list[tuple[int, Draw]], args: Args) -> tuple[Any, np.ndarray]:
+    """Parameters after all stages of (steps, draw), and the loss of each step."""
+    params = transformer.init(jax.random.key(args.seed), config)
+    chosen = optim.OptimizerConfig("adamw", schedule="cosine", warmup=0.05)
+    total, done = sum(n for n, _ in stages), 0
+    history: list[float] = []
+    state = optim.make(chosen, optim.Hyper(), args.learning_rate, 1.0).init(params)
+    for steps, draw in stages:
+
+        @jax.jit
+        def step(params: Any, state: Any, i: Array, draw: Draw = draw) -> tuple[Any, Any, Array]:
+            factor = optim.schedule(chosen, optim.Hyper(), i / total, jnp.float32(1 / total))
+            tx = optim.make(chosen, optim.Hyper(), args.learning_rate * factor, 1.0)
+            tokens, weight = draw(jax.random.fold_in(jax.random.key(args.seed + 1), i))
+
+            both = lambda p: (losses(p, tokens, weight, config)[0],) * 2  # noqa: E731
+            now = optim.minimize(tx, both, params, state)
+            return now.params, now.opt_state, now.extra
+
+        said = time.monotonic()
+        for _ in range(steps):
+            params, state, loss = step(params, state, jnp.float32(done))
+            history.append(float(loss))
+            done += 1
+            if time.monotonic() - said > 10:
+                said = time.monotonic()
+                print(f"  {config.attention}: step {done} of {total}, loss {history[-1]:.3f}", flush=True)
+    return params, np.array(history)
+
+
+def main(argv: list[str]) -> None:
+    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    for kind in args.kinds:
+        checks.one_of("kinds", kind, get_args(transformer.Kind))
+    checks.not_empty(kinds=args.kinds)
+    is_text = args.task == "text"
+    length = args.length or (256 if is_text else 4096)
+    steps, batch = args.steps or (400 if is_text else 600), args.batch_size or (8 if is_text else 2)
+    for name, value in (("length", length), ("steps", steps), ("batch_size", batch)):
+        checks.positive_int(name, value, at_least=2)
+    if is_text:
+        data, held_out = text()
+        stages, test, vocab = [(steps, pieces(data, batch, length))], pieces(held_out, batch, length), 256
+        sparse = nsa.Config(16, 8, 16, 6, window=64)
+    else:
+        stages = [
+            (steps // 2, haystack(8 * batch, max(64, length // 16))),
+            (steps - steps // 2, haystack(batch, length)),
+        ]
+        test, vocab, sparse = haystack(batch, length), FILLER + VALUES + 1, nsa.Config(16, 8, 32, 8, window=64)
+    folder = args.folder or Path("runs") / f"language-{args.task}"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, lines = [], []
+    for kind in args.kinds:
+        config, begin = decoder(kind, args, vocab, sparse), time.monotonic()
+        params, history = train(config, stages, args)
+        score = jax.jit(lambda k, p=params, c=config: losses(p, *test(k), c))
+        scores = np.array([score(k) for k in jax.random.split(jax.random.key(args.seed + 2), 16)])
+        size = sum(x.size for x in jax.tree.leaves(params))
+        rows.append(
+            {
+                "kind": kind,
+                "parameters": f"{size:,}",
+                "tokens": length,
+                "test loss": f"{scores[:, 0].mean():.3f}",
+                "right": f"{100 * scores[:, 1].mean():.0f}%",
+                "seconds": f"{time.monotonic() - begin:.0f}",
+            }
+        )
+        smooth = np.convolve(history, np.ones(10) / 10, "valid")
+        lines.append((kind, np.arange(len(smooth)) + 10, smooth[None]))
+    name = "language" if is_text else "needle"
+    report.print_table(folder / f"{name}.csv", rows)
+    plot.draw(folder / f"{name}.png", [plot.Panel(args.task, "gradient steps", "loss, nats", lines)])
+    print(f"{folder}/{name}.png")
+
+
+if __name__ == "__main__":
+    cli.main(main)

@@ -1,0 +1,122 @@
+"""Policies that remember: PPO's return against how far back it must remember, by kind of memory.
+
+    bash scripts/run experiments/memory.py                  MemoryChain: a bit shown at first is asked for at the end
+    bash scripts/run experiments/memory.py --task recall    a symbol shown once is asked for 512 steps later
+
+Kinds: none (feed-forward), gru, window (attention to the last 64 steps), dense and nsa (native sparse attention) over the episode.
+Leaves memory.png and memory.csv in the folder; a run that is finished there is not made again.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from jrl import checks, envs, nets, run
+from jrl.algorithm import Algorithm
+from jrl.algos import ppo
+from jrl.nets.memory import AttentionConfig
+from jrl.run import cli, plot, report, stats
+
+WINDOW = 64
+KINDS = ("none", "gru", "window", "dense", "nsa")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare kinds of memory.
+
+    Attributes:
+        task: chain (MemoryChain-bsuite) or recall.
+        lengths: steps between what is shown and what is asked; default 10, 30, 100 for chain and 512 for recall.
+        kinds: of none, gru, window, dense, nsa; default: none, gru, dense, nsa for chain and gru, window, nsa for recall.
+        env_steps: budget of each seed; default 200,000 for chain and 400,000 for recall.
+        num_seeds: seeds of each.
+        seed: of all runs.
+        folder: default runs/memory-TASK.
+    """
+
+    task: Literal["chain", "recall"] = "chain"
+    lengths: tuple[int, ...] = ()
+    kinds: tuple[str, ...] = ()
+    env_steps: int | None = None
+    num_seeds: int = 4
+    seed: int = 0
+    folder: Path | None = None
+
+
+def network(kind: str, length: int) -> nets.Config:
+    """About the same size each: 64 units, and 4 heads where there is attention."""
+    if kind == "none":
+        return nets.Config(hidden=(64, 64))
+    if kind == "gru":
+        return nets.Config(hidden=(64,), gru=64)
+    context = {"window": WINDOW}.get(kind, length)
+    sparse: dict[str, Any] = {"block": 16, "select_block": 16, "selected": 4, "window": 32} if kind == "nsa" else {}
+    attention = AttentionConfig("nsa" if kind == "nsa" else "dense", context=context, **sparse)
+    return nets.Config(hidden=(64,), attention=attention)
+
+
+def chain(kind: str, length: int) -> Algorithm:
+    """PPO on MemoryChain, whose only reward, 1 or -1, comes at the end."""
+    env = envs.make("MemoryChain-bsuite", memory_length=length)
+    config = ppo.Config(num_envs=16, num_steps=64, network=network(kind, length + 2))
+    return ppo.make(env, config, ppo.Hyper(learning_rate=1e-3))
+
+
+def recall(kind: str, length: int) -> Algorithm:
+    """PPO on Recall. Each answer is rewarded at once, so nothing is discounted into the past."""
+    queries = 128
+    env = envs.make("Recall", delay=length, queries=queries)
+    config = ppo.Config(num_envs=8, num_steps=160, network=network(kind, length + queries))
+    return ppo.make(env, config, ppo.Hyper(learning_rate=1e-3, gamma=0.0, gae_lambda=0.0))
+
+
+TASKS = {
+    "chain": (chain, (10, 30, 100), ("none", "gru", "dense", "nsa"), 200_000),
+    "recall": (recall, (512,), ("gru", "window", "nsa"), 400_000),
+}
+
+
+def main(argv: list[str]) -> None:
+    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    make, lengths, kinds, steps = TASKS[args.task]
+    lengths, kinds = args.lengths or lengths, args.kinds or kinds
+    checks.positive_int("num_seeds", args.num_seeds)
+    for length in lengths:
+        checks.positive_int("lengths", length)
+    for kind in kinds:
+        checks.one_of("kinds", kind, KINDS)
+    folder = args.folder or Path("runs") / f"memory-{args.task}"
+    rows: list[dict[str, Any]] = []
+    scores: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
+    for length in lengths:
+        for kind in kinds:
+            home, begin = folder / f"{kind}-{length}", time.monotonic()
+            result = run.train(
+                make(kind, length),
+                jax.random.key(args.seed),
+                args.env_steps or steps,
+                num_seeds=args.num_seeds,
+                run_dir=home,
+                resume=home.exists(),
+            )
+            if not result.finished:
+                raise KeyboardInterrupt
+            reached = result.summary["eval"]
+            scores[kind].append(np.array(reached["per_seed"], float))
+            rows.append({"steps back": length, "memory": kind, "return": stats.text(reached)})
+            print(f"{kind} at {length}: {rows[-1]['return']}, {time.monotonic() - begin:.0f} s", flush=True)
+    report.print_table(folder / "memory.csv", rows)
+    lines = [(kind, np.array(lengths), np.stack(each, axis=1)) for kind, each in scores.items()]
+    title = {"chain": "MemoryChain", "recall": "Recall"}[args.task]
+    plot.draw(folder / "memory.png", [plot.Panel(title, "steps back", "return, greedy", lines, "x")])
+    print(f"{folder}/memory.png")
+
+
+if __name__ == "__main__":
+    cli.main(main)
