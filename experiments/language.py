@@ -4,7 +4,7 @@
     bash scripts/run experiments/language.py --task needle            one token among 4,096 is asked for at the end
     bash scripts/run experiments/language.py --task needle --length 16384
 
-The needle is trained at a sixteenth of its length first, then at all of it; window attention cannot reach it. Leaves language.png
+The needle is trained on short sequences first, as many tokens a step, then on longer ones; window attention cannot reach it. Leaves language.png
 (or needle.png) and a table in the folder.
 """
 
@@ -28,6 +28,7 @@ from jrl.run import cli, plot, report
 Array = jax.Array
 Draw = Callable[[Array], tuple[Array, Array]]  # key -> tokens [B, T + 1], weight of each prediction [B, T]
 ROOT = Path(__file__).parents[1]
+SHORT = 128  # tokens of the first sequences with a needle
 FILLER, VALUES = 48, 16  # tokens of the haystack, needles; one more asks
 
 
@@ -39,10 +40,10 @@ class Args:
         task: text or needle.
         kinds: of dense, window, nsa, mla, rwkv.
         length: tokens of a sequence; default 256 for text and 4096 for needle.
-        steps: gradient steps; default 400 for text, 600 for needle (half of them short).
+        steps: gradient steps; default 400 for text, 600 for needle (half of them on sequences of 128 tokens).
         batch_size: sequences of a step; default 8 for text and 2 for needle.
-        dim: width.
-        num_layers: layers.
+        dim: width; default 160 for text and 64 for needle.
+        num_layers: layers; default 4 for text and 2 for needle.
         learning_rate: of AdamW, with warm-up and a cosine to a tenth.
         seed: of everything.
         folder: default runs/language-TASK.
@@ -53,18 +54,19 @@ class Args:
     length: int | None = None
     steps: int | None = None
     batch_size: int | None = None
-    dim: int = 160
-    num_layers: int = 4
+    dim: int | None = None
+    num_layers: int | None = None
     learning_rate: float = 2e-3
     seed: int = 0
     folder: Path | None = None
 
 
 def decoder(kind: Any, args: Args, vocab_size: int, sparse: nsa.Config) -> transformer.Config:
+    dim, num_layers = (160, 4) if args.task == "text" else (64, 2)
     return transformer.Config(
         vocab_size=vocab_size,
-        dim=args.dim,
-        num_layers=args.num_layers,
+        dim=args.dim or dim,
+        num_layers=args.num_layers or num_layers,
         num_heads=4,
         num_kv_heads=1,
         attention=kind,
@@ -109,6 +111,15 @@ def haystack(batch_size: int, length: int) -> Draw:
         return tokens, jnp.zeros((batch_size, length)).at[:, -1].set(1.0)
 
     return draw
+
+
+def growing(steps: int, length: int) -> list[tuple[int, int]]:
+    """Stages of (steps, tokens of a sequence): half the steps at 128 tokens, the rest in stages of four times the one before."""
+    lengths = [length]
+    while lengths[0] > 4 * SHORT:
+        lengths.insert(0, lengths[0] // 4)
+    rest = steps // 2 // len(lengths)
+    return [(steps - rest * len(lengths), min(SHORT, length))] + [(rest, each) for each in lengths]
 
 
 def losses(params: Any, tokens: Array, weight: Array, config: transformer.Config) -> tuple[Array, Array]:
@@ -164,10 +175,7 @@ def main(argv: list[str]) -> None:
         stages, test, vocab = [(steps, pieces(data, batch, length))], pieces(held_out, batch, length), 256
         sparse = nsa.Config(16, 8, 16, 6, window=64)
     else:
-        stages = [
-            (steps // 2, haystack(8 * batch, max(64, length // 16))),
-            (steps - steps // 2, haystack(batch, length)),
-        ]
+        stages = [(n, haystack(batch * length // each, each)) for n, each in growing(steps, length)]
         test, vocab, sparse = haystack(batch, length), FILLER + VALUES + 1, nsa.Config(16, 8, 32, 8, window=64)
     folder = args.folder or Path("runs") / f"language-{args.task}"
     folder.mkdir(parents=True, exist_ok=True)
