@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jrl import checks
 from jrl.attention import cache as kv
 from jrl.attention.dense import masked_softmax
-from jrl.attention.rotary import rms_norm, rope
+from jrl.attention.rotary import Scaling, rms_norm, rope
 
 Array = jax.Array
 
@@ -34,6 +34,7 @@ class Config:
         rope_dim: of a head's queries and of the shared key, with rotary positions.
         value_dim: of a head's values.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are stretched.
         norm_eps: of RMSNorm.
     """
 
@@ -43,6 +44,7 @@ class Config:
     rope_dim: int = 16
     value_dim: int = 32
     rope_theta: float = 10_000.0
+    rope_scaling: Scaling = Scaling()
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -55,7 +57,7 @@ class Config:
     @property
     def scale(self) -> float:
         """Of the scores."""
-        return (self.nope_dim + self.rope_dim) ** -0.5
+        return self.rope_scaling.on_scores * (self.nope_dim + self.rope_dim) ** -0.5
 
 
 class Cache(NamedTuple):
@@ -82,20 +84,24 @@ def init(key: Array, config: Config, dim: int, heads: int) -> dict[str, Array]:
     return params | ({"query_norm": jnp.ones(config.query_latent)} if config.query_latent else {})
 
 
+def _rope(x: Array, positions: Array, config: Config) -> Array:
+    return rope(x, positions, config.rope_theta, config.rope_scaling)
+
+
 def queries(params: Any, x: Array, positions: Array, config: Config) -> tuple[Array, Array]:
     """Queries ``[B, T, H, nope]`` and ``[B, T, H, rope]`` of tokens ``[B, T, dim]``."""
     p = jax.tree.map(lambda w: w.astype(x.dtype), params)
     if config.query_latent:
         x = rms_norm(x @ p["query_down"], p["query_norm"], config.norm_eps)
     q = jnp.einsum("...d,dhw->...hw", x, p["query"])
-    return q[..., : config.nope_dim], rope(q[..., config.nope_dim :], positions, config.rope_theta)
+    return q[..., : config.nope_dim], _rope(q[..., config.nope_dim :], positions, config)
 
 
 def latents(params: Any, x: Array, positions: Array, config: Config) -> tuple[Array, Array]:
     """What a token leaves: latents ``[B, T, r]`` and shared keys ``[B, T, rope]``."""
     p = jax.tree.map(lambda w: w.astype(x.dtype), params)
     latent = rms_norm(x @ p["down"], p["norm"], config.norm_eps)
-    return latent, rope((x @ p["key"])[..., None, :], positions, config.rope_theta)[..., 0, :]
+    return latent, _rope((x @ p["key"])[..., None, :], positions, config)[..., 0, :]
 
 
 def attend(

@@ -1,9 +1,16 @@
 """What layers of attention share besides attention: RMSNorm and rotary positions."""
 
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 
+from jrl import checks
+
 Array = jax.Array
+Stretch = Literal["none", "linear", "llama3", "yarn"]
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -13,12 +20,91 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return normal.astype(x.dtype) * jnp.broadcast_to(weight.astype(x.dtype), x.shape)
 
 
-def rope(x: Array, position: Array, theta: float) -> Array:
+@dataclass(frozen=True)
+class Scaling:
+    """How rotary positions are stretched, for sequences longer than those first learnt.
+
+    A frequency that turns often within ``context`` is kept, one that hardly turns is divided by ``factor``, between them a mixture:
+
+        linear      all are divided
+        llama3      the share kept grows with the number of turns, from ``slow`` to ``fast`` of them (Llama 3.1, 2407.21783)
+        yarn        it grows with the frequency's index, between those of ``slow`` and ``fast`` turns (YaRN, 2309.00071, section 3.2)
+
+    Attributes:
+        kind: none, linear, llama3 or yarn.
+        factor: how many times as long.
+        context: tokens of the sequences first learnt.
+        slow: turns up to which frequencies are divided.
+        fast: turns from which they are kept.
+        whole: yarn's two indices are rounded outwards.
+        amplitude: yarn's factor on queries and keys; by ``mscale`` and ``mscale_all`` if 0.
+        mscale: DeepSeek's weight of ``0.1 log(factor)`` in that factor, with the one below as its divisor.
+        mscale_all: its weight in a factor on all of latent attention's scores.
+    """
+
+    kind: Stretch = "none"
+    factor: float = 1.0
+    context: int = 8192
+    slow: float = 1.0
+    fast: float = 4.0
+    whole: bool = True
+    amplitude: float = 0.0
+    mscale: float = 0.0
+    mscale_all: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.one_of("rope.kind", self.kind, get_args(Stretch))
+        checks.positive_int("rope.context", self.context)
+        checks.above_zero("rope.factor", self.factor)
+        for name in ("amplitude", "mscale", "mscale_all"):
+            checks.within(f"rope.{name}", getattr(self, name), 0.0, math.inf)
+        if not 0 < self.slow < self.fast < math.inf:
+            raise ValueError(f"rope.slow must be above 0 and below rope.fast = {self.fast:g}; got {self.slow:g}")
+
+    @property
+    def on_heads(self) -> float:
+        """Factor on rotated queries and keys."""
+        if self.kind != "yarn" or self.amplitude:
+            return self.amplitude or 1.0
+        both = self.mscale and self.mscale_all
+        return self._grown(self.mscale) / self._grown(self.mscale_all) if both else self._grown(1.0)
+
+    @property
+    def on_scores(self) -> float:
+        """Factor on the scores of latent attention (DeepSeek-V2, 2405.04434, section 3.1.4)."""
+        return self._grown(self.mscale_all) ** 2 if self.kind == "yarn" else 1.0
+
+    def _grown(self, weight: float) -> float:
+        return 1 + 0.1 * weight * math.log(max(self.factor, 1.0))
+
+
+def rope(x: Array, position: Array, theta: float, scaling: Scaling = Scaling()) -> Array:
     """Rotary positions of heads ``[..., T, H, D]`` at ``position [..., T]``: halves rotated by ``p theta^(-2i/D)`` (2104.09864, eq. 34)."""
     half = x.shape[-1] // 2
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
+    frequency = _stretched(theta ** (-jnp.arange(half, dtype=wide) / half), theta, scaling)
     angle = (position[..., None].astype(wide) * frequency.reshape((1,) * position.ndim + (half,)))[..., None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = scaling.on_heads * jnp.cos(angle), scaling.on_heads * jnp.sin(angle)
     a, b = x[..., :half].astype(wide), x[..., half:].astype(wide)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _stretched(frequency: Array, theta: float, scaling: Scaling) -> Array:
+    """The frequencies ``[D / 2]``, each by the share of it that is kept."""
+    if scaling.kind == "none":
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    half = len(frequency)
+    if scaling.kind == "llama3":
+        turns = scaling.context * frequency / (2 * math.pi)
+        kept = (turns - scaling.slow) / (scaling.fast - scaling.slow)
+    else:
+        index = lambda turns: half * math.log(scaling.context / (turns * 2 * math.pi)) / math.log(theta)  # noqa: E731
+        first, last = index(scaling.fast), index(scaling.slow)
+        if scaling.whole:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * half - 1)
+        kept = 1 - (jnp.arange(half, dtype=frequency.dtype) - first) / (last - first if last != first else 1e-3)
+    kept = jnp.clip(kept, 0, 1)
+    return frequency * (kept + (1 - kept) / scaling.factor)

@@ -90,7 +90,8 @@ def project(layer: Any, x: Array, config: Any) -> tuple[Array, Array, Array]:
 
 def _placed(layer: Any, y: Array, tokens: Tokens, config: Any) -> tuple[Array, Array, Array]:
     q, k, v = project(layer, y, config)
-    return rope(q, tokens.position, config.rope_theta), rope(k, tokens.position[None], config.rope_theta), v
+    theta, scaling = config.rope_theta, config.rope_scaling
+    return rope(q, tokens.position, theta, scaling), rope(k, tokens.position[None], theta, scaling), v
 
 
 def _placed_step(layer: Any, y: Array, position: Array, start: Array | int, config: Any) -> tuple[Array, Array, Array]:

@@ -31,6 +31,7 @@ class Config:
         scores: softmax (Mixtral) or sigmoid (DeepSeek-V3).
         groups: experts fall into so many groups, of which a token may choose ``chosen_groups`` (sigmoid only).
         chosen_groups: those with the largest sum of their two best scores.
+        normalize: the chosen experts' weights sum to one before the factor (never otherwise with softmax).
         scale: factor on the chosen experts' weights.
     """
 
@@ -41,6 +42,7 @@ class Config:
     scores: Literal["softmax", "sigmoid"] = "softmax"
     groups: int = 1
     chosen_groups: int = 1
+    normalize: bool = True
     scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -61,6 +63,8 @@ class Config:
             raise ValueError(f"moe.chosen must be at most the {within} experts of moe.chosen_groups; got {self.chosen}")
         if self.groups > 1 and self.scores == "softmax":
             raise ValueError("moe.groups needs moe.scores=sigmoid")
+        if not self.normalize and self.scores == "softmax":
+            raise ValueError("moe.normalize=False needs moe.scores=sigmoid")
 
 
 def shapes(config: Config, dim: int) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
@@ -101,7 +105,9 @@ def route(params: Any, x: Array, config: Config) -> tuple[Array, Array]:
         biased = jnp.where(allowed[..., None], by_group, -jnp.inf).reshape(biased.shape)
     _, chosen = jax.lax.top_k(biased, config.chosen)
     weight = jnp.take_along_axis(scores, chosen, axis=-1)
-    return chosen, weight / (weight.sum(-1, keepdims=True) + 1e-20) * config.scale
+    if config.normalize:
+        weight = weight / (weight.sum(-1, keepdims=True) + 1e-20)
+    return chosen, weight * config.scale
 
 
 def apply(params: Any, x: Array, config: Config) -> tuple[Array, Array]:

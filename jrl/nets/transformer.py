@@ -2,13 +2,15 @@
 
 Each layer: ``x += attention(rms_norm(x))``, then ``x += ffn(rms_norm(x))`` (pre-norm; RMSNorm 1910.07467), with rotary positions
 (RoPE, 2104.09864, halves rotated), grouped-query heads (2305.13245) and SwiGLU (2002.05202). Layers are stacked, so that one
-scan runs them: every leaf of ``params["layers"]`` is ``[layers, ...]``, and ``axes`` names the axes of each for sharding.
+scan runs them: every leaf of ``params["layers"]`` is ``[layers, ...]``, and ``axes`` names the axes of each for sharding. Layers
+without experts before layers with them are a stack of their own, ``params["first"]``.
 
     logits = forward(params, tokens, config)                               [B, T, V], float32
     logits, cache = decode(params, token, cache, position, config)         one token [B] after another, the same numbers
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 
 from jrl import checks
 from jrl.attention import Implementation, mla, nsa
-from jrl.attention.rotary import rms_norm
+from jrl.attention.rotary import Scaling, rms_norm
 from jrl.nets import moe
 from jrl.nets.mixers import MIXERS, Leaf, Tokens
 
@@ -43,10 +45,14 @@ class Config:
         shared_kv: one pair of keys and values for all its branches, where the paper has one for each.
         latent: sizes of latent attention, whose heads do not go by head_dim.
         experts: a mixture of experts in place of SwiGLU, if it has experts.
+        dense_layers: so many layers at the start have SwiGLU all the same.
         implementation: of dense, window and native sparse attention; None picks.
-        rope_theta: base of the rotary frequencies.
+        rope_theta: base of the rotary frequencies (latent attention has its own).
+        rope_scaling: how they are stretched for longer sequences (latent attention has its own).
         norm_eps: of RMSNorm.
         qkv_bias: biases on queries, keys and values, as Qwen2 has them.
+        out_bias: a bias on what attention answers.
+        ffn_bias: biases in SwiGLU.
         qk_norm: RMSNorm of each query and key head, as Qwen3 has it.
         tie_embeddings: the head is the embedding.
         remat: compute each layer again in the backward pass instead of keeping it.
@@ -66,10 +72,14 @@ class Config:
     shared_kv: bool = False
     latent: mla.Config = field(default_factory=mla.Config)
     experts: moe.Config = field(default_factory=moe.Config)
+    dense_layers: int = 0
     implementation: Implementation | None = None
     rope_theta: float = 10_000.0
+    rope_scaling: Scaling = Scaling()
     norm_eps: float = 1e-5
     qkv_bias: bool = False
+    out_bias: bool = False
+    ffn_bias: bool = False
     qk_norm: bool = False
     tie_embeddings: bool = True
     remat: bool = False
@@ -77,7 +87,7 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "window"):
             checks.positive_int(f"transformer.{name}", getattr(self, name))
-        for name in ("vocab_size", "head_dim", "ffn_dim"):
+        for name in ("vocab_size", "head_dim", "ffn_dim", "dense_layers"):
             checks.positive_int(f"transformer.{name}", getattr(self, name), at_least=0)
         checks.one_of("transformer.attention", self.attention, get_args(Kind))
         if self.num_heads % self.num_kv_heads:
@@ -87,6 +97,11 @@ class Config:
         if not self.head_dim and self.dim % self.num_heads:
             raise ValueError(
                 f"transformer.dim must be a multiple of num_heads = {self.num_heads}, or give head_dim; got {self.dim}"
+            )
+        if self.dense_layers and not (self.experts.experts and self.dense_layers < self.num_layers):
+            raise ValueError(
+                f"transformer.dense_layers must be below num_layers = {self.num_layers}, of layers with experts; "
+                f"got {self.dense_layers}"
             )
         if not self.causal and self.attention != "dense":
             raise ValueError(f"transformer.causal=False needs transformer.attention=dense; got {self.attention}")
@@ -117,26 +132,47 @@ class Config:
 # Parameters
 
 
+def stacks(config: Config) -> dict[str, Config]:
+    """The shape of each stack of like layers, in their order, by its name in the parameters and in the caches."""
+    if not config.dense_layers:
+        return {"layers": config}
+    first = replace(config, num_layers=config.dense_layers, dense_layers=0, experts=moe.Config())
+    return {"first": first, "layers": replace(config, num_layers=config.num_layers - config.dense_layers, dense_layers=0)}
+
+
 def leaves(config: Config) -> dict[str, Any]:
     """What parameters there are."""
-    d, h, w, f = config.dim, config.num_heads, config.value_width, config.inner
-    layer: dict[str, Any] = {"attention_norm": Leaf((d,), ("dim",), None), "ffn_norm": Leaf((d,), ("dim",), None)}
-    layer |= MIXERS[config.attention].leaves(config)
-    layer["o"] = Leaf((h, w, d), ("heads", "head_dim", "dim"), (h * w * 2 * config.num_layers) ** -0.5)
-    if config.experts.experts:
-        for name, (shape, names) in moe.shapes(config.experts, d).items():
-            small = 2 * config.num_layers if name.endswith("down") else 1
-            layer[name] = Leaf(shape, names, 0.0 if name == "bias" else (shape[-2] * small) ** -0.5)
-    else:
-        layer["gate"] = layer["up"] = Leaf((d, f), ("dim", "ffn"), d**-0.5)
-        layer["down"] = Leaf((f, d), ("ffn", "dim"), (f * 2 * config.num_layers) ** -0.5)
-    stack = lambda x: Leaf((config.num_layers, *x.shape), ("layers", *x.axes), x.std)  # noqa: E731
-    tree: dict[str, Any] = {"layers": jax.tree.map(stack, layer, is_leaf=_is_leaf), "norm": Leaf((d,), ("dim",), None)}
+    d = config.dim
+    tree: dict[str, Any] = {"norm": Leaf((d,), ("dim",), None)}
+    for name, shape in stacks(config).items():
+        stack = lambda x, n=shape.num_layers: Leaf((n, *x.shape), ("layers", *x.axes), x.std)  # noqa: E731
+        tree[name] = jax.tree.map(stack, _layer_leaves(shape, config.num_layers), is_leaf=_is_leaf)
     if config.vocab_size:
         tree["embedding"] = Leaf((config.vocab_size, d), ("vocab", "dim"), 0.02)
         if not config.tie_embeddings:
             tree["head"] = Leaf((d, config.vocab_size), ("dim", "vocab"), d**-0.5)
     return tree
+
+
+def _layer_leaves(config: Config, depth: int) -> dict[str, Any]:
+    """Of one layer in a decoder of ``depth``."""
+    d, h, w, f = config.dim, config.num_heads, config.value_width, config.inner
+    layer: dict[str, Any] = {"attention_norm": Leaf((d,), ("dim",), None), "ffn_norm": Leaf((d,), ("dim",), None)}
+    layer |= MIXERS[config.attention].leaves(config)
+    layer["o"] = Leaf((h, w, d), ("heads", "head_dim", "dim"), (h * w * 2 * depth) ** -0.5)
+    if config.out_bias:
+        layer["o_bias"] = Leaf((d,), ("dim",), 0.0)
+    if config.experts.experts:
+        for name, (shape, names) in moe.shapes(config.experts, d).items():
+            small = 2 * depth if name.endswith("down") else 1
+            layer[name] = Leaf(shape, names, 0.0 if name == "bias" else (shape[-2] * small) ** -0.5)
+    else:
+        layer["gate"] = layer["up"] = Leaf((d, f), ("dim", "ffn"), d**-0.5)
+        layer["down"] = Leaf((f, d), ("ffn", "dim"), (f * 2 * depth) ** -0.5)
+        if config.ffn_bias:
+            layer["gate_bias"] = layer["up_bias"] = Leaf((f,), ("ffn",), 0.0)
+            layer["down_bias"] = Leaf((d,), ("dim",), 0.0)
+    return layer
 
 
 def _is_leaf(x: Any) -> bool:
@@ -172,13 +208,23 @@ def ffn_and_load(layer: Any, x: Array, config: Config) -> tuple[Array, Array]:
     x = rms_norm(x, layer["ffn_norm"], config.norm_eps)
     if config.experts.experts:
         return moe.apply(layer, x, config.experts)
-    p = lambda name: layer[name].astype(x.dtype)  # noqa: E731
-    return (jax.nn.silu(x @ p("gate")) * (x @ p("up"))) @ p("down"), jnp.zeros(0)
+    inner = jax.nn.silu(_linear(layer, "gate", x)) * _linear(layer, "up", x)
+    return _linear(layer, "down", inner), jnp.zeros(0)
+
+
+def _linear(layer: Any, name: str, x: Array) -> Array:
+    return _biased(layer, name, x @ layer[name].astype(x.dtype))
+
+
+def _biased(layer: Any, name: str, y: Array) -> Array:
+    """With the bias of that name, if the layer has one."""
+    bias = layer.get(f"{name}_bias")
+    return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
 
 
 def out(layer: Any, mixed: Array) -> Array:
     """Heads ``[..., H, D]`` back into the stream."""
-    return jnp.einsum("...hw,hwd->...d", mixed, layer["o"].astype(mixed.dtype))
+    return _biased(layer, "o", jnp.einsum("...hw,hwd->...d", mixed, layer["o"].astype(mixed.dtype)))
 
 
 # A whole sequence
@@ -220,8 +266,8 @@ def blocks_and_loads(
     segment_ids: Array | None = None,
     valid: Array | None = None,
 ) -> tuple[Array, Array]:
-    """All layers and the last norm: vectors ``[B, T, dim]`` to ``[B, T, dim]``, and the load of each layer's
-    experts, float32 ``[layers, experts]``, which ``moe.balance`` evens.
+    """All layers and the last norm: vectors ``[B, T, dim]`` to ``[B, T, dim]``, and the load of the experts of each
+    of ``params["layers"]``, float32 ``[layers, experts]``, which ``moe.balance`` evens.
 
     Args:
         params: of ``init``.
@@ -235,14 +281,16 @@ def blocks_and_loads(
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
     tokens = Tokens(positions, segment_ids, valid)
 
-    def layer(x: Array, layer: Any) -> tuple[Array, Array]:
+    def run(x: Array, layer: Any, config: Config) -> tuple[Array, Array]:
         y = rms_norm(x, layer["attention_norm"], config.norm_eps)
         mixed = MIXERS[config.attention].sequence(layer, y, tokens, config)
         x = x + out(layer, mixed)
         answer, load = ffn_and_load(layer, x, config)
         return x + answer, load
 
-    x, loads = jax.lax.scan(jax.checkpoint(layer) if config.remat else layer, x, params["layers"])
+    for name, shape in stacks(config).items():
+        layer = partial(run, config=shape)
+        x, loads = jax.lax.scan(jax.checkpoint(layer) if config.remat else layer, x, params[name])
     return rms_norm(x, params["norm"], config.norm_eps), loads
 
 
@@ -258,9 +306,10 @@ def logits(params: Any, x: Array, config: Config) -> Array:
 
 
 def init_cache(config: Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
-    """Empty caches of all layers, leaves ``[layers, B, ...]``, for sequences of up to ``capacity`` tokens."""
+    """Empty caches of each stack of layers, leaves ``[layers, B, ...]``, for sequences of up to ``capacity`` tokens."""
     one = MIXERS[config.attention].init_cache(config, batch, capacity, dtype)
-    return jax.tree.map(lambda x: jnp.zeros((config.num_layers, *x.shape), x.dtype), one)
+    stack = lambda n: jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), one)  # noqa: E731
+    return {name: stack(shape.num_layers) for name, shape in stacks(config).items()}
 
 
 def decode(
@@ -281,12 +330,14 @@ def decode_blocks(
     if not config.causal:
         raise ValueError("a decoder with causal=False has no decode step: its tokens see those that follow")
 
-    def layer(x: Array, both: tuple[Any, Any]) -> tuple[Array, Any]:
+    def run(x: Array, both: tuple[Any, Any], config: Config) -> tuple[Array, Any]:
         layer, cache = both
         y = rms_norm(x, layer["attention_norm"], config.norm_eps)
         mixed, cache = MIXERS[config.attention].step(layer, y, cache, position, start, config)
         x = x + out(layer, mixed)
         return x + ffn(layer, x, config), cache
 
-    x, cache = jax.lax.scan(layer, x, (params["layers"], cache))
-    return rms_norm(x, params["norm"], config.norm_eps), cache
+    caches = {}
+    for name, shape in stacks(config).items():
+        x, caches[name] = jax.lax.scan(partial(run, config=shape), x, (params[name], cache[name]))
+    return rms_norm(x, params["norm"], config.norm_eps), caches
