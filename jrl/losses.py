@@ -14,18 +14,31 @@ def policy_gradient(log_prob: Array, advantage: Array) -> Array:
     return -log_prob * jax.lax.stop_gradient(advantage)
 
 
-def ppo_clip(log_ratio: Array, advantage: Array, clip_eps: Array | float) -> Array:
-    """PPO's clipped surrogate, as a loss (Schulman et al. 2017, arXiv 1707.06347, eq. 7)."""
+def ppo_clip(
+    log_ratio: Array, advantage: Array, clip_eps: Array | float, clip_high: Array | float | None = None
+) -> Array:
+    """PPO's clipped surrogate, as a loss (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
+
+    The ratio is clipped to ``[1 - clip_eps, 1 + clip_high]``; ``clip_high`` is ``clip_eps`` unless given (DAPO's clip-higher,
+    Yu et al. 2025, arXiv 2503.14476, eq. 10).
+    """
     ratio = jnp.exp(log_ratio)
-    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_eps, 1 + clip_eps) * advantage)
+    high = clip_eps if clip_high is None else clip_high
+    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip_eps, 1 + high) * advantage)
 
 
-def ppo_dual_clip(log_ratio: Array, advantage: Array, clip_eps: Array | float, dual_clip: Array | float) -> Array:
+def ppo_dual_clip(
+    log_ratio: Array,
+    advantage: Array,
+    clip_eps: Array | float,
+    dual_clip: Array | float,
+    clip_high: Array | float | None = None,
+) -> Array:
     """Dual-clip PPO, as a loss (Ye et al. 2020, arXiv 1912.09729, eq. 5); ``dual_clip`` is their c > 1.
 
     Where the advantage is negative the loss is bounded above by ``-c A``, so that a huge ratio cannot dominate.
     """
-    clipped = ppo_clip(log_ratio, advantage, clip_eps)
+    clipped = ppo_clip(log_ratio, advantage, clip_eps, clip_high)
     return jnp.where(advantage < 0, jnp.minimum(clipped, -dual_clip * advantage), clipped)
 
 
