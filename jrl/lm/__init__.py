@@ -1,0 +1,1 @@
+"""Language models: their parts, and tasks with verifiers to train them on."""

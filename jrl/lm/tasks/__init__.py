@@ -1,0 +1,87 @@
+"""Tasks with verifiers, as pure array functions: what a language model is trained on by reinforcement learning.
+
+To add one, write a function of its settings that returns a ``Task``, in a file of its own (``modular_addition`` is a short
+example), and name it in ``_registered`` below, or call ``register``. Outside this package a Python file will do: it defines
+``make(**settings) -> Task``, or ``symbols``, ``prompt_length``, ``answer_length``, ``draw``, ``verify`` and ``demonstrate``, and
+``make("my_task.py")`` loads it. ``parts`` holds what most tasks need.
+"""
+
+import difflib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jrl.lm.tasks.modular_addition import modular_addition
+from jrl.lm.tasks.types import END, MARKS, PAD, Problem, Task, answer_mask, decode, encode, strict
+
+__all__ = [
+    "END",
+    "MARKS",
+    "PAD",
+    "Problem",
+    "Task",
+    "answer_mask",
+    "decode",
+    "encode",
+    "make",
+    "names",
+    "register",
+    "strict",
+]
+
+_registered: dict[str, Callable[..., Task]] = {"modular_addition": modular_addition}
+
+
+def register(name: str, factory: Callable[..., Task]) -> None:
+    """Let ``make(name, **settings)`` call ``factory(**settings)``. Raises ``ValueError`` if the name is taken."""
+    if name in _registered:
+        raise ValueError(f"a task named {name!r} is registered already")
+    _registered[name] = factory
+
+
+def names() -> list[str]:
+    """All names that ``make`` knows."""
+    return list(_registered)
+
+
+def make(name: str, **settings: Any) -> Task:
+    """A task by name, or from a Python file; checked by abstract evaluation.
+
+    Raises ``ValueError`` for an unknown name, file or setting, or for functions that break the protocol.
+    """
+    if name.endswith(".py"):
+        return strict(_from_file(Path(name), settings))
+    if name not in _registered:
+        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
+        raise ValueError(f"unknown task {name!r}; {hint} (or a path to a .py file)")
+    return strict(_call(name, _registered[name], settings))
+
+
+def _call(name: str, factory: Callable[..., Task], settings: dict[str, Any]) -> Task:
+    known = inspect.signature(factory).parameters
+    unknown = [setting for setting in settings if setting not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        raise ValueError(f"{name} has no setting {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+    return factory(**settings)
+
+
+def _from_file(path: Path, settings: dict[str, Any]) -> Task:
+    """``make(**settings) -> Task`` of the file if it has one, else its ``symbols``, lengths and functions."""
+    if not path.is_file():
+        raise ValueError(f"no such task file: {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if hasattr(module, "make"):
+        return _call(str(path), module.make, settings)
+    fields = Task._fields[1:]
+    missing = [field for field in fields if not hasattr(module, field)]
+    if missing:
+        raise ValueError(f"{path} must define {', '.join(missing)} (or make() -> Task)")
+    if settings:
+        raise ValueError(f"{path} takes no settings, since it has no make(); got {', '.join(settings)}")
+    return Task(path.stem, *(getattr(module, field) for field in fields))
