@@ -39,8 +39,11 @@ NAMES = {
 }
 
 
-def load(path: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Config, dict[str, Any]]:
-    """The decoder's configuration and parameters of ``dtype`` (float32, bfloat16 or float16), with quantization undone.
+def load(
+    path: str | Path | gguf.GGUFReader, dtype: jax.typing.DTypeLike = jnp.float32
+) -> tuple[Config, dict[str, Any]]:
+    """The decoder's configuration and parameters of ``dtype`` (float32, bfloat16 or float16), with quantization undone, of a file
+    or of what ``read`` gave.
 
     Raises ``ValueError`` for a file that is missing or damaged, an architecture or setting that the decoder cannot do, and a
     tensor that is missing, extra or of another shape, with its name.
@@ -54,7 +57,7 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[C
         wanted = [x._replace(name=_name(x.name)) for x in wanted]
         _check(wanted, held)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{reader.data.filename}: {error}") from None
 
     def get(name: str) -> np.ndarray:
         return gguf.dequantize(held[name].data, held[name].tensor_type).reshape(held[name].shape[::-1])
@@ -62,8 +65,10 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[C
     return config, layout.gather(config, wanted, get, dtype)
 
 
-def read(path: str | Path) -> gguf.GGUFReader:
+def read(path: str | Path | gguf.GGUFReader) -> gguf.GGUFReader:
     """The file's metadata and tensors, as yet on disk. Raises ``ValueError`` if it is missing or damaged."""
+    if isinstance(path, gguf.GGUFReader):
+        return path
     if not Path(path).is_file():
         raise ValueError(f"{path} is missing")
     try:

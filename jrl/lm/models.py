@@ -18,8 +18,9 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[C
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        words = tokenizer.from_gguf(path)
-        return *gguf.load(path, dtype), words
+        reader = gguf.read(path)
+        words = tokenizer.from_gguf(reader)
+        return *gguf.load(reader, dtype), words
     if not path.is_dir():
         raise ValueError(f"{path} must be a folder, or a .gguf file")
     words = tokenizer.from_folder(path)

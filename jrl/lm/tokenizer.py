@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
+from gguf import GGUFReader
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -169,8 +170,8 @@ def _split(pattern: str) -> Any:
     return pre_tokenizers.Split(Regex(pattern), "isolated")
 
 
-def from_gguf(path: str | Path) -> Tokenizer:
-    """Of the tokens and merges in a GGUF file. Raises ``ValueError`` for a kind of tokenizer that is not read."""
+def from_gguf(path: str | Path | GGUFReader) -> Tokenizer:
+    """Of the tokens and merges in a GGUF file, or of what ``gguf.read`` gave. Raises ``ValueError`` for a kind of tokenizer that is not read."""
     reader = gguf.read(path)
     get = lambda name, *default: gguf.metadata(reader, f"tokenizer.{name}", *default)  # noqa: E731
     try:
@@ -179,7 +180,7 @@ def from_gguf(path: str | Path) -> Tokenizer:
         checks.one_of("tokenizer.ggml.pre", kind, SPLITS)
         tokens, merges = get("ggml.tokens"), [tuple(x.split(" ", 1)) for x in get("ggml.merges")]
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{reader.data.filename}: {error}") from None
     vocab = {token: i for i, token in enumerate(tokens)}
     raw = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=kind == "llama-bpe"))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=bool(get("ggml.add_space_prefix", False)), use_regex=False)
@@ -197,4 +198,4 @@ def from_gguf(path: str | Path) -> Tokenizer:
     if get("ggml.add_bos_token", False) and "bos_token" in special:
         bos = (special["bos_token"], found["bos_token"])
         raw.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    return _tokenizer(raw, special, get("chat_template", None), str(path))
+    return _tokenizer(raw, special, get("chat_template", None), str(reader.data.filename))
