@@ -60,7 +60,12 @@ def load(
         raise ValueError(f"{reader.data.filename}: {error}") from None
 
     def get(name: str) -> np.ndarray:
-        return gguf.dequantize(held[name].data, held[name].tensor_type).reshape(held[name].shape[::-1])
+        x = held[name]
+        try:
+            return gguf.dequantize(x.data, x.tensor_type).reshape(x.shape[::-1])
+        except NotImplementedError:
+            where = f"{reader.data.filename}: tensor {name}"
+            raise ValueError(f"{where}: quantization {x.tensor_type.name} cannot be undone") from None
 
     return config, layout.gather(config, wanted, get, dtype)
 
@@ -98,6 +103,8 @@ def _config(reader: gguf.GGUFReader, held: dict[str, Any]) -> Config:
     if "token_embd.weight" not in held:
         raise ValueError("tensor token_embd.weight is missing")
     dim, heads = get("embedding_length"), get("attention.head_count")
+    for name, value in (("embedding_length", dim), ("attention.head_count", heads)):
+        checks.positive_int(f"{family}.{name}", value)
     width = get("attention.key_length", dim // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if get(name, width) != width:

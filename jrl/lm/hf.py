@@ -76,6 +76,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "config.json", folder / ONE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
         old.unlink(missing_ok=True)
+    params = jax.device_get(params)  # once, not for each file
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip([ONE] if len(shards) == 1 else names, shards, strict=True):
         arrays = dict(layout.scatter(params, shard))
