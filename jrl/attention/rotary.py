@@ -82,29 +82,30 @@ def rope(x: Array, position: Array, theta: float, scaling: Scaling = Scaling()) 
     """Rotary positions of heads ``[..., T, H, D]`` at ``position [..., T]``: halves rotated by ``p theta^(-2i/D)`` (2104.09864, eq. 34)."""
     half = x.shape[-1] // 2
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    frequency = _stretched(theta ** (-jnp.arange(half, dtype=wide) / half), theta, scaling)
+    frequency = frequencies(half, theta, scaling, wide)
     angle = (position[..., None].astype(wide) * frequency.reshape((1,) * position.ndim + (half,)))[..., None, :]
     cos, sin = scaling.on_heads * jnp.cos(angle), scaling.on_heads * jnp.sin(angle)
     a, b = x[..., :half].astype(wide), x[..., half:].astype(wide)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _stretched(frequency: Array, theta: float, scaling: Scaling) -> Array:
-    """The frequencies ``[D / 2]``, each by the share of it that is kept."""
+def frequencies(half: int, theta: float, scaling: Scaling, dtype: jax.typing.DTypeLike) -> Array:
+    """Radians a position of each pair of numbers, ``[half]``: ``theta^(-i / half)``, stretched."""
+    index = jnp.arange(half, dtype=dtype)
+    frequency = theta ** (-index / half)
     if scaling.kind == "none":
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
-    half = len(frequency)
     if scaling.kind == "llama3":
         turns = scaling.context * frequency / (2 * math.pi)
         kept = (turns - scaling.slow) / (scaling.fast - scaling.slow)
     else:
-        index = lambda turns: half * math.log(scaling.context / (turns * 2 * math.pi)) / math.log(theta)  # noqa: E731
-        first, last = index(scaling.fast), index(scaling.slow)
+        place = lambda turns: half * math.log(scaling.context / (turns * 2 * math.pi)) / math.log(theta)  # noqa: E731
+        first, last = place(scaling.fast), place(scaling.slow)
         if scaling.whole:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, 2 * half - 1)
-        kept = 1 - (jnp.arange(half, dtype=frequency.dtype) - first) / (last - first if last != first else 1e-3)
+        kept = 1 - (index - first) / (last - first if last != first else 1e-3)
     kept = jnp.clip(kept, 0, 1)
     return frequency * (kept + (1 - kept) / scaling.factor)

@@ -1,1 +1,11 @@
-"""Language models: their parts, and tasks with verifiers to train them on."""
+"""Language models: checkpoints that others published, and their tokenizers.
+
+    config, params, tokenizer = lm.load("SmolLM2-135M-Instruct.Q4_1.gguf")       or a folder in Hugging Face's layout
+
+``hf`` reads and writes Hugging Face's layout, ``gguf`` reads llama.cpp's. The model itself is ``jrl.nets.transformer``.
+"""
+
+from jrl.lm.models import load
+from jrl.lm.tokenizer import Tokenizer
+
+__all__ = ["Tokenizer", "load"]

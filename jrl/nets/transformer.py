@@ -137,7 +137,10 @@ def stacks(config: Config) -> dict[str, Config]:
     if not config.dense_layers:
         return {"layers": config}
     first = replace(config, num_layers=config.dense_layers, dense_layers=0, experts=moe.Config())
-    return {"first": first, "layers": replace(config, num_layers=config.num_layers - config.dense_layers, dense_layers=0)}
+    return {
+        "first": first,
+        "layers": replace(config, num_layers=config.num_layers - config.dense_layers, dense_layers=0),
+    }
 
 
 def leaves(config: Config) -> dict[str, Any]:

@@ -1,0 +1,201 @@
+"""Text to tokens and back, by a model's own tokenizer, and conversations as the text that the model knows them by.
+
+tokenizer = from_folder("SmolLM2-135M-Instruct")        Hugging Face's files; or from_gguf("....gguf")
+ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Hi"}]))
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+from gguf import GGUFReader
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from jrl import checks
+from jrl.lm import gguf
+from jrl.lm.hf import read_json
+
+Message = Mapping[str, Any]
+
+
+class Tokenizer(NamedTuple):
+    """A model's tokenizer.
+
+    Attributes:
+        raw: of the ``tokenizers`` library.
+        special: texts of the special tokens by their role: ``eos_token``, ``bos_token`` and the like.
+        template: of conversations, in Jinja; None if the model has none.
+        vocab_size: tokens that it knows (a model's table may be longer).
+        bos: first token of a sequence, or None.
+        eos: last token of an answer, or None.
+        pad: filler; ``eos`` where the model has none of its own.
+    """
+
+    raw: tokenizers.Tokenizer
+    special: Mapping[str, str]
+    template: str | None
+    vocab_size: int
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+    def encode(self, text: str, *, begin: bool = False) -> list[int]:
+        """Tokens of the text; special tokens written in it are tokens.
+
+        ``begin`` adds what the model's tokenizer puts around a text (``bos`` with some models), which ``chat`` has written already.
+        """
+        return self.raw.encode(text, add_special_tokens=begin).ids
+
+    def decode(self, tokens: Sequence[int], *, special: bool = True) -> str:
+        """Text of the tokens; ``special=False`` leaves special tokens out."""
+        return self.raw.decode([int(x) for x in tokens], skip_special_tokens=not special)
+
+    def chat(self, messages: Sequence[Message], *, answer: bool = True, **more: Any) -> str:
+        """The conversation as text: messages have ``role`` and ``content``; ``answer`` opens the assistant's next one.
+
+        ``more`` goes to the template. Raises ``ValueError`` where there is no template, or it refuses.
+        """
+        if self.template is None:
+            raise ValueError("this tokenizer has no chat template")
+        given = {"tools": None, "documents": None, **self.special, **more}
+        try:
+            return _compile(self.template).render(messages=list(messages), add_generation_prompt=answer, **given)
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses: {error}") from None
+
+
+class _Generation(Extension):
+    """``{% generation %}``, by which some templates mark the assistant's text: what is in it."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def _compile(template: str) -> Any:
+    """As ``transformers`` compiles them: sandboxed, for a file's template is somebody's program."""
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False} | how)
+    return environment.from_string(template)
+
+
+# Hugging Face's files
+
+
+def from_folder(folder: str | Path) -> Tokenizer:
+    """Of ``tokenizer.json``, with ``tokenizer_config.json``, ``special_tokens_map.json`` and ``chat_template.jinja`` if there are.
+
+    Raises ``ValueError`` for a file that is missing or damaged.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        raw = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare exceptions
+        raise ValueError(f"{path} is damaged: {error}") from None
+    raw.no_truncation()
+    raw.no_padding()
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        found |= read_json(folder / name) if (folder / name).is_file() else {}
+    special = {name: _text(x) for name, x in found.items() if name.endswith("_token") and _text(x) is not None}
+    known = {x.content for x in raw.get_added_tokens_decoder().values()}
+    plain = [x for x in special.values() if x not in known and raw.token_to_id(x) is not None]
+    raw.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in plain])
+    return _tokenizer(raw, special, _template(folder, found), str(folder))
+
+
+def _text(token: Any) -> Any:
+    """Of a special token, which may be written as an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _template(folder: Path, found: Mapping[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / "chat_template.json").is_file():
+        found = read_json(folder / "chat_template.json")
+    template = found.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {x["name"]: x["template"] for x in template}.get("default")
+    return template
+
+
+def _tokenizer(raw: tokenizers.Tokenizer, special: Mapping[str, str], template: str | None, where: str) -> Tokenizer:
+    ids = {name: raw.token_to_id(text) for name, text in special.items()}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if name in special and ids[name] is None:
+            raise ValueError(f"{where}: {name} {special[name]!r} is not a token")
+    bos, eos, pad = (ids.get(name) for name in ("bos_token", "eos_token", "pad_token"))
+    return Tokenizer(raw, special, template, raw.get_vocab_size(), bos, eos, eos if pad is None else pad)
+
+
+# GGUF
+
+# What splits a text into words, by tokenizer.ggml.pre.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS: dict[str, Callable[[], list[Any]]] = {
+    "gpt-2": lambda: [_split(GPT2)],
+    "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), _split(GPT2)],
+    "qwen2": lambda: [_split(WORDS % "")],
+    "llama-bpe": lambda: [_split(WORDS % "{1,3}")],
+}
+CONTROL, USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+
+
+def _split(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+def from_gguf(path: str | Path | GGUFReader) -> Tokenizer:
+    """Of the tokens and merges in a GGUF file, or of what ``gguf.read`` gave. Raises ``ValueError`` for a kind of tokenizer that is not read."""
+    reader = gguf.read(path)
+    get = lambda name, *default: gguf.metadata(reader, f"tokenizer.{name}", *default)  # noqa: E731
+    try:
+        checks.one_of("tokenizer.ggml.model", get("ggml.model"), ["gpt2"])
+        kind = get("ggml.pre")
+        checks.one_of("tokenizer.ggml.pre", kind, SPLITS)
+        tokens, merges = get("ggml.tokens"), [tuple(x.split(" ", 1)) for x in get("ggml.merges")]
+    except ValueError as error:
+        raise ValueError(f"{reader.data.filename}: {error}") from None
+    vocab = {token: i for i, token in enumerate(tokens)}
+    raw = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=kind == "llama-bpe"))
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=bool(get("ggml.add_space_prefix", False)), use_regex=False)
+    raw.pre_tokenizer = pre_tokenizers.Sequence([*SPLITS[kind](), bytes_only])
+    raw.decoder = decoders.ByteLevel()
+    if kind == "qwen2":
+        raw.normalizer = normalizers.NFC()
+    types = get("ggml.token_type", [1] * len(tokens))
+    for token, said in zip(tokens, types, strict=True):
+        if said in (CONTROL, USER_DEFINED):
+            raw.add_tokens([AddedToken(token, normalized=False, special=said == CONTROL)])
+    ids = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
+    found = {name: get(f"ggml.{key}", None) for name, key in ids.items()}
+    special = {name: tokens[i] for name, i in found.items() if i is not None}
+    if get("ggml.add_bos_token", False) and "bos_token" in special:
+        bos = (special["bos_token"], found["bos_token"])
+        raw.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    return _tokenizer(raw, special, get("chat_template", None), str(reader.data.filename))
