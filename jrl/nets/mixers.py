@@ -45,12 +45,15 @@ class Mixer(NamedTuple):
         sequence: ``(layer, y [B, T, dim], tokens, config) -> [B, T, H, width]``.
         init_cache: ``(config, batch, capacity, dtype) -> cache`` of a layer.
         step: ``(layer, y [B, dim], cache, position, start, config) -> ([B, H, width], cache)``.
+        prefill: ``(layer, y, tokens, cache, config) -> ([B, T, H, width], cache)``: a whole sequence, kept in an empty cache; None
+            where that takes a step for each token.
     """
 
     leaves: Callable[[Any], dict[str, Any]]
     sequence: Callable[[Any, Array, Tokens, Any], Array]
     init_cache: Callable[[Any, int, int, Any], Any]
     step: Callable[[Any, Array, Any, Array, Array | int, Any], tuple[Array, Any]]
+    prefill: Callable[[Any, Array, Tokens, Any, Any], tuple[Array, Any]] | None = None
 
 
 # Queries, keys and values of each token
@@ -105,7 +108,15 @@ def _placed_step(layer: Any, y: Array, position: Array, start: Array | int, conf
 
 
 def _sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array:
+    return _attend(*_placed(layer, y, tokens, config), tokens, config)
+
+
+def _prefill(layer: Any, y: Array, tokens: Tokens, cache: Any, config: Any) -> tuple[Array, Any]:
     q, k, v = _placed(layer, y, tokens, config)
+    return _attend(q, k, v, tokens, config), kv_cache.fill(cache, k[0], v[0])
+
+
+def _attend(q: Array, k: Array, v: Array, tokens: Tokens, config: Any) -> Array:
     return attend(
         q,
         k[0],
@@ -289,7 +300,7 @@ def _rwkv_step(layer: Any, y: Array, cache: Any, position: Array, start: Array |
     return _rwkv_out(layer, mixed, gate, config), Recurrent(state, y.astype(cache.before.dtype))
 
 
-_DENSE = Mixer(projections, _sequence, _init_cache, _step)
+_DENSE = Mixer(projections, _sequence, _init_cache, _step, _prefill)
 MIXERS = {
     "dense": _DENSE,
     "window": _DENSE,

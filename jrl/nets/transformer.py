@@ -308,6 +308,34 @@ def logits(params: Any, x: Array, config: Config) -> Array:
 # One token after another
 
 
+def prefill(params: Any, tokens: Array, cache: Any, config: Config, *, valid: Array | None = None) -> tuple[Array, Any]:
+    """Logits ``[B, V]`` of the last of ``tokens`` int ``[B, P]``, and the empty ``cache`` filled with all of them.
+
+    ``valid`` bool ``[B, P]`` is false for padding, which stands on the left: decoding goes on at position P with
+    ``start = P - valid.sum(1)``.
+    """
+    length = tokens.shape[1]
+    valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+    start = (length - valid.sum(1)).astype(jnp.int32)
+    if MIXERS[config.attention].prefill is None:
+        one = lambda cache, x: decode(params, x[0], cache, x[1], config, start=start)[::-1]  # noqa: E731
+        cache, answers = jax.lax.scan(one, cache, (tokens.T, jnp.arange(length)))
+        return answers[-1], cache
+    place = Tokens(jnp.arange(length)[None] - start[:, None], valid.astype(jnp.int32), None)
+
+    def run(x: Array, both: tuple[Any, Any], config: Config) -> tuple[Array, Any]:
+        layer, cache = both
+        y = rms_norm(x, layer["attention_norm"], config.norm_eps)
+        mixed, cache = MIXERS[config.attention].prefill(layer, y, place, cache, config)  # type: ignore[misc]
+        x = x + out(layer, mixed)
+        return x + ffn(layer, x, config), cache
+
+    x, caches = params["embedding"][tokens], {}
+    for name, shape in stacks(config).items():
+        x, caches[name] = jax.lax.scan(partial(run, config=shape), x, (params[name], cache[name]))
+    return logits(params, rms_norm(x[:, -1], params["norm"], config.norm_eps), config), caches
+
+
 def init_cache(config: Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
     """Empty caches of each stack of layers, leaves ``[layers, B, ...]``, for sequences of up to ``capacity`` tokens."""
     one = MIXERS[config.attention].init_cache(config, batch, capacity, dtype)

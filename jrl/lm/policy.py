@@ -1,0 +1,96 @@
+"""A language model on a task, as algorithms and the run loop see it."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl import precision
+from jrl.envs.types import Environment
+from jrl.lm.sampling import Model, Rollout, Support, decoder, sample
+from jrl.lm.tasks import END, PAD, Problem, Task
+from jrl.lm.tasks.environment import as_environment
+from jrl.nets import transformer
+
+Array = jax.Array
+
+
+def language_model(task: Task, shape: transformer.Config, policy: str) -> Model:
+    """A decoder with the task's vocabulary, that computes as the precision policy says.
+
+    Raises ``ValueError`` if the shape names another vocabulary.
+    """
+    if shape.vocab_size not in (0, len(task.symbols)):
+        raise ValueError(
+            f"config.model.vocab_size must be the {len(task.symbols)} symbols of {task.name}, or 0; got {shape.vocab_size}"
+        )
+    parsed = precision.parse(policy)
+    model = decoder(replace(shape, vocab_size=len(task.symbols)), jnp.dtype(parsed.compute))
+    return model._replace(init=lambda key: precision.cast(model.init(key), parsed.params))
+
+
+def as_algorithm_env(task: Task) -> Environment:
+    """What evaluation plays: its return is 1 for a correct answer."""
+    return as_environment(task)
+
+
+class Reading(NamedTuple):
+    """What an agent remembers while it reads and says a sequence: caches of one row, and where it stands."""
+
+    cache: Any
+    position: Array
+    start: Array  # the first token that is no padding
+
+
+def greedy_and_sampled(task: Task, model: Model, params_of: Callable[[Any], Any]) -> Callable[..., tuple[Array, Reading]]:
+    """``act`` of an algorithm: one token read, one said."""
+    capacity = task.prompt_length + task.answer_length
+
+    def act(state: Any, obs: Array, key: Array | None = None, memory: Reading | None = None) -> tuple[Array, Reading]:
+        if memory is None:
+            shapes = jax.eval_shape(
+                lambda: model.prefill(
+                    params_of(state), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool), capacity
+                )[1]
+            )
+            empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            memory = Reading(empty, jnp.int32(0), jnp.int32(0))
+        begun = memory.position > memory.start
+        start = jnp.where(~begun & (obs == PAD), memory.position + 1, memory.start)
+        logits, cache = model.step(params_of(state), obs[None], memory.cache, memory.position, start[None])
+        token = jnp.argmax(logits[0]) if key is None else jax.random.categorical(key, logits[0])
+        return token.astype(jnp.int32), Reading(cache, memory.position + 1, start)
+
+    return act
+
+
+class Answers(NamedTuple):
+    """Sampled answers to problems, each asked ``group_size`` times, side by side: rows ``[N]``."""
+
+    problems: Problem
+    rollout: Rollout
+    parts: dict[str, Array]  # of the verifier, float32 [N]
+
+
+def answer(
+    key: Array, task: Task, model: Model, params: Any, num_prompts: int, group_size: int, support: Support
+) -> Answers:
+    """Draw problems, answer each ``group_size`` times, and verify."""
+    key_draw, key_sample = jax.random.split(key)
+    problems = jax.vmap(task.draw)(jax.random.split(key_draw, num_prompts))
+    problems = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), problems)
+    rollout = sample(
+        key_sample,
+        model,
+        params,
+        problems.prompt,
+        length=task.answer_length,
+        end=END,
+        valid=problems.valid,
+        pad=PAD,
+        support=support,
+    )
+    parts = jax.vmap(task.verify)(problems, rollout.tokens, rollout.mask)
+    return Answers(problems, rollout, parts)

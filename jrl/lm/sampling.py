@@ -1,0 +1,257 @@
+"""Sampling answers with a cache, and scoring them: the log-probabilities that training uses are those of the sampler.
+
+    rollout = sample(key, model, params, prompt, length=64, end=2, valid=valid, support=Support(temperature=0.7, top_p=0.9))
+    scored = score(model, params, prompt, rollout, valid=valid, support=Support(temperature=0.7, top_p=0.9))
+
+``scored.log_prob`` equals ``rollout.log_prob`` to rounding for the same parameters: temperature and truncation are part of the
+policy, and under other parameters a token keeps the set of tokens that it was drawn from.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl import checks, token_losses
+from jrl.nets import transformer
+
+Array = jax.Array
+AT_ONCE = 2**25  # logits that scoring holds at once
+
+
+class Model(NamedTuple):
+    """What sampling and scoring need of a language model; ``decoder`` makes one.
+
+    Attributes:
+        init: ``key -> params``.
+        hidden: ``(params, tokens [B, L], valid [B, L]) -> [B, L, dim]``, before the head; padding stands on the left.
+        head: ``(params, [..., dim]) -> logits [..., V]`` float32.
+        prefill: ``(params, tokens [B, P], valid, capacity) -> (logits [B, V], cache)`` after the prompt.
+        step: ``(params, token [B], cache, position, start [B]) -> (logits [B, V], cache)``.
+        vocab_size: V.
+    """
+
+    init: Callable[[Array], Any]
+    hidden: Callable[[Any, Array, Array], Array]
+    head: Callable[[Any, Array], Array]
+    prefill: Callable[[Any, Array, Array, int], tuple[Array, Any]]
+    step: Callable[[Any, Array, Any, Array, Array], tuple[Array, Any]]
+    vocab_size: int
+
+
+def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float32) -> Model:
+    """A decoder of ``nets/transformer.py`` whose stream and caches are ``dtype``; logits are float32.
+
+    Raises ``ValueError`` for one without a vocabulary or that is not causal.
+    """
+    checks.positive_int("transformer.vocab_size", config.vocab_size)
+    if not config.causal:
+        raise ValueError("a language model needs transformer.causal=True")
+
+    def half(params: Any) -> Any:
+        wide = jnp.dtype(dtype) == jnp.float32
+        return params if wide else jax.tree.map(lambda x: x.astype(dtype), params)
+
+    def hidden(params: Any, tokens: Array, valid: Array) -> Array:
+        params = half(params)
+        at = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+        ids = valid.astype(jnp.int32)
+        return transformer.blocks(params, params["embedding"][tokens], config, positions=at, segment_ids=ids)
+
+    def prefill(params: Any, tokens: Array, valid: Array, capacity: int) -> tuple[Array, Any]:
+        empty = transformer.init_cache(config, len(tokens), capacity, dtype)
+        return transformer.prefill(half(params), tokens, empty, config, valid=valid)
+
+    def step(params: Any, token: Array, cache: Any, position: Array, start: Array) -> tuple[Array, Any]:
+        return transformer.decode(half(params), token, cache, position, config, start=start)
+
+    return Model(
+        lambda key: transformer.init(key, config),
+        hidden,
+        lambda params, x: transformer.logits(half(params), x, config),
+        prefill,
+        step,
+        config.vocab_size,
+    )
+
+
+class Support(NamedTuple):
+    """The distribution that tokens are drawn from, made of the model's.
+
+    Attributes:
+        temperature: of the softmax; may be traced.
+        top_k: the likeliest so many; 0 for all.
+        top_p: the fewest, likeliest first, that have this probability together (1904.09751); 1 for all.
+        min_p: those at least so likely as a share of the likeliest (2407.01082); 0 for all.
+    """
+
+    temperature: Array | float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+def check_support(support: Support, vocab_size: int) -> None:
+    """Raise ``ValueError`` for a setting out of range."""
+    checks.above_zero("temperature", support.temperature)
+    checks.positive_int("top_k", support.top_k, at_least=0)
+    checks.within("top_k", support.top_k, 0, vocab_size)
+    checks.above_zero("top_p", support.top_p)
+    checks.within("top_p", support.top_p, 0, 1)
+    checks.within("min_p", support.min_p, 0, 1)
+
+
+def kept(logits: Array, support: Support) -> Array:
+    """Which tokens remain, bool ``[..., V]``, for logits already divided by the temperature. The likeliest always does.
+
+    Each rule goes by the probabilities of all tokens; what is as likely as the last one kept is kept too.
+    """
+    descending = jnp.sort(logits, axis=-1, descending=True)
+    keep = jnp.ones(logits.shape, bool)
+    if support.top_k:
+        keep &= logits >= descending[..., support.top_k - 1 : support.top_k]
+    if support.top_p < 1:
+        p = jax.nn.softmax(descending)
+        needed = jnp.sum(jnp.cumsum(p, axis=-1) - p < support.top_p, axis=-1, keepdims=True)
+        keep &= logits >= jnp.take_along_axis(descending, needed - 1, axis=-1)
+    if support.min_p:
+        keep &= logits >= descending[..., :1] + jnp.log(support.min_p)
+    return keep
+
+
+class Rollout(NamedTuple):
+    """Answers ``[B, T]``: what was said, up to and including the end token, and padding behind.
+
+    Attributes:
+        tokens: int32.
+        mask: bool, true up to and including the end token.
+        log_prob: float32, of each token in the distribution it was drawn from; 0 where masked.
+        kept: the tokens that truncation left, as bits uint8 ``[B, T, ceil(V / 8)]``; None without truncation.
+    """
+
+    tokens: Array
+    mask: Array
+    log_prob: Array
+    kept: Array | None
+
+
+def sample(
+    key: Array,
+    model: Model,
+    params: Any,
+    prompt: Array,
+    *,
+    length: int,
+    end: int,
+    valid: Array | None = None,
+    pad: int = 0,
+    support: Support = Support(),
+) -> Rollout:
+    """Answers of up to ``length`` tokens to prompts int ``[B, P]``, padded on the left where ``valid`` is false.
+
+    The key is one, from which each row's is folded, or one a row ``[B]``: a row does not depend on the rows beside it. The
+    loop stops when every row has said ``end``; ``pad`` may equal ``end``. Raises ``ValueError`` for wrong shapes and settings.
+    """
+    checks.positive_int("length", length)
+    check_support(support, model.vocab_size)
+    if prompt.ndim != 2 or (valid is not None and valid.shape != prompt.shape):
+        given = None if valid is None else list(valid.shape)
+        raise ValueError(f"sample: prompt must be [B, P] and valid like it; got {list(prompt.shape)} and {given}")
+    batch, width = prompt.shape
+    valid = jnp.ones(prompt.shape, bool) if valid is None else valid
+    start = (width - valid.sum(1)).astype(jnp.int32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)) if key.ndim == 0 else key
+
+    def say(out: Rollout, logits: Array, t: Array, alive: Array) -> tuple[Rollout, Array, Array]:
+        """The answers with the token at t, that token, and which rows go on."""
+        logits = logits / support.temperature
+        keep = kept(logits, support) if support.truncates else None
+        logits = logits if keep is None else jnp.where(keep, logits, -jnp.inf)
+        drawn = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits)
+        token = jnp.where(alive, drawn, pad).astype(jnp.int32)
+        log_prob = jnp.where(alive, _of(jax.nn.log_softmax(logits), drawn), 0.0)
+        new = Rollout(token, alive, log_prob, None if keep is None else jnp.packbits(keep, axis=-1))
+        return jax.tree.map(lambda rows, x: rows.at[:, t].set(x), out, new), token, alive & (token != end)
+
+    def go(carry: Any) -> Any:
+        t, token, cache, alive, out = carry
+        logits, cache = model.step(params, token, cache, width + t - 1, start)
+        out, token, alive = say(out, logits, t, alive)
+        return t + 1, token, cache, alive, out
+
+    shape = (batch, length)
+    bits = jnp.zeros((*shape, -(-model.vocab_size // 8)), jnp.uint8) if support.truncates else None
+    empty = Rollout(jnp.full(shape, pad, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape), bits)
+    logits, cache = model.prefill(params, prompt, valid, width + length)
+    out, token, alive = say(empty, logits, jnp.int32(0), jnp.ones(batch, bool))
+    first = (jnp.int32(1), token, cache, alive, out)
+    return jax.lax.while_loop(lambda c: (c[0] < length) & jnp.any(c[3]), go, first)[4]
+
+
+class Scored(NamedTuple):
+    """Of each token of an answer, float32 ``[B, T]``; whatever stands where the rollout is masked.
+
+    Attributes:
+        log_prob: in the distribution that it was drawn from.
+        entropy: of that distribution.
+        kl: of that distribution to the reference's, over the whole vocabulary; 0 without a reference.
+    """
+
+    log_prob: Array
+    entropy: Array
+    kl: Array
+
+
+def score(
+    model: Model,
+    params: Any,
+    prompt: Array,
+    rollout: Rollout,
+    *,
+    valid: Array | None = None,
+    support: Support = Support(),
+    reference: Any = None,
+) -> Scored:
+    """Log-probabilities and entropies of answers under ``params``, differentiable, in one pass over prompt and answer.
+
+    ``reference`` are parameters that the exact KL is taken to.
+    """
+    of = lambda p: answer_hidden(model, p, prompt, rollout.tokens, valid)  # noqa: E731
+
+    def logits(params: Any, hidden: Array, bits: Array | None) -> Array:
+        full = model.head(params, hidden) / support.temperature
+        if bits is None:
+            return full
+        return jnp.where(jnp.unpackbits(bits, axis=-1, count=model.vocab_size).astype(bool), full, -jnp.inf)
+
+    def of_rows(x: tuple[Array, Any, Array, Array | None]) -> Scored:
+        hidden, ref_hidden, tokens, bits = x
+        full = logits(params, hidden, bits)
+        log_p = jax.nn.log_softmax(full)
+        entropy = -jnp.sum(jnp.exp(log_p) * jnp.where(jnp.isneginf(log_p), 0.0, log_p), axis=-1)
+        kl = jnp.zeros(tokens.shape)
+        if reference is not None:
+            kl = token_losses.kl_exact(full, jax.lax.stop_gradient(logits(reference, ref_hidden, bits)))
+        return Scored(_of(log_p, tokens), entropy, kl)
+
+    inputs = (of(params), None if reference is None else of(reference), rollout.tokens, rollout.kept)
+    if rollout.tokens.size * model.vocab_size <= AT_ONCE:
+        return of_rows(inputs)
+    return jax.lax.map(jax.checkpoint(of_rows), inputs)  # row by row: all logits would be larger than the model
+
+
+def answer_hidden(model: Model, params: Any, prompt: Array, tokens: Array, valid: Array | None = None) -> Array:
+    """The stream that predicts each token of the answers ``[B, T]``, ``[B, T, dim]``."""
+    valid = jnp.ones(prompt.shape, bool) if valid is None else valid
+    whole = jnp.concatenate([prompt, tokens], axis=1)[:, :-1]
+    valid = jnp.pad(valid, [(0, 0), (0, tokens.shape[1] - 1)], constant_values=True)
+    return model.hidden(params, whole, valid)[:, prompt.shape[1] - 1 :]
+
+
+def _of(log_p: Array, token: Array) -> Array:
+    return jnp.take_along_axis(log_p, token[..., None], axis=-1)[..., 0]

@@ -1,0 +1,114 @@
+"""What of a network is trained: all of it, some of it, or small matrices beside it (LoRA, Hu et al. 2021, 2106.09685).
+
+    trained = lora(rank=8, alpha=16, pattern="q|v").init(key, params)
+    params = lora(rank=8, alpha=16, pattern="q|v").merge(params, trained)
+
+Each is a pair of functions, so that an algorithm need not know which: the frozen parameters stay as they are and serve as the
+reference model at no cost.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl import checks
+
+Array = jax.Array
+
+
+class Adapter(NamedTuple):
+    """Which parameters are trained, and how they act on the frozen ones.
+
+    Attributes:
+        init: ``(key, params) -> trained``, which leaves the network as it is.
+        merge: ``(params, trained) -> params`` of the network that is computed with.
+    """
+
+    init: Callable[[Array, Any], Any]
+    merge: Callable[[Any, Any], Any]
+
+
+def full() -> Adapter:
+    """All parameters are trained."""
+    return Adapter(lambda key, params: params, lambda params, trained: trained)
+
+
+def subset(pattern: str) -> Adapter:
+    """The parameters whose path, like ``layers/q``, matches the regular expression anywhere; the others stay."""
+
+    def init(key: Array, params: Any) -> dict[str, Array]:
+        return _matching(params, pattern)
+
+    def merge(params: Any, trained: dict[str, Array]) -> Any:
+        return _with_paths(lambda path, x: trained.get(path, x), params)
+
+    return Adapter(init, merge)
+
+
+def lora(rank: int = 8, alpha: float = 16.0, pattern: str = r"/(q|k|v|o|gate|up|down)$") -> Adapter:
+    """``W + alpha / rank * A B`` for the matrices whose path matches (2106.09685, section 4.1); A is random, B starts at 0.
+
+    A parameter's axes are those of ``transformer.axes``: leading ones that stack matrices (layers, branches, experts) get
+    matrices of their own, and several axes of an input or of an output are taken as one. Raises ``ValueError`` for a rank below 1
+    or a pattern that matches no matrix.
+    """
+    checks.positive_int("lora.rank", rank)
+    checks.above_zero("lora.alpha", alpha)
+
+    def init(key: Array, params: Any) -> dict[str, dict[str, Array]]:
+        found = _matching(params, pattern)
+        trained = {}
+        for key, (path, x) in zip(jax.random.split(key, len(found)), found.items(), strict=True):
+            stack, rows, columns = _matrix(path, x.shape)
+            a = jax.random.normal(key, (*stack, rows, rank)) * rows**-0.5
+            trained[path] = {"a": a, "b": jnp.zeros((*stack, rank, columns))}
+        return trained
+
+    def merge(params: Any, trained: dict[str, dict[str, Array]]) -> Any:
+        def leaf(path: str, x: Array) -> Array:
+            if path not in trained:
+                return x
+            a, b = (trained[path][name] for name in ("a", "b"))
+            return x + (alpha / rank * (a @ b)).reshape(x.shape).astype(x.dtype)
+
+        return _with_paths(leaf, params)
+
+    return Adapter(init, merge)
+
+
+STACKED = {"q": 1, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1}  # axes before the matrix; experts have one more
+JOINED = {"o": 2}  # axes of the input, where it is not one
+
+
+def _matrix(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
+    """Stacking axes, rows and columns of a parameter of that path."""
+    name = path.rpartition("/")[2]
+    stacked = STACKED.get(name, max(len(shape) - 2, 0))
+    if name in ("gate", "up", "down") and len(shape) == 4:
+        stacked = 2
+    rest = shape[stacked:]
+    if len(rest) < 2:
+        raise ValueError(f"lora: {path} {list(shape)} is no matrix")
+    inputs = JOINED.get(name, 1)
+    return shape[:stacked], math.prod(rest[:inputs]), math.prod(rest[inputs:])
+
+
+def _matching(params: Any, pattern: str) -> dict[str, Array]:
+    found: dict[str, Array] = {}
+    _with_paths(lambda path, x: found.update({path: x}) if re.search(pattern, path) else None, params)
+    if not found:
+        paths: list[str] = []
+        _with_paths(lambda path, x: paths.append(path), params)
+        raise ValueError(f"no parameter matches {pattern!r}; there are {', '.join(paths)}")
+    return found
+
+
+def _with_paths(function: Callable[[str, Any], Any], params: Any) -> Any:
+    def leaf(path: Any, x: Any) -> Any:
+        return function("/".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path), x)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)

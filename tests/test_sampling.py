@@ -1,0 +1,126 @@
+"""Sampling: caches against whole sequences, truncation, padding, ends, and rows that do not depend on each other."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrl.attention import mla, nsa
+from jrl.lm.sampling import Support, decoder, kept, sample, score
+from jrl.nets import transformer
+
+END, PAD = 1, 0
+SHAPE = {"vocab_size": 11, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 16}
+SPARSE = nsa.Config(4, 2, 4, 3, window=4)
+LATENT = mla.Config(latent=8, query_latent=8, nope_dim=8, rope_dim=4, value_dim=8)
+
+
+def model_of(kind="dense"):
+    return decoder(transformer.Config(**SHAPE, attention=kind, window=5, sparse=SPARSE, latent=LATENT))
+
+
+def prompts(batch=4, width=6):
+    prompt = jax.random.randint(jax.random.key(1), (batch, width), 2, 11)
+    valid = jnp.arange(width)[None] >= jnp.array([0, 2, 3, 5])[:batch, None]
+    return jnp.where(valid, prompt, PAD), valid
+
+
+@pytest.fixture(scope="module")
+def dense():
+    model = model_of()
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))  # far from uniform
+    run = jax.jit(partial(sample, model=model, length=8, end=END), static_argnames=("length", "support", "end", "pad"))
+    return model, params, run
+
+
+@pytest.mark.parametrize("kind", ["dense", "window", "nsa", "mla", "rwkv"])
+def test_what_was_sampled_is_what_is_scored(kind):
+    model = model_of(kind)
+    params, (prompt, valid) = model.init(jax.random.key(0)), prompts()
+    rollout = jax.jit(lambda k, p: sample(k, model, p, prompt, length=8, end=END, valid=valid))(
+        jax.random.key(2), params
+    )
+    scored = jax.jit(lambda p: score(model, p, prompt, rollout, valid=valid))(params)
+    np.testing.assert_allclose(
+        np.where(rollout.mask, scored.log_prob, 0), np.where(rollout.mask, rollout.log_prob, 0), atol=2e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "support", [Support(0.5), Support(2.0, top_k=3), Support(1.0, top_p=0.7), Support(0.8, min_p=0.2)]
+)
+def test_temperature_and_truncation_are_part_of_the_policy(dense, support):
+    model, params, run = dense
+    prompt, valid = prompts()
+    rollout = run(jax.random.key(2), params=params, prompt=prompt, valid=valid, support=support)
+    scored = score(model, params, prompt, rollout, valid=valid, support=support)
+    np.testing.assert_allclose(scored.log_prob[rollout.mask], rollout.log_prob[rollout.mask], atol=2e-5)
+    # Under other parameters a token keeps the set that it was drawn from, so that no ratio is infinite.
+    other = score(model, jax.tree.map(lambda x: -x, params), prompt, rollout, valid=valid, support=support)
+    assert np.isfinite(other.log_prob[rollout.mask]).all()
+    assert (np.asarray(other.entropy) >= -1e-6).all()
+
+
+def test_rows_do_not_depend_on_the_rows_beside_them_nor_on_padding(dense):
+    _, params, run = dense
+    prompt, valid = prompts()
+    both = run(jax.random.key(2), params=params, prompt=prompt, valid=valid)
+    some = run(jax.random.key(2), params=params, prompt=prompt[:2], valid=valid[:2])
+    np.testing.assert_array_equal(both.tokens[:2], some.tokens)
+    wider = run(
+        jax.random.key(2),
+        params=params,
+        prompt=jnp.pad(prompt, ((0, 0), (3, 0))),
+        valid=jnp.pad(valid, ((0, 0), (3, 0))),
+    )
+    np.testing.assert_array_equal(both.tokens, wider.tokens)
+    np.testing.assert_allclose(both.log_prob, wider.log_prob, atol=2e-5)
+
+
+@pytest.mark.parametrize("pad", [PAD, END])
+def test_the_end_is_in_the_mask_and_padding_follows(dense, pad):
+    _, params, run = dense
+    prompt, valid = prompts()
+    rollout = run(jax.random.key(5), params=params, prompt=prompt, valid=valid, end=4, pad=pad)
+    for tokens, mask in zip(np.asarray(rollout.tokens), np.asarray(rollout.mask), strict=True):
+        ends = np.flatnonzero((tokens == 4) & mask)
+        length = ends[0] + 1 if len(ends) else 8
+        assert mask.tolist() == [True] * length + [False] * (8 - length)
+        assert (tokens[length:] == pad).all()
+
+
+def test_what_truncation_keeps():
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
+    keeps = lambda **kw: np.asarray(kept(logits, Support(**kw))).tolist()  # noqa: E731
+    assert keeps(top_k=2) == [True, True, False, False]
+    assert keeps(top_p=0.7) == [True, True, False, False]
+    assert keeps(top_p=0.5) == [True, False, False, False]
+    assert keeps(top_p=0.01) == [True, False, False, False]
+    assert keeps(min_p=0.25) == [True, True, True, False]
+    assert keeps(top_k=3, top_p=0.95, min_p=0.4) == [True, True, False, False]
+
+
+def test_frequencies_are_those_of_the_distribution(dense):
+    model, params, run = dense
+    n = 4096
+    prompt = jnp.broadcast_to(prompts()[0][:1], (n, 6))
+    rollout = run(jax.random.key(3), params=params, prompt=prompt, length=1)
+    p = jax.nn.softmax(model.prefill(params, prompt[:1], jnp.ones((1, 6), bool), 7)[0][0])
+    found = np.bincount(np.asarray(rollout.tokens[:, 0]), minlength=11) / n
+    np.testing.assert_allclose(found, p, atol=5 * np.sqrt(0.25 / n))
+
+
+def test_wrong_arguments_are_one_clear_line(dense):
+    model, params, _ = dense
+    prompt = prompts()[0]
+    for wrong, message in (
+        ({"length": 0}, "length must be an integer of at least 1; got 0"),
+        ({"support": Support(0.0)}, "temperature must be above 0; got 0"),
+        ({"support": Support(top_k=12)}, "top_k must be between 0 and 11; got 12"),
+        ({"support": Support(top_p=1.5)}, "top_p must be between 0 and 1; got 1.5"),
+        ({"valid": jnp.ones((4, 5), bool)}, r"sample: prompt must be \[B, P\] and valid like it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample(jax.random.key(0), model, params, prompt, **({"length": 4, "end": END} | wrong))
