@@ -9,6 +9,11 @@ import jax.numpy as jnp
 Array = jax.Array
 
 
+def wide(x: Array) -> Array:
+    """``x`` in float32, or as it is in a wider type."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def policy_gradient(log_prob: Array, advantage: Array) -> Array:
     """REINFORCE with a baseline, as a loss: ``-log pi(a|x) A`` (Williams 1992)."""
     return -log_prob * jax.lax.stop_gradient(advantage)

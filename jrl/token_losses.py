@@ -99,7 +99,7 @@ def _groups(function: str, reward: Array, group_size: int, at_least: int) -> tup
     checks.positive_int(f"{function}: group_size", group_size, at_least)
     if reward.ndim != 1 or len(reward) % group_size:
         raise ValueError(f"{function}: reward must be [prompts * {group_size}], got {reward.shape}")
-    grouped = _wide(reward).reshape(-1, group_size)
+    grouped = losses.wide(reward).reshape(-1, group_size)
     return grouped, grouped.max(1, keepdims=True) == grouped.min(1, keepdims=True)
 
 
@@ -120,7 +120,7 @@ def token_rewards(score: Array, log_prob: Array, ref_log_prob: Array, mask: Arra
     checks.same_shape("token_rewards", score=score, **{"mask[:, 0]": mask[:, 0]})
     counted = jnp.cumsum(mask[:, ::-1] > 0, axis=1)[:, ::-1]  # valid tokens from here to the end
     last = (mask > 0) & (counted == 1)
-    return -beta * masked(_wide(log_prob) - ref_log_prob, mask) + jnp.where(last, score[:, None], 0)
+    return -beta * masked(losses.wide(log_prob) - ref_log_prob, mask) + jnp.where(last, score[:, None], 0)
 
 
 def gae(value: Array, reward: Array, mask: Array, gamma: Scalar, lambda_: Scalar) -> Array:
@@ -133,7 +133,7 @@ def gae(value: Array, reward: Array, mask: Array, gamma: Scalar, lambda_: Scalar
 
     def row(value: Array, reward: Array, mask: Array) -> Array:
         order = jnp.argsort(mask == 0, stable=True)  # the valid tokens first, in their order
-        v, r, m = (masked(_wide(x), mask)[order] for x in (value, reward, mask))
+        v, r, m = (masked(losses.wide(x), mask)[order] for x in (value, reward, mask))
         following = jnp.append(v[1:], 0)
         goes_on = jnp.append(m[1:], 0)
         discount = (gamma * goes_on).astype(v.dtype)
@@ -148,7 +148,7 @@ def whiten(x: Array, mask: Array, eps: Scalar = 1e-8) -> Array:
     The variance divides by the number of tokens less one, as PPO on language models does. Without variance: 0.
     """
     checks.same_shape("whiten", x=x, mask=mask)
-    x, count = masked(_wide(x), mask), jnp.sum(mask > 0)
+    x, count = masked(losses.wide(x), mask), jnp.sum(mask > 0)
     difference = masked(x - x.sum() / jnp.maximum(count, 1), mask)
     low, high = (jnp.where(mask > 0, x, end) for end in (jnp.inf, -jnp.inf))
     varies = high.max() > low.min()  # of equal numbers, or of none, the sum of squares may be a rounding error
@@ -176,7 +176,7 @@ def reinforce_plus_plus(
 
 def policy_gradient(log_prob: Array, advantage: Array) -> Array:
     """REINFORCE with a baseline, as a loss: ``-log pi A`` (Williams 1992)."""
-    return losses.policy_gradient(_wide(log_prob), _per_token("policy_gradient", log_prob, advantage))
+    return losses.policy_gradient(losses.wide(log_prob), _per_token("policy_gradient", log_prob, advantage))
 
 
 def clip(log_ratio: Array, advantage: Array, low: Scalar, high: Scalar) -> Array:
@@ -210,14 +210,14 @@ def cispo(log_prob: Array, log_ratio: Array, advantage: Array, low: Scalar, high
     checks.same_shape("cispo", log_prob=log_prob, log_ratio=log_ratio)
     log_ratio, advantage = _ratio_and_advantage("cispo", log_ratio, advantage)
     weight = jax.lax.stop_gradient(jnp.clip(jnp.exp(log_ratio), 1 - low, 1 + high))
-    return losses.policy_gradient(_wide(log_prob), weight * advantage)
+    return losses.policy_gradient(losses.wide(log_prob), weight * advantage)
 
 
 def truncated_importance(log_trainer: Array, log_sampler: Array, cap: Scalar) -> Array:
     """``min(pi_trainer / pi_sampler, cap)``, elementwise and without gradient: the weight that a token's loss takes where the
     sampler's log-probabilities are not quite the trainer's (Yao et al. 2025; Espeholt et al. 2018, 1802.01561, section 4.1)."""
     checks.same_shape("truncated_importance", log_trainer=log_trainer, log_sampler=log_sampler)
-    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(_wide(log_trainer) - log_sampler), cap))
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(losses.wide(log_trainer) - log_sampler), cap))
 
 
 def _per_token(function: str, x: Array, advantage: Array) -> Array:
@@ -227,16 +227,12 @@ def _per_token(function: str, x: Array, advantage: Array) -> Array:
             f"{function}: advantage must be {x.shape} or, for one a row, {x.shape[:-1]}; got {advantage.shape}"
         )
     advantage = advantage if advantage.ndim == x.ndim else advantage[..., None]
-    return jax.lax.stop_gradient(_wide(advantage))
+    return jax.lax.stop_gradient(losses.wide(advantage))
 
 
 def _ratio_and_advantage(function: str, log_ratio: Array, advantage: Array) -> tuple[Array, Array]:
     advantage = _per_token(function, log_ratio, advantage)
-    return jnp.where(advantage == 0, 0, jnp.minimum(_wide(log_ratio), LARGEST)), advantage
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.where(advantage == 0, 0, jnp.minimum(losses.wide(log_ratio), LARGEST)), advantage
 
 
 # KL(pi || ref) at each token. Estimates take log-probabilities of tokens that pi sampled, elementwise (Schulman 2020,
@@ -246,7 +242,7 @@ def _wide(x: Array) -> Array:
 def kl_k1(log_prob: Array, ref_log_prob: Array) -> Array:
     """``D = log pi - log ref``: unbiased, of either sign. In a loss its gradient is 0 on average: it belongs in the reward."""
     checks.same_shape("kl_k1", log_prob=log_prob, ref_log_prob=ref_log_prob)
-    return _wide(log_prob) - ref_log_prob
+    return losses.wide(log_prob) - ref_log_prob
 
 
 def kl_k2(log_prob: Array, ref_log_prob: Array) -> Array:
@@ -264,7 +260,7 @@ def kl_exact(logits: Array, ref_logits: Array) -> Array:
     """KL(pi || ref) over the whole vocabulary, ``[...]`` for logits ``[..., V]``: its value and gradient, without sampling
     noise. Logits may be -inf where pi never goes."""
     checks.same_shape("kl_exact", logits=logits, ref_logits=ref_logits)
-    log_p, log_q = (jax.nn.log_softmax(_wide(x)) for x in (logits, ref_logits))
+    log_p, log_q = (jax.nn.log_softmax(losses.wide(x)) for x in (logits, ref_logits))
     return jnp.sum(jnp.exp(log_p) * jnp.where(logits > -jnp.inf, log_p - log_q, 0), axis=-1)
 
 
