@@ -13,7 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jrl.lm.tasks.addition import addition
+from jrl.lm.tasks.countdown import countdown
 from jrl.lm.tasks.modular_addition import modular_addition
+from jrl.lm.tasks.parity import parity
+from jrl.lm.tasks.sequences import reverse, sort
 from jrl.lm.tasks.types import END, MARKS, PAD, Problem, Task, answer_mask, decode, encode, strict
 
 __all__ = [
@@ -31,7 +35,14 @@ __all__ = [
     "strict",
 ]
 
-_registered: dict[str, Callable[..., Task]] = {"modular_addition": modular_addition}
+_registered: dict[str, Callable[..., Task]] = {
+    "addition": addition,
+    "countdown": countdown,
+    "modular_addition": modular_addition,
+    "parity": parity,
+    "reverse": reverse,
+    "sort": sort,
+}
 
 
 def register(name: str, factory: Callable[..., Task]) -> None:
