@@ -4,15 +4,18 @@ import functools
 import itertools
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jrl import envs
 from jrl.lm import tasks
 from jrl.lm.tasks import END, PAD
 from jrl.lm.tasks.countdown import Expression, value
+from jrl.run.evaluate import evaluate
 
 LARGE = [
     ("modular_addition", {}),
@@ -270,6 +273,62 @@ def test_chance(name, settings, symbols, chance):
         tokens[:, -1] = END
         scores.append(verify(problems, tokens, mask_of(tokens))["correct"].mean())
     assert abs(np.mean(scores) - chance) < 4 * np.sqrt(chance * (1 - chance) / 4096)
+
+
+def played(task, problem_key, say):
+    """Observations, rewards and ends of an episode in which the n-th answer token is ``say(problem)[n]``, else an end token."""
+    env = envs.strict(tasks.as_environment(task))
+
+    def steps(key):
+        obs, state = env.reset(key)
+        tokens = say(state.problem)
+        script = jnp.concatenate([jnp.full(task.prompt_length - 1, END), tokens])
+
+        def step(state, _):
+            action = script[state.position]
+            obs, state, reward, terminated, truncated = env.step(key, state, action)
+            return state, (obs, reward, terminated, truncated)
+
+        out = jax.lax.scan(step, state, length=env.time_limit)[1]
+        return jnp.append(obs, out[0]), *out[1:]
+
+    return [np.array(x) for x in jax.jit(steps)(problem_key)]
+
+
+def test_an_episode_reads_the_prompt_and_then_what_was_said(key):
+    settings = {"shortest": 2}
+    task, problems, shown, _ = setup("reverse", settings)
+    keys = jax.random.split(jax.random.key(0), 256)
+    for i in (0, 1, 2):
+        prompt, answer = problems.prompt[i][problems.valid[i]], shown[i][mask_of(shown)[i]]
+        obs, reward, terminated, truncated = played(task, keys[i], task.demonstrate)
+        episode = len(prompt) + len(answer) - 1
+        np.testing.assert_array_equal(obs[: episode + 1], [*prompt, *answer])
+        assert reward[:episode].sum() == reward[episode - 1] == 1 and not truncated.any()
+        assert terminated[: episode - 1].sum() == 0 and terminated[episode - 1]
+
+    _, reward, terminated, _ = played(task, keys[0], lambda problem: jnp.full(task.answer_length, 2))
+    start = task.prompt_length - int(problems.valid[0].sum())
+    last = task.prompt_length + task.answer_length - 2 - start
+    assert terminated[: last + 1].sum() == 1 and terminated[last] and reward[: last + 1].sum() == 0
+
+
+def test_evaluation_of_an_agent_that_can_add_and_of_one_that_cannot(key):
+    task = tasks.make("modular_addition", modulus=5)
+    env = envs.strict(tasks.as_environment(task))
+    assert envs.observation_spec(env) == jax.ShapeDtypeStruct((), jnp.int32)
+    equals = len(task.symbols) - 1
+
+    def agent(shift, obs, key=None, memory=None):
+        memory = jnp.zeros(4, jnp.int32) if memory is None else memory
+        seen = jnp.append(memory[1:], obs)
+        return jnp.where(obs == equals, 2 + (seen[0] + seen[2] - 4 + shift) % 5, END), seen
+
+    scores = [
+        jax.jit(lambda k, s=shift: evaluate(SimpleNamespace(env=env, act=agent), s, k, 8))(key) for shift in (0, 1)
+    ]
+    assert (scores[0].returns == 1).all() and (scores[1].returns == 0).all()
+    assert all((score.lengths == 5).all() and score.finished.all() for score in scores)
 
 
 OWN = """

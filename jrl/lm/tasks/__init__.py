@@ -15,6 +15,7 @@ from typing import Any
 
 from jrl.lm.tasks.addition import addition
 from jrl.lm.tasks.countdown import countdown
+from jrl.lm.tasks.environment import as_environment
 from jrl.lm.tasks.modular_addition import modular_addition
 from jrl.lm.tasks.parity import parity
 from jrl.lm.tasks.sequences import reverse, sort
@@ -27,6 +28,7 @@ __all__ = [
     "Problem",
     "Task",
     "answer_mask",
+    "as_environment",
     "decode",
     "encode",
     "make",
