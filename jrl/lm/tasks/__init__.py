@@ -13,7 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jrl.lm.tasks.addition import addition
+from jrl.lm.tasks.countdown import countdown
+from jrl.lm.tasks.environment import as_environment
 from jrl.lm.tasks.modular_addition import modular_addition
+from jrl.lm.tasks.parity import parity
+from jrl.lm.tasks.sequences import reverse, sort
 from jrl.lm.tasks.types import END, MARKS, PAD, Problem, Task, answer_mask, decode, encode, strict
 
 __all__ = [
@@ -23,6 +28,7 @@ __all__ = [
     "Problem",
     "Task",
     "answer_mask",
+    "as_environment",
     "decode",
     "encode",
     "make",
@@ -31,7 +37,14 @@ __all__ = [
     "strict",
 ]
 
-_registered: dict[str, Callable[..., Task]] = {"modular_addition": modular_addition}
+_registered: dict[str, Callable[..., Task]] = {
+    "addition": addition,
+    "countdown": countdown,
+    "modular_addition": modular_addition,
+    "parity": parity,
+    "reverse": reverse,
+    "sort": sort,
+}
 
 
 def register(name: str, factory: Callable[..., Task]) -> None:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrl import checks
 from jrl.lm.tasks.types import END, PAD, answer_mask
 
 Array = jax.Array
@@ -52,3 +53,20 @@ def consists_of(tokens: Array, mask: Array, low: int, high: int, least: int = 1,
     most = tokens.shape[0] - 1 if most is None else most
     inside = ((said >= low) & (said < high)) | (jnp.arange(tokens.shape[0]) >= length)
     return (ended & jnp.all(inside) & (length >= least) & (length <= most)).astype(jnp.float32)
+
+
+def lengths(longest_name: str, longest: int, shortest: int | None, at_least: int = 1) -> tuple[int, int]:
+    """The range that a problem's length is drawn from: ``shortest`` (None: ``longest``) to ``longest``, checked."""
+    checks.positive_int(longest_name, longest, at_least)
+    if shortest is None:
+        return longest, longest
+    checks.positive_int("shortest", shortest, at_least)
+    if shortest > longest:
+        raise ValueError(f"shortest must be at most {longest_name}, {longest}; got {shortest}")
+    return shortest, longest
+
+
+def draw_length(key: Array, bounds: tuple[int, int]) -> Array:
+    """Which of ``longest`` places a problem uses: the first so many, bool ``[longest]``, every length as likely as another."""
+    shortest, longest = bounds
+    return jnp.arange(longest) < jax.random.randint(key, (), shortest, longest + 1)
