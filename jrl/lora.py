@@ -62,9 +62,9 @@ def lora(rank: int = 8, alpha: float = 16.0, pattern: str = r"/(q|k|v|o|gate|up|
     def init(key: Array, params: Any) -> dict[str, dict[str, Array]]:
         found = _matching(params, pattern)
         trained = {}
-        for key, (path, x) in zip(jax.random.split(key, len(found)), found.items(), strict=True):
+        for one, (path, x) in zip(jax.random.split(key, len(found)), found.items(), strict=True):
             stack, rows, columns = _matrix(path, x.shape)
-            a = jax.random.normal(key, (*stack, rows, rank)) * rows**-0.5
+            a = jax.random.normal(one, (*stack, rows, rank)) * rows**-0.5
             trained[path] = {"a": a, "b": jnp.zeros((*stack, rank, columns))}
         return trained
 
@@ -80,7 +80,15 @@ def lora(rank: int = 8, alpha: float = 16.0, pattern: str = r"/(q|k|v|o|gate|up|
     return Adapter(init, merge)
 
 
-STACKED = {"q": 1, "k": 2, "v": 2, "o": 1, "gate": 1, "up": 1, "down": 1}  # axes before the matrix; experts have one more
+STACKED = {
+    "q": 1,
+    "k": 2,
+    "v": 2,
+    "o": 1,
+    "gate": 1,
+    "up": 1,
+    "down": 1,
+}  # axes before the matrix; experts have one more
 JOINED = {"o": 2}  # axes of the input, where it is not one
 
 

@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from jrl import checks, lora, optim, precision, rollout, token_losses
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
 from jrl.algos import sft
-from jrl.lm.policy import answer, as_algorithm_env, greedy_and_sampled, language_model
+from jrl.lm.policy import answer, language_model, reader
 from jrl.lm.sampling import Model, Rollout, Support, check_support, sample, score
 from jrl.lm.tasks import END, PAD, Task
+from jrl.lm.tasks.environment import as_environment
 from jrl.nets import transformer
 
 Array = jax.Array
@@ -167,7 +168,7 @@ def check_hyper(hyper: Hyper) -> None:
     optim.check_hyper(hyper.optimizer)
 
 
-METHODS: dict[str, tuple[dict[str, Any], dict[str, float]]] = {
+METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": ({"kl": "k3"}, {}),  # 2402.03300
     "dr_grpo": ({"advantage": "centred", "reduction": "constant"}, {}),  # 2503.20783
     "dapo": ({"reduction": "token_mean", "oversample": 2}, {"clip_high": 0.28}),  # 2503.14476
@@ -258,9 +259,7 @@ def learner(model: Model, config: Config, *, length: int, end: int, pad: int) ->
 
     def draw(state: State, key: Array, prompt: Array, valid: Array) -> Rollout:
         support = config.support(state.hyper.temperature)
-        return sample(
-            key, model, policy(state), prompt, length=length, end=end, valid=valid, pad=pad, support=support
-        )
+        return sample(key, model, policy(state), prompt, length=length, end=end, valid=valid, pad=pad, support=support)
 
     def log_probs(params: Any, state: State, prompt: Array, valid: Array, rollout: Rollout) -> Array:
         """Of all answers, in as many parts as learning takes."""
@@ -351,9 +350,7 @@ def learner(model: Model, config: Config, *, length: int, end: int, pad: int) ->
     return Learner(init, policy, draw, learn)
 
 
-def advantages(
-    config: Config, hyper: Hyper, reward: Array, log_prob: Array, ref_log_prob: Array, mask: Array
-) -> Array:
+def advantages(config: Config, hyper: Hyper, reward: Array, log_prob: Array, ref_log_prob: Array, mask: Array) -> Array:
     """Advantages ``[N, T]`` of each token, of rewards ``[N]`` in groups side by side."""
     beta = hyper.kl_weight if config.kl != "none" and config.kl_in == "reward" else 0.0
     if config.advantage == "reinforce++":
@@ -370,9 +367,7 @@ def advantages(
     return jnp.broadcast_to(found[:, None], mask.shape)
 
 
-def token_loss(
-    config: Config, hyper: Hyper, log_prob: Array, log_ratio: Array, advantage: Array, mask: Array
-) -> Array:
+def token_loss(config: Config, hyper: Hyper, log_prob: Array, log_ratio: Array, advantage: Array, mask: Array) -> Array:
     """Loss ``[N, T]`` of each token."""
     match config.loss:
         case "clip":
@@ -469,10 +464,10 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
     return Algorithm(
         init=init,
         update=update,
-        act=greedy_and_sampled(task, model, learning.policy),
+        act=reader(task, model, learning.policy),
         env_steps_per_update=config.rows * config.oversample * task.answer_length,
         name="grpo",
-        env=as_algorithm_env(task),
+        env=as_environment(task),
         config=config,
         hyper=hyper,
         uses_length=config.optimizer.uses_length,

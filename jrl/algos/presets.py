@@ -1,9 +1,11 @@
 """Settings that learn, by algorithm and environment. The results they reach are in the README's table."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jrl import nets
-from jrl.algos import dqn, ppo, pqn, r2d2
+from jrl.algos import dqn, grpo, ppo, pqn, r2d2
+from jrl.nets import transformer
 
 
 class Preset(NamedTuple):
@@ -147,3 +149,35 @@ def find(table: dict[str, Preset], default: Preset, name: str, env: str) -> Pres
     if name not in table:
         raise ValueError(f"unknown preset {name!r}; there are: auto, none, {', '.join(table)}")
     return table[name]
+
+
+class TaskPreset(NamedTuple):
+    """Updates, static settings and hyperparameters for one task of a language model."""
+
+    updates: int
+    config: grpo.Config
+    hyper: grpo.Hyper
+
+
+_SMALL = transformer.Config(dim=64, num_layers=2, num_heads=4, num_kv_heads=4)
+_STEPS: dict[str, Any] = {"num_prompts": 32, "group_size": 8, "num_epochs": 2, "num_minibatches": 2}
+
+# From scratch a policy must keep exploring; after a supervised start it need not.
+GRPO: dict[str, TaskPreset] = {
+    "modular_addition": TaskPreset(
+        500,
+        grpo.Config(model=replace(_SMALL, num_layers=1), **_STEPS),
+        grpo.Hyper(learning_rate=1e-3, close_weight=0.5, entropy_weight=0.02, kl_weight=0.0),
+    ),
+    "countdown": TaskPreset(
+        300, grpo.Config(model=_SMALL, supervised=300, **_STEPS), grpo.Hyper(learning_rate=3e-4, kl_weight=0.001)
+    ),
+}
+GRPO_DEFAULT = TaskPreset(
+    150, grpo.Config(model=_SMALL, supervised=300, **_STEPS), grpo.Hyper(learning_rate=3e-4, kl_weight=0.001)
+)
+
+
+def grpo_preset(task: str) -> TaskPreset:
+    """The preset of a task, or the default: a supervised start first."""
+    return GRPO.get(task, GRPO_DEFAULT)

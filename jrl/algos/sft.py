@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from jrl import checks, optim, precision, token_losses
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
-from jrl.lm.policy import as_algorithm_env, greedy_and_sampled, language_model
+from jrl.lm.policy import language_model, reader
 from jrl.lm.sampling import Rollout, score
 from jrl.lm.tasks import Task, answer_mask
+from jrl.lm.tasks.environment import as_environment
 from jrl.nets import transformer
 
 Array = jax.Array
@@ -115,10 +116,10 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
     return Algorithm(
         init=init,
         update=update,
-        act=greedy_and_sampled(task, model, lambda state: state.params),
+        act=reader(task, model, lambda state: state.params),
         env_steps_per_update=config.batch_size * task.answer_length,
         name="sft",
-        env=as_algorithm_env(task),
+        env=as_environment(task),
         config=config,
         hyper=hyper,
         uses_length=config.optimizer.uses_length,

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jrl import precision
-from jrl.envs.types import Environment
 from jrl.lm.sampling import Model, Rollout, Support, decoder, sample
 from jrl.lm.tasks import END, PAD, Problem, Task
-from jrl.lm.tasks.environment import as_environment
 from jrl.nets import transformer
 
 Array = jax.Array
@@ -31,37 +29,29 @@ def language_model(task: Task, shape: transformer.Config, policy: str) -> Model:
     return model._replace(init=lambda key: precision.cast(model.init(key), parsed.params))
 
 
-def as_algorithm_env(task: Task) -> Environment:
-    """What evaluation plays: its return is 1 for a correct answer."""
-    return as_environment(task)
-
-
 class Reading(NamedTuple):
-    """What an agent remembers while it reads and says a sequence: caches of one row, and where it stands."""
+    """What an agent remembers while it reads and says a sequence: caches of one row, and where the next token stands."""
 
     cache: Any
     position: Array
-    start: Array  # the first token that is no padding
 
 
-def greedy_and_sampled(task: Task, model: Model, params_of: Callable[[Any], Any]) -> Callable[..., tuple[Array, Reading]]:
-    """``act`` of an algorithm: one token read, one said."""
+def reader(task: Task, model: Model, params_of: Callable[[Any], Any]) -> Callable[..., tuple[Array, Reading]]:
+    """``act`` of an algorithm in ``as_environment(task)``: one token read, one said."""
     capacity = task.prompt_length + task.answer_length
 
     def act(state: Any, obs: Array, key: Array | None = None, memory: Reading | None = None) -> tuple[Array, Reading]:
         if memory is None:
             shapes = jax.eval_shape(
-                lambda: model.prefill(
-                    params_of(state), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool), capacity
-                )[1]
+                lambda: model.prefill(params_of(state), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool), capacity)[
+                    1
+                ]
             )
             empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            memory = Reading(empty, jnp.int32(0), jnp.int32(0))
-        begun = memory.position > memory.start
-        start = jnp.where(~begun & (obs == PAD), memory.position + 1, memory.start)
-        logits, cache = model.step(params_of(state), obs[None], memory.cache, memory.position, start[None])
+            memory = Reading(empty, jnp.int32(0))
+        logits, cache = model.step(params_of(state), obs[None], memory.cache, memory.position, jnp.zeros(1, jnp.int32))
         token = jnp.argmax(logits[0]) if key is None else jax.random.categorical(key, logits[0])
-        return token.astype(jnp.int32), Reading(cache, memory.position + 1, start)
+        return token.astype(jnp.int32), Reading(cache, memory.position + 1)
 
     return act
 

@@ -1,0 +1,114 @@
+"""GRPO and its kin: a small language model learns from verified rewards, many seeds in one compiled program.
+
+python experiments/grpo.py                                    8 seeds of modular addition, from scratch
+python experiments/grpo.py --task reverse                     after a short supervised start; also sort, addition, countdown, parity
+python experiments/grpo.py --methods grpo dr_grpo dapo gspo cispo rloo reinforce++
+python experiments/grpo.py --sweep hyper.learning_rate=3e-4,1e-3
+python experiments/grpo.py --task my_task.py                  a task of your own
+
+Each method's run is in its folder; grpo.png and grpo.csv compare them.
+"""
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+from jrl import checks, run
+from jrl.algos import grpo
+from jrl.algos.presets import grpo_preset
+from jrl.lm import tasks
+from jrl.run import cli, plot, report, stats
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a language model on a task with a verifier.
+
+    Attributes:
+        task: modular_addition, addition, reverse, sort, parity, countdown, or a Python file.
+        task_params: the task's own settings, as NAME=NUMBER ...
+        methods: of grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, or custom for config and hyper as they are.
+        updates: of each seed; default from the task's preset.
+        num_seeds: seeds trained side by side.
+        seed: the key that every seed's key is split from.
+        folder: of all runs; default runs/grpo-TASK. A run that is finished there is not made again, one that is not goes on.
+        sweep: train a grid in one program, as hyper.NAME=NUMBER,NUMBER ...
+        eval_episodes: problems in the evaluation of each seed.
+        config: static settings.
+        hyper: hyperparameters.
+    """
+
+    task: str = "modular_addition"
+    task_params: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("grpo",)
+    updates: int = 500
+    num_seeds: int = 8
+    seed: int = 0
+    folder: Path | None = None
+    sweep: tuple[str, ...] = ()
+    eval_episodes: int = 256
+    config: grpo.Config = field(default_factory=grpo.Config)
+    hyper: grpo.Hyper = grpo.Hyper()
+
+
+def defaults(argv: list[str]) -> Args:
+    """The preset of the task that the command line names."""
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    ahead.add_argument("--task", default=Args.task)
+    preset = grpo_preset(ahead.parse_known_args(argv)[0].task)
+    return Args(updates=preset.updates, config=preset.config, hyper=preset.hyper)
+
+
+def percent(scores: dict[str, Any]) -> str:
+    """Share of right answers, IQM and interval over seeds."""
+    return stats.text(stats.summarize([100 * (float("nan") if x is None else x) for x in scores["per_seed"]]))
+
+
+def main(argv: list[str]) -> None:
+    args = tyro.cli(Args, args=argv, default=defaults(argv), description=cli.paragraphs(__doc__))
+    checks.not_empty(methods=args.methods)
+    checks.positive_int("updates", args.updates)
+    for name in args.methods:
+        checks.one_of("methods", name, (*grpo.METHODS, "custom"))
+    task = tasks.make(args.task, **cli.parse_params(args.task_params))
+    folder = args.folder or Path("runs") / f"grpo-{task.name}"
+    rows: list[dict[str, Any]] = []
+    curves = []
+    for name in args.methods:
+        config, hyper = (args.config, args.hyper) if name == "custom" else grpo.method(name, args.config, args.hyper)
+        algo, home = grpo.make(task, config, hyper), folder / name
+        if config.supervised:
+            print(f"{name}: {config.supervised} supervised updates first", flush=True)
+        grid = run.sweep.parse(args.sweep)
+        result = run.train(
+            algo,
+            jax.random.key(args.seed),
+            args.updates * algo.env_steps_per_update,
+            num_seeds=args.num_seeds,
+            hypers=run.sweep.grid(algo.hyper, grid) if grid else None,
+            run_dir=home,
+            resume=home.exists(),
+            eval_episodes=args.eval_episodes,
+        )
+        if not result.finished:
+            raise KeyboardInterrupt
+        m, reached = result.metrics, result.summary["eval"]
+        for cell, scores in result.summary.get("cells", {"": reached}).items():
+            rows.append({"method": f"{name} {cell}".strip(), "greedy, %": percent(scores)})
+            rows[-1] |= {"sampled, %": percent(scores["sampled"])}
+        if not grid:
+            answers = m["env_steps"] // task.answer_length
+            curves.append((name, *plot.curve(m["episode_return"], m["episodes"], answers)))
+    report.print_table(folder / "grpo.csv", rows)
+    if curves:
+        panel = plot.Panel(task.name, "answers per seed", "share of right answers, sampled", curves)
+        plot.draw(folder / "grpo.png", [panel])
+        print(f"{folder}/grpo.png")
+
+
+if __name__ == "__main__":
+    cli.main(main)
