@@ -1,0 +1,200 @@
+"""Problems and verifiers in plain Python on the host: your own functions, reasoning-gym, math-verify.
+
+A ``Source`` draws prompts and scores texts; nothing here runs under jit. Scores come in parts, as those of ``lm.tasks`` do, so
+that a reward weighs correctness and format apart.
+"""
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jrl import checks
+from jrl.lm.grading import grader
+
+INSTRUCTION = "\n\nFirst think between <think> and </think>, then write the final answer, and nothing else, between <answer> and </answer>."
+
+
+class Item(NamedTuple):
+    """A prompt and what its verifier needs."""
+
+    prompt: str
+    data: Any
+
+
+class Source(NamedTuple):
+    """Problems with a verifier.
+
+    Attributes:
+        name: shown to people.
+        draw: ``(seed, n) -> n Items``, the same for the same seed.
+        score: ``(items, texts) -> parts``, float32 arrays ``[n]``, "correct" among them; ``texts`` are completions.
+    """
+
+    name: str
+    draw: Callable[[int, int], list[Item]]
+    score: Callable[[Sequence[Item], Sequence[str]], dict[str, np.ndarray]]
+
+
+Extract = Callable[[str], tuple[str | None, bool]]  # a completion's answer, and whether it has the wanted form
+
+
+def tagged(text: str) -> tuple[str | None, bool]:
+    """What stands between the last ``<answer>`` and ``</answer>``, as R1-Zero is asked to write (arXiv 2501.12948, section 2.2).
+
+    The form is ``<think>...</think> <answer>...</answer>`` and nothing else, each tag once; ``<think>`` may be missing, since a
+    prompt may end with it.
+    """
+    answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
+    formed = re.fullmatch(r"\s*(<think>)?(.*)</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
+    tags = re.compile("</?(think|answer)>")
+    plain = formed is not None and not any(tags.search(inside) for inside in formed.groups()[1:])
+    return (answers[-1].strip() if answers else None), plain
+
+
+def boxed(text: str) -> tuple[str | None, bool]:
+    """What the last ``\\boxed{...}`` holds, with its braces paired; the form is to have one."""
+    start = text.rfind("\\boxed{")
+    depth = 0
+    for end in range(start + 6, len(text)) if start >= 0 else ():
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[start + 7 : end].strip(), True
+    return None, False
+
+
+def last_number(text: str) -> tuple[str | None, bool]:
+    """The last decimal number, without the commas between thousands; the form is to have one."""
+    found = re.findall(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", text)
+    return (found[-1].replace(",", ""), True) if found else (None, False)
+
+
+def whole(text: str) -> tuple[str | None, bool]:
+    """The whole text, whose form is always good."""
+    return text.strip(), True
+
+
+def from_function(
+    prompts: Sequence[str | Item], function: Callable[[Sequence[Item], Sequence[str]], Any], name: str = "own"
+) -> Source:
+    """Your own verifier: ``function(items, texts)`` returns n floats, "correct", or a dict of parts with n floats each.
+
+    Prompts are texts, or ``Item``s that carry data for the function. They come in random order, and none twice before all came.
+    """
+    checks.not_empty(prompts=prompts)
+    items = [prompt if isinstance(prompt, Item) else Item(prompt, None) for prompt in prompts]
+
+    def score(items: Sequence[Item], texts: Sequence[str]) -> dict[str, np.ndarray]:
+        given = function(items, texts)
+        return _parts(name, given if isinstance(given, dict) else {"correct": given}, len(texts))
+
+    return Source(name, _shuffled(items), score)
+
+
+def reasoning_gym(
+    dataset: str,
+    seed: int = 0,
+    threshold: float = 1.0,
+    extract: Extract = tagged,
+    instruction: str = INSTRUCTION,
+    seconds: float = 5.0,
+    size: int = 100_000,
+    **settings: Any,
+) -> Source:
+    """A generator of the package reasoning-gym, such as "countdown" or "chain_sum", with its own settings.
+
+    There are ``size`` problems, and none of one ``seed`` is among those of another: train on one and evaluate on the other. Parts:
+    "score", what the package gives, which for a wrong answer may be above 0; "correct", whether that is at least ``threshold``;
+    "format", of ``extract``. An answer that takes more than ``seconds`` to judge is wrong. Raises ``ValueError`` for a missing
+    package, an unknown dataset or wrong settings.
+    """
+    _need("reasoning_gym", "reasoning-gym")
+    checks.within("threshold", threshold, 0, 1)
+    checks.above_zero("threshold", threshold)
+    checks.positive_int("size", size)
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    checks.one_of("dataset", dataset, sorted(DATASETS))
+    params = {"seed": seed * size, "size": size, **settings}
+    try:
+        made = create_dataset(dataset, **params)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"reasoning_gym {dataset}: {error}") from error
+    judge = grader("reasoning_gym", (dataset, params), seconds)
+
+    def draw(seed: int, n: int) -> list[Item]:
+        entries = [made[int(i)] for i in np.random.default_rng(seed).integers(0, size, n)]
+        return [Item(entry["question"] + instruction, entry) for entry in entries]
+
+    def score(items: Sequence[Item], texts: Sequence[str]) -> dict[str, np.ndarray]:
+        scores, forms = _judged(judge, extract, items, texts)
+        correct = [float(x >= threshold - 1e-6) for x in scores]
+        return _parts(source.name, {"correct": correct, "format": forms, "score": scores}, len(texts))
+
+    source = Source(f"reasoning_gym-{dataset}", draw, score)
+    return source
+
+
+def math_verify(
+    problems: Sequence[str],
+    answers: Sequence[str],
+    extract: Extract = tagged,
+    instruction: str = INSTRUCTION,
+    seconds: float = 5.0,
+) -> Source:
+    """Mathematical problems with known answers, compared by the package math-verify: ``1/2``, ``0.5`` and ``\\frac12`` are the same.
+
+    Answers are LaTeX or plain; a model's one is what ``extract`` finds. Parts: "correct"; "format", of ``extract``. An answer that
+    takes more than ``seconds`` to judge is wrong. Raises ``ValueError`` for a missing package or lists of different lengths, and
+    when it scores, for a known answer that cannot be read.
+    """
+    _need("math_verify", "math-verify[antlr4_13_2]")
+    checks.not_empty(problems=problems)
+    if len(problems) != len(answers):
+        raise ValueError(f"problems and answers must be as many; got {len(problems)} and {len(answers)}")
+    judge = grader("math_verify", None, seconds)
+    items = [Item(problem + instruction, answer) for problem, answer in zip(problems, answers, strict=True)]
+
+    def score(items: Sequence[Item], texts: Sequence[str]) -> dict[str, np.ndarray]:
+        scores, forms = _judged(judge, extract, items, texts)
+        return _parts("math_verify", {"correct": scores, "format": forms}, len(texts))
+
+    return Source("math_verify", _shuffled(items), score)
+
+
+def _shuffled(items: list[Item]) -> Callable[[int, int], list[Item]]:
+    """Draws in random order, all items before any comes again."""
+
+    def draw(seed: int, n: int) -> list[Item]:
+        rng = np.random.default_rng(seed)
+        rounds = [rng.permutation(len(items)) for _ in range(math.ceil(n / len(items)))]
+        return [items[i] for i in np.concatenate([*rounds, np.zeros(0, int)])[:n]]
+
+    return draw
+
+
+def _judged(judge: Callable, extract: Extract, items: Sequence[Item], texts: Sequence[str]) -> tuple[list, list]:
+    """Scores (0 where no answer is found) and forms."""
+    if len(items) != len(texts):
+        raise ValueError(f"items and texts must be as many; got {len(items)} and {len(texts)}")
+    found = [extract(text) for text in texts]
+    scores = iter(judge([(item.data, answer) for item, (answer, _) in zip(items, found, strict=True) if answer]))
+    return [next(scores) if answer else 0.0 for answer, _ in found], [float(form) for _, form in found]
+
+
+def _parts(name: str, parts: dict[str, Any], n: int) -> dict[str, np.ndarray]:
+    arrays = {part: np.asarray(values, np.float32) for part, values in parts.items()}
+    if "correct" not in arrays:
+        raise ValueError(f'{name}: parts must hold "correct"; got {", ".join(arrays) or "none"}')
+    for part, values in arrays.items():
+        if values.shape != (n,) or not np.isfinite(values).all():
+            raise ValueError(f"{name}: {part!r} must be {n} finite numbers; got {values}")
+    return arrays
+
+
+def _need(module: str, package: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"{module} is not installed; pip install {package!r}")
