@@ -1,0 +1,150 @@
+"""GRPO: every method learns from what it sampled, gradients do not depend on the split, groups without signal teach nothing."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrl import algorithm, lora, run
+from jrl.algos import grpo, sft
+from jrl.lm import tasks
+from jrl.lm.policy import language_model
+from jrl.lm.sampling import Rollout
+from jrl.nets import transformer
+
+TASK = tasks.make("modular_addition", modulus=3)
+SHAPE = transformer.Config(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16)
+TINY = grpo.Config(model=SHAPE, num_prompts=4, group_size=4)
+
+
+def one_update(config, hyper=grpo.Hyper(close_weight=0.5), seeds=1):
+    algo = algorithm.over_seeds(grpo.make(TASK, config, hyper))
+    with jax.debug_key_reuse(True):
+        state = jax.jit(algo.init)(jax.random.split(jax.random.key(0), seeds))
+        return jax.jit(algo.update)(state)
+
+
+@pytest.mark.parametrize("name", grpo.METHODS)
+def test_every_method_takes_a_step(name):
+    config, hyper = grpo.method(name, TINY, grpo.Hyper(close_weight=0.5))
+    state, metrics = one_update(config, hyper, seeds=2)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.params, metrics)))
+    # What was sampled is what is scored: before the first step no ratio differs from 1.
+    np.testing.assert_allclose(metrics["effective_sample_size"], 1, atol=1e-5)
+    assert not np.asarray(metrics["clip_fraction_low"] + metrics["clip_fraction_high"]).any() or name == "gspo"
+
+
+@pytest.fixture(scope="module")
+def answered():
+    """A learner of each config, and the same answers and rewards for all."""
+    model = language_model(TASK, SHAPE, "float32")
+    params = model.init(jax.random.key(0))
+    problems = jax.vmap(TASK.draw)(jax.random.split(jax.random.key(1), 4))
+    problems = jax.tree.map(lambda x: jnp.repeat(x, 4, 0), problems)
+
+    def learn(config, reward=jax.random.uniform(jax.random.key(3), (16,)), change=lambda rollout: rollout):
+        learner = grpo.learner(model, config, length=2, end=tasks.END, pad=tasks.PAD)
+        state = learner.init(jax.random.key(2), params, grpo.Hyper(learning_rate=0.01, temperature=0.7))
+        rollout = change(learner.sample(state, jax.random.key(4), problems.prompt, problems.valid))
+        learned = jax.jit(learner.learn)(state, jax.random.key(5), problems.prompt, problems.valid, rollout, reward)
+        return (state, *learned)
+
+    return learn
+
+
+def close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), a, b)
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean", "constant"])
+def test_micro_batches_change_no_gradient(answered, reduction):
+    config = replace(TINY, reduction=reduction, kl="k3")
+    _, whole, metrics = answered(config)
+    _, split, same = answered(replace(config, micro_batches=4))
+    np.testing.assert_allclose(metrics["grad_norm"], same["grad_norm"], rtol=1e-4)
+    close(whole.params, split.params)
+
+
+def test_recomputed_log_probabilities_are_the_samplers(answered):
+    config = replace(TINY, num_epochs=2, num_minibatches=2, top_k=4)
+    close(answered(config)[1].params, answered(replace(config, old_log_probs="recomputed"))[1].params)
+
+
+def test_groups_without_signal_teach_nothing(answered):
+    before, after, metrics = answered(TINY, reward=jnp.repeat(jnp.arange(4.0), 4))
+    assert metrics["grad_norm"] == 0 and metrics["no_signal"] == 1
+    close(before.params, after.params)
+
+
+def test_what_stands_behind_the_end_does_not_matter(answered):
+    def spoiled(rollout: Rollout) -> Rollout:
+        return rollout._replace(tokens=jnp.where(rollout.mask, rollout.tokens, 3))
+
+    close(answered(TINY)[1].params, answered(TINY, change=spoiled)[1].params)
+
+
+def test_a_frozen_base_serves_as_the_reference(answered):
+    before, after, metrics = answered(replace(TINY, lora_rank=2, kl="exact"))
+    close(before.frozen, after.frozen)
+    np.testing.assert_allclose(metrics["kl"], 0, atol=1e-6)  # at first the adapters do nothing
+    assert sum(x.size for x in jax.tree.leaves(after.params)) < sum(x.size for x in jax.tree.leaves(after.frozen))
+    assert any(np.asarray(x).any() for name in after.params for x in [after.params[name]["b"]])
+
+
+def test_runs_resume_bit_for_bit(tmp_path):
+    algo = grpo.make(TASK, replace(TINY, kl="k3", supervised=2, oversample=2), grpo.Hyper())
+    steps = algo.env_steps_per_update
+    whole = run.train(algo, jax.random.key(0), 4 * steps, num_seeds=2, eval_episodes=8, progress=False)
+    half = jax.jit(jax.vmap(run.train_fn(algo, 4 * steps)))(jax.random.split(jax.random.key(0), 2))[0]
+    close(whole.state.params, half.params)
+    assert 0 <= whole.summary["eval"]["iqm"] <= 1
+
+
+def test_supervised_learning_learns_the_demonstrations():
+    algo = sft.make(TASK, sft.Config(model=SHAPE, batch_size=32), sft.Hyper(learning_rate=0.01))
+    result = run.train(algo, jax.random.key(0), 150 * algo.env_steps_per_update, num_seeds=2, progress=False)
+    assert result.summary["eval"]["iqm"] > 0.9
+
+
+def test_adapters_merge_and_name_what_is_there():
+    params = transformer.init(jax.random.key(0), replace(SHAPE, vocab_size=5))
+    for adapter in (lora.full(), lora.subset("norm$"), lora.lora(2)):
+        close(adapter.merge(params, adapter.init(jax.random.key(1), params)), params)
+    chosen = lora.subset("norm$").init(jax.random.key(1), params)
+    assert set(chosen) == {"norm", "layers/attention_norm", "layers/ffn_norm"}
+    with pytest.raises(ValueError, match="no parameter matches 'keys'; there are embedding, layers/attention_norm"):
+        lora.lora(2, pattern="keys").init(jax.random.key(1), params)
+    trained = lora.lora(2, 4.0, pattern="/k$").init(jax.random.key(1), params)["layers/k"]
+    trained = {"a": trained["a"], "b": trained["b"] + 1}
+    merged = lora.lora(2, 4.0, pattern="/k$").merge(params, {"layers/k": trained})
+    change = np.asarray(merged["layers"]["k"] - params["layers"]["k"]).reshape(16, -1)
+    np.testing.assert_allclose(change, 2.0 * np.asarray(trained["a"][0, 0] @ trained["b"][0, 0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"group_size": 1}, "config.group_size must be an integer of at least 2; got 1"),
+        ({"advantage": "mean"}, "config.advantage must be one of zscore, centred, rloo, reinforce"),
+        (
+            {"micro_batches": 3},
+            "config.num_minibatches . micro_batches must divide num_prompts . group_size = 16; got 3",
+        ),
+        ({"kl": "k3", "kl_in": "reward"}, "config.kl_in=reward takes config.kl=k1"),
+        ({"precision": "float8"}, "precision must be one of"),
+    ],
+)
+def test_wrong_settings_are_one_clear_line(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **wrong)
+
+
+def test_what_does_not_fit_the_task_is_refused():
+    with pytest.raises(ValueError, match="config.model.vocab_size must be the 7 symbols of modular_addition-3"):
+        grpo.make(TASK, replace(TINY, model=replace(SHAPE, vocab_size=9)))
+    with pytest.raises(ValueError, match="hyper.temperature must be above 0; got 0"):
+        grpo.make(TASK, TINY, grpo.Hyper(temperature=0.0))
+    with pytest.raises(ValueError, match="top_k must be between 0 and 7; got 99"):
+        grpo.make(TASK, replace(TINY, top_k=99))
