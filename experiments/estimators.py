@@ -9,9 +9,11 @@ rewards and lengths of a group, its answers are independent, so summing over eve
 and variance without sampling. The equations are those of jrl.token_losses. On-policy, the sampler is the policy; off-policy,
 the policy has since taken a step of ``step`` along the true gradient, so that ratios leave 1.
 
-Unbiased on-policy are REINFORCE, RLOO, and Dr. GRPO's centred rewards but for the factor (G - 1) / G: their weights do not
-depend on an answer's length, their baselines not on more than the group. GRPO divides by each answer's length and by the
-group's deviation, DAPO, CISPO and REINFORCE++ by the group's tokens: they point elsewhere. Off-policy all of them do.
+On-policy, REINFORCE and RLOO are unbiased, and Dr. GRPO's centred rewards are but for the factor (G - 1) / G: no weight of
+theirs depends on an answer's length. GRPO and GSPO divide by each answer's length and so point elsewhere, however large the group;
+dividing by the group's deviation only rescales a prompt where rewards are right or wrong. DAPO, CISPO and REINFORCE++ divide by
+the tokens of the group, a bias that fades as groups grow. Off-policy all of them are biased: plain losses and CISPO's
+keep the direction, clipped ones lose the tokens that have moved.
 
 Columns: ``factor``, the multiple of the true gradient that is nearest to the mean estimate; ``bias``, the distance of the mean
 estimate from the true gradient, over its norm; ``cosine`` of the angle between the two; ``variance``, the trace of the
