@@ -45,7 +45,7 @@ def weights(
 
     - ``sequence_mean``: the mean over rows of each row's mean (GRPO, 2402.03300, eq. 3). All N rows count, so that one
       without tokens gives 0 and still divides.
-    - ``token_mean``: the mean over all tokens (DAPO, 2503.14476, eq. 8).
+    - ``token_mean``: the mean over all tokens (DAPO, 2503.14476, eq. 12).
     - ``constant``: the mean over rows of each row's sum over ``length``, one number for all (Dr. GRPO, 2503.20783, section 3.2).
 
     Raises ``ValueError`` for another ``how``, or if ``length`` is missing for ``constant`` or given for another.
@@ -166,7 +166,7 @@ def reinforce_plus_plus(
     eps: Scalar = 1e-8,
 ) -> Array:
     """REINFORCE++'s advantages ``[N, T]``: returns of ``token_rewards`` from each token on, whitened over the batch
-    (Hu 2025, 2501.03262, eq. 7-9)."""
+    (Hu 2025, 2501.03262)."""
     reward = token_rewards(score, log_prob, ref_log_prob, mask, beta)
     return whiten(gae(jnp.zeros_like(reward), reward, mask, gamma, 1.0), mask, eps)
 
