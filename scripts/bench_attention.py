@@ -1,12 +1,17 @@
-"""Time and memory of every kind of attention, side by side in one run.
+"""Time and memory of every kind of attention, and of every cache to decode with, side by side in one run.
 
-    bash scripts/bench_attention                          forward and backward at 1k to 16k tokens, decoding at 8k to 64k
+    bash scripts/bench_attention                          forward and backward at 1k to 16k tokens, decoding behind 8k to 64k
     bash scripts/bench_attention --lengths 2048 --decode 65536 --repeats 5
     bash scripts/bench_attention --chips v5e              memory on a TPU by its compiler, at 8k, 32k and 64k (needs libtpu)
 
 Each is compiled once, then timed; the figure is the best of --repeats, and the order alternates, since a shared machine
 drifts. Memory is what the compiler reserves besides arguments and results. A kind that needs more than --memory-gib is
-left out. It leaves attention.csv and attention.png in the folder.
+left out. It leaves attention.csv and attention.png in the folder, and caches.csv and caches.png of decoding.
+
+A step of decoding writes one token to the cache and attends to it, without the projections before and after; it is the mean of 16
+steps. All have one width, heads * head_dim, in float32: dense (a cache of keys and values), window (of the last 512 tokens),
+nsa, mla (latents, with DeepSeek-V2's sizes for a head: 4 head_dim numbers a token and head_dim / 2 for positions) and rwkv.
+Dense with a key head for every query head is there besides: it is what mla is in place of.
 """
 
 import os
@@ -14,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +27,16 @@ import numpy as np
 import tyro
 
 from jrl import attention, checks
-from jrl.attention import cache, nsa, nsa_cache
+from jrl.attention import cache, mla, nsa, nsa_cache, rwkv
+from jrl.nets.mixers import Recurrent
 from jrl.run import plot, report
-from jrl.run.memory import TPUS
+from jrl.run.memory import TPUS, state_bytes
 
 Array = jax.Array
 SPARSE = nsa.Config()
+STEPS = 16  # of decoding in one program: as many as complete one block of nsa's compression
+ON_TPU = ("splash", "nsa kernels")
+TPU_KINDS = ("dense", "blocks", "splash", "nsa", "nsa kernels")
 
 
 @dataclass(frozen=True)
@@ -35,16 +44,16 @@ class Args:
     """Measure attention.
 
     Attributes:
-        lengths: tokens of a sequence.
-        decode: tokens before the one that is decoded.
+        lengths: tokens of a sequence; none for decoding alone.
+        decode: tokens in the cache that is decoded with; none for whole sequences alone.
         heads: query heads.
         kv_heads: key heads.
         head_dim: of keys and values.
         repeats: measurements, of which the best counts.
         memory_gib: leave out what needs more.
-        kinds: of dense, jax, blocks, nsa (and splash, on a TPU).
+        kinds: of dense, jax, blocks, nsa (on a TPU also splash, nsa kernels), for whole sequences.
         chips: compile for these TPUs, of v5e, v6e, v5p, and print the memory instead.
-        folder: where the table and the plot go.
+        folder: where tables and plots go.
     """
 
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
@@ -59,34 +68,66 @@ class Args:
     folder: Path = Path("runs/attention")
 
 
+def check(args: Args) -> None:
+    """Raise ``ValueError`` for what cannot be measured, before anything compiles."""
+    checks.not_empty(kinds=args.kinds)
+    for kind in args.kinds:
+        checks.one_of("kinds", kind, functions())
+        if kind in ON_TPU and jax.default_backend() != "tpu":
+            raise ValueError(f"kinds: {kind!r} needs a TPU; this is {jax.default_backend()}")
+    for chip in args.chips:
+        checks.one_of("chips", chip, TPUS)
+    for name in ("heads", "kv_heads", "repeats"):
+        checks.positive_int(name, getattr(args, name))
+    if args.heads % args.kv_heads:
+        raise ValueError(f"heads must be a multiple of kv_heads = {args.kv_heads}; got {args.heads}")
+    if args.head_dim < 4 or args.head_dim % 4:
+        raise ValueError(f"head_dim must be a multiple of 4; got {args.head_dim}")
+    for length in args.lengths:
+        checks.positive_int("lengths", length)
+    for length in args.decode:
+        checks.positive_int("decode", length, at_least=STEPS)
+    checks.above_zero("memory_gib", args.memory_gib)
+
+
+# Whole sequences
+
+
 def inputs(args: Args, length: int, dtype: Any = jnp.float32) -> tuple[Any, ...]:
     """Shapes of queries, keys, values, gates, and phi's parameters."""
     shape = lambda heads, width: jax.ShapeDtypeStruct((1, length, heads, width), dtype)  # noqa: E731
-    phi = jax.eval_shape(lambda: nsa.init(jax.random.key(0), SPARSE, args.head_dim, args.head_dim))
     q, kv = shape(args.heads, args.head_dim), shape(args.kv_heads, args.head_dim)
-    return q, kv, kv, shape(args.heads, 3), phi
+    return q, kv, kv, shape(args.heads, 3), phi(args)
+
+
+def phi(args: Args) -> Any:
+    """Shapes of the parameters of nsa's compression."""
+    return jax.eval_shape(lambda: nsa.init(jax.random.key(0), SPARSE, args.head_dim, args.head_dim))
 
 
 def functions() -> dict[str, Callable[..., Array]]:
     """Each kind as ``(q, k, v, gates, phi) -> out``."""
 
-    def sparse(q: Array, k: Array, v: Array, gates: Array, phi: Any) -> Array:
-        return nsa.attend(phi, q, nsa.shared(k, v), gates, SPARSE)
+    def sparse(implementation: nsa.Implementation) -> Callable[..., Array]:
+        return lambda q, k, v, gates, phi: nsa.attend(
+            phi, q, nsa.shared(k, v), gates, SPARSE, implementation=implementation
+        )
 
     return {
         "dense": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="reference"),
         "jax": lambda q, k, v, gates, phi: jax.nn.dot_product_attention(q, k, v, is_causal=True),
         "blocks": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="xla"),
         "splash": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="pallas_tpu"),
-        "nsa": sparse,
+        "nsa": sparse("xla"),
+        "nsa kernels": sparse("pallas_tpu"),
     }
 
 
 def directions(function: Callable[..., Array]) -> dict[str, Callable[..., Any]]:
-    """The function, and the function with its gradients."""
+    """The function, and the function with all its gradients."""
 
     def both(*args: Any) -> Any:
-        return jax.value_and_grad(lambda *a: jnp.sum(function(*a).astype(jnp.float32)), (0, 1, 2))(*args)
+        return jax.value_and_grad(lambda *a: jnp.sum(function(*a).astype(jnp.float32)), tuple(range(5)))(*args)
 
     return {"forward": function, "forward and backward": both}
 
@@ -98,110 +139,257 @@ def fill(shapes: Any) -> Any:
     return jax.tree.unflatten(tree, [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
 
 
-def compare(name: str, programs: dict[str, tuple[Callable[..., Any], Any]], args: Args) -> list[dict[str, Any]]:
-    """Rows of a table: seconds of each program, the best of several in alternating order, and GiB that it needs."""
-    ready, rows = {}, {}
-    for kind, (function, shapes) in programs.items():
-        compiled = jax.jit(function).lower(*shapes).compile()
+def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Seconds of each call, the best of several in alternating order, after one that does not count."""
+    for call in calls.values():
+        jax.block_until_ready(call())
+    best = dict.fromkeys(calls, np.inf)
+    for i in range(repeats):
+        for kind in calls if i % 2 == 0 else reversed(list(calls)):
+            begin = time.perf_counter()
+            jax.block_until_ready(calls[kind]())
+            best[kind] = min(best[kind], time.perf_counter() - begin)
+    return best
+
+
+def over(rows: list[dict[str, Any]], name: str, column: str) -> None:
+    """Give each row how often its seconds go into those of the kind ``name`` among them."""
+    base = [row[column] for row in rows if row["kind"] == name]
+    for row in rows:
+        known = base and base[0] and row[column]
+        row[f"{name} over it"] = f"{float(base[0]) / float(row[column]):.2f}" if known else ""
+
+
+def compare(args: Args, length: int, what: str) -> list[dict[str, Any]]:
+    """Rows of the table: seconds of each kind, and GiB that it needs."""
+    calls, rows, shapes = {}, [], inputs(args, length)
+    for kind in args.kinds:
+        compiled = jax.jit(directions(functions()[kind])[what]).lower(*shapes).compile()
         used: Any = compiled.memory_analysis()
         gib = used.temp_size_in_bytes / 2**30
-        rows[kind] = {"what": name, "kind": kind, "seconds": "", "GiB": f"{gib:.3f}"}
+        rows.append({"tokens": length, "what": what, "kind": kind, "seconds": "", "GiB": f"{gib:.3f}"})
         if gib <= args.memory_gib:
-            ready[kind] = (compiled, fill(shapes))
-            jax.block_until_ready(compiled(*ready[kind][1]))
-    best = dict.fromkeys(ready, np.inf)
-    for i in range(args.repeats):
-        for kind in ready if i % 2 == 0 else reversed(list(ready)):
-            function, numbers = ready[kind]
-            begin = time.perf_counter()
-            jax.block_until_ready(function(*numbers))
-            best[kind] = min(best[kind], time.perf_counter() - begin)
-    for kind, seconds in best.items():
-        rows[kind]["seconds"] = f"{seconds:.4f}"
-    return list(rows.values())
+            calls[kind] = lambda compiled=compiled, numbers=fill(shapes): compiled(*numbers)
+    best = fastest(calls, args.repeats)
+    for row in rows:
+        row["seconds"] = f"{best[row['kind']]:.4f}" if row["kind"] in best else ""
+    for name in ("dense", "blocks"):
+        over(rows, name, "seconds")
+    return rows
 
 
-def decoders(args: Args, length: int) -> dict[str, tuple[Callable[..., Array], Any]]:
-    """A decode step behind ``length`` tokens with each cache."""
-    t = length - 1
-    q = jax.ShapeDtypeStruct((1, args.heads, args.head_dim), jnp.float32)
-    gates = jax.ShapeDtypeStruct((1, args.heads, 3), jnp.float32)
-    full = jax.eval_shape(lambda: cache.init(1, length, args.kv_heads, args.head_dim))
-    sparse = jax.eval_shape(lambda: nsa_cache.init(SPARSE, 1, length, args.kv_heads, args.head_dim))
-    return {
-        "dense": (lambda q, c: cache.decode_step(q, c, jnp.int32(t)), (q, full)),
-        "nsa": (lambda q, g, c: nsa_cache.decode_step(q, g, c, jnp.int32(t), SPARSE), (q, gates, sparse)),
-    }
+# Decoding
 
 
-def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Seconds against tokens, one panel for each direction."""
-    panels = []
-    for what in dict.fromkeys(row["what"] for row in rows):
-        lines = []
-        for kind in dict.fromkeys(row["kind"] for row in rows):
-            points = [
-                (r["tokens"], float(r["seconds"]))
-                for r in rows
-                if (r["what"], r["kind"]) == (what, kind) and r["seconds"]
-            ]
-            if points:
-                x, y = np.array(points).T
-                lines.append((kind, x, y[None]))
-        panels.append(plot.Panel(what, "tokens", "seconds", lines, "xy"))
-    plot.draw(path, panels)
+class Decoder(NamedTuple):
+    """Decoding with one kind of cache.
+
+    Attributes:
+        step: ``(weights, cache, token, position) -> (cache, out)``.
+        weights: shapes of the parameters, if any.
+        cache: shapes.
+        tokens: shapes of what STEPS tokens bring, ``[STEPS, 1, ...]``.
+        read: bytes of the cache that a step reads.
+    """
+
+    step: Callable[[Any, Any, Any, Array], tuple[Any, Array]]
+    weights: Any
+    cache: Any
+    tokens: Any
+    read: int
+
+
+def decoders(args: Args, length: int) -> dict[str, Decoder]:
+    """Each kind of cache, full of ``length`` tokens."""
+    heads, dim = args.heads, args.head_dim
+    tokens = lambda *shape: jax.ShapeDtypeStruct((STEPS, 1, *shape), jnp.float32)  # noqa: E731
+
+    def keys(kv_heads: int, window: int | None = None) -> Decoder:
+        def step(_: Any, held: cache.KV, token: Any, t: Array) -> tuple[cache.KV, Array]:
+            q, k, v = token
+            held = cache.write(held, k, v, t)
+            return held, cache.decode_step(q, held, t, window=window)
+
+        held = jax.eval_shape(lambda: cache.init(1, min(length, window or length), kv_heads, dim))
+        kv = tokens(kv_heads, dim)
+        return Decoder(step, (), held, (tokens(heads, dim), kv, kv), state_bytes(held))
+
+    every = {f"dense, {heads} key heads": keys(heads)} if heads != args.kv_heads else {}
+    return {"dense": keys(args.kv_heads)} | every | {
+        "window": keys(args.kv_heads, SPARSE.window),
+        "nsa": sparse_decoder(args, length, tokens),
+        "mla": latent_decoder(args, length, tokens),
+        "rwkv": recurrent_decoder(args, tokens),
+    }  # fmt: skip
+
+
+def sparse_decoder(args: Args, length: int, tokens: Callable[..., Any]) -> Decoder:
+    def step(weights: Any, held: nsa_cache.Cache, token: Any, t: Array) -> tuple[nsa_cache.Cache, Array]:
+        q, k, v, gates = token
+        held = nsa_cache.write(weights, held, nsa.shared(k, v), t, SPARSE)
+        return held, nsa_cache.decode_step(q, gates, held, t, SPARSE)
+
+    held = jax.eval_shape(lambda: nsa_cache.init(SPARSE, 1, length, args.kv_heads, args.head_dim))
+    chosen = min(SPARSE.selected * SPARSE.select_block, held.select.k.shape[1])
+    read = state_bytes(held) - state_bytes(held.select) * (1 - chosen / held.select.k.shape[1])
+    kv = tokens(args.kv_heads, args.head_dim)
+    given = tokens(args.heads, args.head_dim), kv, kv, tokens(args.heads, 3)
+    return Decoder(step, phi(args), held, given, round(read))
+
+
+def latent_decoder(args: Args, length: int, tokens: Callable[..., Any]) -> Decoder:
+    heads, dim = args.heads, args.head_dim
+    config = mla.Config(latent=4 * dim, nope_dim=dim, rope_dim=dim // 2, value_dim=dim)
+
+    def step(weights: Any, held: mla.Cache, token: Any, t: Array) -> tuple[mla.Cache, Array]:
+        nope, turned, latent, key = token
+        held = mla.write(held, latent, key, t)
+        return held, mla.decode_step(weights, nope, turned, held, t, config)
+
+    weights = jax.eval_shape(lambda: mla.init(jax.random.key(0), config, heads * dim, heads))
+    held = jax.eval_shape(lambda: mla.init_cache(config, 1, length))
+    given = tokens(heads, dim), tokens(heads, dim // 2), tokens(config.latent), tokens(config.rope_dim)
+    return Decoder(step, weights, held, given, state_bytes(held))
+
+
+def recurrent_decoder(args: Args, tokens: Callable[..., Any]) -> Decoder:
+    heads, dim = args.heads, args.head_dim
+
+    def step(bonus: Array, held: Recurrent, token: Any, _: Array) -> tuple[Recurrent, Array]:
+        r, k, v, w, x = token
+        y, state = rwkv.recur(r, k, v, -jnp.exp(w), bonus, held.state)
+        return Recurrent(state, x), y
+
+    held = jax.eval_shape(lambda: Recurrent(jnp.zeros((1, heads, dim, dim)), jnp.zeros((1, heads * dim))))
+    given = (*[tokens(heads, dim)] * 4, tokens(heads * dim))
+    return Decoder(step, jax.ShapeDtypeStruct((heads, dim), jnp.float32), held, given, state_bytes(held))
+
+
+def decoding(decoder: Decoder, length: int) -> Callable[[], Array]:
+    """Decodes the last STEPS tokens of ``length``, again at each call, in one cache that is updated in place."""
+
+    def program(weights: Any, held: Any, tokens: Any) -> tuple[Any, Array]:
+        one = lambda held, x: decoder.step(weights, held, *x)  # noqa: E731
+        return jax.lax.scan(one, held, (tokens, jnp.arange(length - STEPS, length)))
+
+    weights, held, tokens = fill((decoder.weights, decoder.cache, decoder.tokens))
+    compiled = jax.jit(program, donate_argnums=1).lower(weights, held, tokens).compile()
+
+    def call() -> Array:
+        nonlocal held
+        held, out = compiled(weights, held, tokens)
+        return out
+
+    return call
+
+
+def compare_caches(args: Args, length: int) -> list[dict[str, Any]]:
+    """Rows of the table of caches."""
+    rows, calls = [], {}
+    for kind, decoder in decoders(args, length).items():
+        size = state_bytes(decoder.cache)
+        if size / 2**30 <= args.memory_gib:
+            calls[kind] = decoding(decoder, length)
+        row = {"tokens": length, "kind": kind, "bytes of cache": size, "bytes per token": f"{size / length:.1f}"}
+        rows.append(row | {"bytes read a step": decoder.read})
+    best = fastest(calls, args.repeats)
+    for row in rows:
+        row["seconds of a step"] = f"{best[row['kind']] / STEPS:.6f}" if row["kind"] in best else ""
+    over(rows, "dense", "seconds of a step")
+    return rows
+
+
+# Tables and plots
+
+
+def lines(rows: list[dict[str, Any]], column: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """A line of a plot for each kind, over tokens, where there are numbers."""
+    found = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        points = [(r["tokens"], float(r[column])) for r in rows if r["kind"] == kind and r[column] != ""]
+        if points:
+            x, y = np.array(points).T
+            found.append((kind, x, y[None]))
+    return found
 
 
 def tpu_memory(args: Args) -> None:
     """Print GiB of forward and backward on one chip, bfloat16, 64 query heads of 128 and 4 key heads, by the TPU's compiler."""
     import libtpu  # noqa: F401
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
+    from jax.sharding import Mesh, SingleDeviceSharding
 
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
     sizes = Args(heads=64, kv_heads=4, head_dim=128)
     rows = []
     for chip in args.chips:
-        place = SingleDeviceSharding(topologies.get_topology_desc(TPUS[chip].topology, platform="tpu").devices[0])
+        device = topologies.get_topology_desc(TPUS[chip].topology, platform="tpu").devices[0]
+        place, mesh = SingleDeviceSharding(device), Mesh(np.array([device]), ("chip",))
         for length in (8192, 32768, 65536):
-            for kind in ("dense", "blocks", "splash", "nsa"):
-                program = jax.jit(
-                    directions(functions()[kind])["forward and backward"], in_shardings=place, out_shardings=place
-                )
+            for kind in TPU_KINDS:
+                both = directions(functions()[kind])["forward and backward"]
+                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells the kernels their chip
+                    lowered = jax.jit(both, in_shardings=place, out_shardings=place).lower(
+                        *inputs(sizes, length, jnp.bfloat16)
+                    )
                 try:
-                    used: Any = program.lower(*inputs(sizes, length, jnp.bfloat16)).compile().memory_analysis()
+                    used: Any = lowered.compile().memory_analysis()
                     total = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
                     gib = f"{total / 2**30:.1f}"
                 except RuntimeError as error:  # of the compiler
-                    gib = str(error).partition(":")[0]
+                    gib = (
+                        f"over {TPUS[chip].gib}" if "RESOURCE_EXHAUSTED" in str(error) else str(error).partition(":")[0]
+                    )
                 rows.append({"chip": chip, "tokens": length, "kind": kind, "GiB": gib})
+                print(f"{chip}, {length} tokens, {kind}: done", flush=True)
     report.print_table(args.folder / "tpu.csv", rows)
+
+
+def sequences(args: Args) -> None:
+    """Measure whole sequences."""
+    rows: list[dict[str, Any]] = []
+    for length in args.lengths:
+        for what in ("forward", "forward and backward"):
+            rows += compare(args, length, what)
+            print(f"{length} tokens, {what}: done", flush=True)
+    report.print_table(args.folder / "attention.csv", rows)
+    of = lambda what: [row for row in rows if row["what"] == what]  # noqa: E731
+    panels = [
+        plot.Panel(x, "tokens", "seconds", lines(of(x), "seconds"), "xy") for x in ("forward", "forward and backward")
+    ]
+    plot.draw(args.folder / "attention.png", panels)
+    print(f"{args.folder}/attention.png")
+
+
+def caches(args: Args) -> None:
+    """Measure decoding."""
+    rows: list[dict[str, Any]] = []
+    for length in args.decode:
+        rows += compare_caches(args, length)
+        print(f"{length} tokens, decoding: done", flush=True)
+    report.print_table(args.folder / "caches.csv", rows)
+    panels = [
+        plot.Panel("cache of a sequence", "tokens", "bytes", lines(rows, "bytes of cache"), "xy"),
+        plot.Panel("a step of decoding", "tokens", "seconds", lines(rows, "seconds of a step"), "xy"),
+    ]
+    plot.draw(args.folder / "caches.png", panels)
+    print(f"{args.folder}/caches.png")
 
 
 def main(args: Args) -> None:
     try:
-        for kind in args.kinds:
-            checks.one_of("kinds", kind, functions())
-        for chip in args.chips:
-            checks.one_of("chips", chip, TPUS)
-        checks.positive_int("repeats", args.repeats)
-    except ValueError as error:
+        check(args)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        if args.chips:
+            return tpu_memory(args)
+    except ImportError:
+        raise SystemExit("error: --chips needs the package libtpu (pip install libtpu; Linux on x86-64)") from None
+    except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    args.folder.mkdir(parents=True, exist_ok=True)
-    if args.chips:
-        return tpu_memory(args)
-    rows: list[dict[str, Any]] = []
-    for length in args.lengths:
-        for what in ("forward", "forward and backward"):
-            shapes = inputs(args, length)
-            programs = {kind: (directions(functions()[kind])[what], shapes) for kind in args.kinds}
-            rows += [{"tokens": length} | row for row in compare(what, programs, args)]
-            print(f"{length} tokens, {what}: done", flush=True)
-    for length in args.decode:
-        rows += [{"tokens": length} | row for row in compare("decode", decoders(args, length), args)]
-    report.print_table(args.folder / "attention.csv", rows)
-    draw(args.folder / "attention.png", rows)
-    print(f"{args.folder}/attention.png")
+    if args.lengths:
+        sequences(args)
+    if args.decode:
+        caches(args)
 
 
 if __name__ == "__main__":

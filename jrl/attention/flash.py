@@ -48,6 +48,8 @@ def flash(
     (batch, length, heads, _), num_keys, kv_heads = q.shape, k.shape[1], k.shape[2]
     rows = max(1, min(blocks.queries // (heads // kv_heads), length))
     columns = min(blocks.keys, num_keys)
+    if rule.window is not None:  # whole blocks are computed, whose ends the window does not see
+        columns = min(columns, max(128, rule.window // 4))
     pad_q, pad_k = -length % rows, -num_keys % columns
     if pad_q or pad_k or q_segments is not None:
         q_segments = _pad(jnp.zeros((batch, length), jnp.int32) if q_segments is None else q_segments, pad_q, NO_QUERY)

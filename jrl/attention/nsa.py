@@ -32,6 +32,7 @@ from jrl.attention.visibility import NO_QUERY, Rule, check_shapes, segments, spr
 
 Array = jax.Array
 Implementation = Literal["xla", "pallas_tpu"]
+CPU_CACHE = 4 * 2**20  # bytes, about what a core has of it
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,7 @@ def attend(
     *,
     segment_ids: Array | None = None,
     scale: float | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Array:
@@ -314,7 +315,7 @@ def attend(
         config: sizes.
         segment_ids: int ``[B, T]``, contiguous; nothing is seen beyond a segment.
         scale: of the scores; ``D ** -0.5`` if not given.
-        chunk: queries that xla computes at once; changes memory and speed alone.
+        chunk: queries that xla computes at once; changes memory and speed alone. None is what is fast.
         implementation: xla, for every platform, or pallas_tpu, kernels of our own for compression and selection. None takes
             the kernels on a TPU where they can, else xla. A named one that cannot compute this raises.
         interpret: run the kernels in Pallas's interpreter, for tests.
@@ -333,7 +334,8 @@ def attend(
                 + ", ".join(f"{name} {list(x.shape)}" for name, x in streams._asdict().items())
             )
     check_phi(params, config)
-    checks.positive_int("chunk", chunk)
+    if chunk is not None:
+        checks.positive_int("chunk", chunk)
     if gates.shape != (*q.shape[:3], 3):
         raise ValueError(f"gates must be {[*q.shape[:3], 3]}: compression, selection, window; got {list(gates.shape)}")
     (batch, length), dim = q.shape[:2], q.shape[3]
@@ -373,6 +375,16 @@ def choose(name: Implementation | None, q: Array, streams: Streams, config: Conf
     return "xla" if reason else "pallas_tpu"
 
 
+def fast_chunk(q: Array, streams: Streams, config: Config) -> int:
+    """Queries to compute at once: 64, but on a CPU 8 and more while the blocks that they select fit its cache."""
+    if jax.default_backend() != "cpu":
+        return 64
+    k, v = streams.k_select, streams.v_select
+    tokens = min(config.selected * config.select_block, k.shape[1])
+    of_query = q.shape[0] * k.shape[2] * tokens * (k.shape[-1] + v.shape[-1]) * k.dtype.itemsize
+    return min(64, max(8, CPU_CACHE // of_query))
+
+
 def _window(q, streams, segment_ids, rule, scale, implementation, interpret):
     """The window branch, by splash attention beside the kernels where it fits."""
     k, v = streams.k_window, streams.v_window
@@ -392,7 +404,7 @@ def mix(
     config: Config,
     *,
     scale: float | None = None,
-    chunk: int = 64,
+    chunk: int | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
 ) -> Array:
@@ -402,6 +414,7 @@ def mix(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kernels = choose(implementation, q, streams, config) == "pallas_tpu"
+    chunk = fast_chunk(q, streams, config) if chunk is None else chunk
     far, chosen = _compress_and_choose(params, q, streams, t, start, config, scale, chunk, kernels, interpret)
     picked = _attend_selected(q, streams, chosen, t, start, config, scale, chunk, kernels, interpret)
     parts = jnp.stack([x.astype(gates.dtype) for x in (far, picked, near)], axis=-1)
