@@ -1,0 +1,191 @@
+"""GRPO on a published language model, with a verifier in Python between sampling and learning.
+
+python experiments/grpo_llm.py --model SmolLM2-135M-Instruct.Q4_1.gguf          sums of reasoning-gym (chain_sum)
+python experiments/grpo_llm.py --model FOLDER --dataset countdown               a folder in Hugging Face's layout
+python experiments/grpo_llm.py --model MODEL --folder runs/mine                 and, after Ctrl-C, the same again: it goes on
+
+It trains matrices beside the frozen model (LoRA), which is the reference of the KL at no cost. Leaves metrics.csv, answers.txt,
+curve.png and checkpoints in the folder. Needs the package reasoning-gym.
+"""
+
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from jrl import checks, lm
+from jrl.algos import grpo
+from jrl.lm import verifiers
+from jrl.lm.sampling import Rollout, decoder
+from jrl.run import cli, plot
+from jrl.run.checkpoint import Checkpoints
+from jrl.run.interrupt import StopOnSignal
+
+CONFIG = grpo.Config(num_prompts=4, group_size=4, lora_rank=16, micro_batches=4, kl="none")
+PLAIN = "\n\nAnswer with the number alone."
+
+
+@dataclass(frozen=True)
+class Args:
+    """Train a published language model on problems with a verifier.
+
+    Attributes:
+        model: a .gguf file, or a folder with config.json, safetensors and tokenizer.json.
+        dataset: of reasoning-gym.
+        setting: of the dataset, as NAME=NUMBER ...; chain_sum has two terms of one digit by default.
+        instruction: put behind each problem.
+        steps: updates.
+        prompt_length: tokens of the longest prompt.
+        answer_length: tokens of the longest answer.
+        save_every: updates between checkpoints.
+        seed: of everything.
+        folder: of the run; if there is a checkpoint, the run goes on from it.
+        config: static settings; its model is that of the file.
+        hyper: hyperparameters.
+    """
+
+    model: Path
+    dataset: str = "chain_sum"
+    setting: tuple[str, ...] = ()
+    instruction: str = PLAIN
+    steps: int = 100
+    prompt_length: int = 96
+    answer_length: int = 16
+    save_every: int = 10
+    seed: int = 0
+    folder: Path = Path("runs/grpo-llm")
+    config: grpo.Config = field(default_factory=lambda: CONFIG)
+    hyper: grpo.Hyper = grpo.Hyper(learning_rate=1e-4)
+
+
+def source_of(args: Args) -> verifiers.Source:
+    """Problems of reasoning-gym; an answer is the last number that was said."""
+    easy = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1} if args.dataset == "chain_sum" else {}
+    settings: dict[str, Any] = easy | cli.parse_params(args.setting)
+    return verifiers.reasoning_gym(
+        args.dataset, args.seed, extract=verifiers.last_number, instruction=args.instruction, **settings
+    )
+
+
+def padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[jax.Array, jax.Array]:
+    """Token ids and which of them are valid, ``[N, length]``, padded on the left."""
+    longest = max(map(len, rows))
+    if longest > length:
+        raise ValueError(f"prompt_length must be at least {longest}, the tokens of a prompt; got {length}")
+    tokens, valid = np.full((len(rows), length), pad, np.int32), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :], valid[i, length - len(row) :] = row, True
+    return jnp.asarray(tokens), jnp.asarray(valid)
+
+
+def texts_of(words: lm.Tokenizer, rollout: Rollout) -> list[str]:
+    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+    return [words.decode(row[seen].tolist(), special=False) for row, seen in zip(tokens, mask, strict=True)]
+
+
+def without_the_model(state: grpo.State) -> Any:
+    """What a checkpoint holds: all but the frozen model and the key, which the step's number gives."""
+    return jax.tree.map(np.asarray, state._replace(frozen=(), key=jnp.zeros(0)))
+
+
+def main(argv: list[str]) -> None:
+    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    for name in ("steps", "prompt_length", "answer_length", "save_every"):
+        checks.positive_int(name, getattr(args, name))
+    grpo.check_hyper(args.hyper)
+    source = source_of(args)
+    shape, params, words = lm.load(args.model)
+    end = words.eos
+    if end is None:
+        raise ValueError(f"{args.model} names no end token")
+    pad = end if words.pad is None else words.pad
+    config = replace(args.config, model=replace(shape, remat=True))
+    learner = grpo.learner(decoder(config.model), config, length=args.answer_length, end=end, pad=pad)
+    key_init, key_run = jax.random.split(jax.random.key(args.seed))
+    state = jax.jit(learner.init)(key_init, params, args.hyper, args.steps)
+    sample, learn = jax.jit(learner.sample), jax.jit(learner.learn)
+
+    args.folder.mkdir(parents=True, exist_ok=True)
+    settings = {"model": str(args.model), "dataset": args.dataset, "seed": args.seed, "config": asdict(config)}
+    checkpoints = Checkpoints(args.folder / "checkpoints", settings)
+    done = checkpoints.latest() or 0
+    rows = _rows_before(args.folder / "metrics.csv", done)
+    if done:
+        saved = checkpoints.restore(done, without_the_model(state))
+        state = jax.tree.map(jnp.asarray, saved)._replace(frozen=state.frozen, key=state.key)
+        print(f"{args.folder}: resumed at step {done}", flush=True)
+    with StopOnSignal() as stop:
+        while done < args.steps and not stop.requested:
+            state, row, said = one_step(args, source, words, sample, learn, state, key_run, done, pad)
+            done += 1
+            rows.append({"step": done} | row)
+            print("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items() if name in SHOWN), flush=True)
+            _write(args.folder, rows, said)
+            if done % args.save_every == 0 or done == args.steps or stop.requested:
+                checkpoints.save(done, without_the_model(state))
+        checkpoints.wait()
+    lines = [(name, *_smooth(rows, name)) for name in ("correct", "reward")]
+    plot.draw(args.folder / "curve.png", [plot.Panel(source.name, "update", "mean of ten updates", lines)])
+    print(f"{args.folder}/curve.png  metrics.csv  answers.txt")
+    if done < args.steps:
+        raise KeyboardInterrupt
+
+
+SHOWN = ("step", "correct", "reward", "episode_length", "no_signal", "sampled_tokens_per_s", "trained_tokens_per_s")
+
+
+def one_step(args, source, words, sample, learn, state, key_run, done, pad):
+    """Sample, verify, learn: ``(state, metrics, answers)``."""
+    key_sample, key_learn = jax.random.split(jax.random.fold_in(key_run, done))
+    items = source.draw(args.seed + done, args.config.num_prompts)
+    prompts = [words.encode(words.chat([{"role": "user", "content": item.prompt}])) for item in items]
+    group = args.config.group_size
+    tokens, valid = padded([p for p in prompts for _ in range(group)], args.prompt_length, pad)
+    begin = time.monotonic()
+    rollout = jax.block_until_ready(sample(state, key_sample, tokens, valid))
+    sampled = time.monotonic() - begin
+    texts = texts_of(words, rollout)
+    parts = source.score([item for item in items for _ in range(group)], texts)
+    reward = parts["correct"] + float(args.hyper.format_weight) * parts.get("format", 0.0)
+    begin = time.monotonic()
+    state, metrics = jax.block_until_ready(learn(state, key_learn, tokens, valid, rollout, jnp.asarray(reward)))
+    learned = time.monotonic() - begin
+    count = int(rollout.mask.sum())
+    row = {name: float(x) for name, x in metrics.items()} | {name: float(x.mean()) for name, x in parts.items()}
+    row |= {"sampled_tokens_per_s": count / sampled, "trained_tokens_per_s": (count + int(valid.sum())) / learned}
+    said = [f"{item.prompt!r} -> {texts[i * group]!r}" for i, item in enumerate(items)]
+    return state, row, said
+
+
+def _rows_before(path: Path, done: int) -> list[dict[str, Any]]:
+    if not done or not path.exists():
+        return []
+    with path.open() as file:
+        found = [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+    return [row | {"step": int(row["step"])} for row in found if row["step"] <= done]
+
+
+def _write(folder: Path, rows: list[dict[str, Any]], said: list[str]) -> None:
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with (folder / "answers.txt").open("a") as file:
+        file.write("\n".join([f"step {rows[-1]['step']}", *said, ""]))
+
+
+def _smooth(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    values = np.array([row[name] for row in rows])
+    width = min(10, len(values))
+    return np.arange(width, len(values) + 1), np.convolve(values, np.ones(width) / width, "valid")[None]
+
+
+if __name__ == "__main__":
+    cli.main(main)
