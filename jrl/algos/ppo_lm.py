@@ -1,0 +1,245 @@
+"""PPO on a language model with a critic, as in learning from human feedback (Ziegler et al. 2019, 1909.08593; Ouyang et al. 2022,
+2203.02155): actor, critic, reference and a reward.
+
+    r_t = -beta (log pi_old(token) - log pi_ref(token)), and the answer's reward at its last token
+    A_t by GAE over the tokens of an answer, whitened over the batch; G_t = A_t + V_t
+    L = mean over tokens of  clipped surrogate + c clipped value loss
+
+The reward is the task's verifier, or any function of answers that is given, such as a reward model trained by
+``preferences.bradley_terry``. Everything else is shared with GRPO.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl import checks, losses, optim, precision, rollout, token_losses
+from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
+from jrl.lm.policy import Answers, answer, language_model, reader
+from jrl.lm.sampling import Rollout, Support, answer_hidden, score
+from jrl.lm.tasks import Task
+from jrl.lm.tasks.environment import as_environment
+from jrl.nets import transformer
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Config:
+    """Static settings.
+
+    Attributes:
+        model: shape of actor and critic; its vocabulary is the task's.
+        num_answers: answers of an update, each to a prompt of its own.
+        num_epochs: passes over them.
+        num_minibatches: gradient steps per pass; divides num_answers.
+        optimizer: what the optimizer is made of.
+        precision: float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
+    """
+
+    model: transformer.Config = field(default_factory=lambda: transformer.Config(dim=64, num_layers=2))
+    num_answers: int = 256
+    num_epochs: int = 2
+    num_minibatches: int = 2
+    optimizer: optim.OptimizerConfig = field(default_factory=lambda: optim.OptimizerConfig("adamw"))
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("num_answers", "num_epochs", "num_minibatches"):
+            checks.positive_int(f"config.{name}", getattr(self, name))
+        precision.parse(self.precision)
+        if self.num_answers % self.num_minibatches:
+            raise ValueError(
+                f"config.num_minibatches must divide num_answers = {self.num_answers}; got {self.num_minibatches}"
+            )
+
+
+class Hyper(NamedTuple):
+    """Hyperparameters: data of the state.
+
+    Attributes:
+        learning_rate: at the start of the run; config.optimizer.schedule says how it goes on.
+        gamma: discount from token to token.
+        gae_lambda: lambda of the advantage estimate.
+        clip_eps: range of the ratio, 1 - eps to 1 + eps.
+        value_clip_eps: range of a value update.
+        value_weight: weight of the value loss.
+        kl_weight: beta.
+        entropy_weight: of an entropy bonus.
+        temperature: of the answers.
+        format_weight: of the format in the reward, where being correct counts 1.
+        close_weight: of coming close, where the task says how close.
+        max_grad_norm: global norm that gradients are scaled down to.
+        optimizer: numbers of the optimizer.
+    """
+
+    learning_rate: float = 1e-3
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_eps: float = 0.2
+    value_clip_eps: float = 0.2
+    value_weight: float = 0.5
+    kl_weight: float = 0.05
+    entropy_weight: float = 0.0
+    temperature: float = 1.0
+    format_weight: float = 0.0
+    close_weight: float = 0.0
+    max_grad_norm: float = 1.0
+    optimizer: optim.Hyper = optim.Hyper()
+
+
+def check_hyper(hyper: Hyper) -> None:
+    """Raise ``ValueError`` for a concrete number outside its range; traced numbers pass."""
+    ranges = {"gamma": (0, 1), "gae_lambda": (0, 1), "clip_eps": (0, 1)}
+    for name in hyper._fields[:-1]:
+        checks.within(f"hyper.{name}", getattr(hyper, name), *ranges.get(name, (0, float("inf"))))
+    for name in ("temperature", "max_grad_norm"):
+        checks.above_zero(f"hyper.{name}", getattr(hyper, name))
+    optim.check_hyper(hyper.optimizer)
+
+
+class State(NamedTuple):
+    """The whole run. ``params`` and the critic's are trained; ``reference`` is the actor at the start."""
+
+    params: dict[str, Any]
+    reference: Any
+    opt_state: Any
+    key: Array
+    updates: Array
+    num_updates: Array
+    hyper: Hyper
+
+
+class Batch(NamedTuple):
+    """Answers ``[N, ...]`` with what each token teaches, ``[N, T]``."""
+
+    prompt: Array
+    valid: Array
+    rollout: Rollout
+    value: Array
+    advantage: Array
+    target: Array
+
+
+def make(
+    task: Task,
+    config: Config = Config(),
+    hyper: Hyper = Hyper(),
+    *,
+    start: Any = None,
+    reward: Callable[[Answers], Array] | None = None,
+) -> Algorithm:
+    """PPO on a task; a step of the run is one token of an answer.
+
+    Args:
+        task: what is asked.
+        config: static settings.
+        hyper: defaults that ``init`` takes.
+        start: parameters of actor and reference; at random if not given.
+        reward: of answers, float32 ``[N]``; by default the verifier's parts, weighed by ``hyper``.
+
+    Raises ``ValueError`` for a setting out of range or one that does not fit the task.
+    """
+    check_hyper(hyper)
+    model = language_model(task, config.model, config.precision)
+    defaults = hyper
+
+    def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
+        hyper = defaults if hyper is None else hyper
+        check_hyper(hyper)
+        key_actor, key_critic, key_run, key_optimizer = jax.random.split(key, 4)
+        hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
+        actor = model.init(key_actor) if start is None else start
+        critic = {"body": model.init(key_critic), "head": jnp.zeros(config.model.dim)}
+        params = {"actor": actor, "critic": critic}
+        return State(
+            params=params,
+            reference=jax.tree.map(jnp.copy, actor),
+            opt_state=optimizer(config, hyper, 1.0, key_optimizer).init(params),
+            key=key_run,
+            updates=jnp.int32(0),
+            num_updates=jnp.asarray(0 if num_updates is None else num_updates, jnp.int32),
+            hyper=hyper,
+        )
+
+    def values(critic: Any, prompt: Array, tokens: Array, valid: Array) -> Array:
+        """Of the state before each token, float32 ``[N, T]``."""
+        hidden = answer_hidden(model, critic["body"], prompt, tokens, valid)
+        return jnp.einsum("ntd,d->nt", hidden.astype(jnp.float32), critic["head"].astype(jnp.float32))
+
+    def score_of(answers: Answers, hyper: Hyper) -> Array:
+        if reward is not None:
+            return reward(answers)
+        total = answers.parts["correct"] + hyper.format_weight * answers.parts["format"]
+        return total + hyper.close_weight * answers.parts.get("close", 0.0)
+
+    def update(state: State) -> tuple[State, Metrics]:
+        hyper = state.hyper
+        key, key_answer, key_learn = jax.random.split(state.key, 3)
+        support = Support(hyper.temperature)
+        answers = answer(key_answer, task, model, state.params["actor"], config.num_answers, 1, support)
+        (prompt, valid, _), said = answers.problems, answers.rollout
+        scored = score_of(answers, hyper)
+        ref = score(model, state.reference, prompt, said, valid=valid, support=support).log_prob
+        rewards = token_losses.token_rewards(scored, said.log_prob, ref, said.mask, hyper.kl_weight)
+        value = token_losses.masked(values(state.params["critic"], prompt, said.tokens, valid), said.mask)
+        advantage = token_losses.gae(value, rewards, said.mask, hyper.gamma, hyper.gae_lambda)
+        batch = Batch(prompt, valid, said, value, token_losses.whiten(advantage, said.mask), advantage + value)
+        state, metrics = learn(state, batch, key_learn)
+        metrics |= {name: x.mean() for name, x in answers.parts.items()} | {
+            "reward": scored.mean(),
+            "kl": jnp.sum(token_losses.masked(said.log_prob - ref, said.mask)) / said.mask.sum(),
+            "explained_variance": losses.explained_variance(value, advantage + value),
+            "episodes": jnp.float32(config.num_answers),
+            "episode_return": answers.parts["correct"].mean(),
+            "episode_length": said.mask.sum(1).mean(dtype=jnp.float32),
+        }
+        return state._replace(key=key, updates=state.updates + 1), metrics
+
+    def learn(state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
+        order = jax.vmap(lambda k: rollout.shuffle(k, config.num_answers))(jax.random.split(key, config.num_epochs))
+        order = order.reshape(config.num_epochs * config.num_minibatches, -1)
+        tx = optimizer(config, state.hyper, learning_rate_factor(config, state))
+
+        def minibatch(carry: tuple[Any, Any], rows: Array) -> tuple[tuple[Any, Any], Metrics]:
+            part = jax.tree.map(lambda x: x[rows], batch)
+            step = optim.minimize(tx, lambda p: loss(p, part, state.hyper), *carry)
+            return (step.params, step.opt_state), step.extra | {"grad_norm": step.grad_norm}
+
+        (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), order)
+        return state._replace(params=params, opt_state=opt_state), jax.tree.map(jnp.mean, metrics)
+
+    def loss(params: Any, batch: Batch, hyper: Hyper) -> tuple[Array, Metrics]:
+        mask, support = batch.rollout.mask, Support(hyper.temperature)
+        weight = token_losses.weights(mask, "token_mean")
+        mean = lambda x: token_losses.weighted_sum(weight, x)  # noqa: E731
+        now = score(model, params["actor"], batch.prompt, batch.rollout, valid=batch.valid, support=support)
+        log_ratio = token_losses.masked(now.log_prob - batch.rollout.log_prob, mask)
+        policy = mean(token_losses.clip(log_ratio, batch.advantage, hyper.clip_eps, hyper.clip_eps))
+        value = values(params["critic"], batch.prompt, batch.rollout.tokens, batch.valid)
+        critic = mean(losses.clipped_value_loss(value, batch.value, batch.target, hyper.value_clip_eps))
+        entropy = mean(now.entropy)
+        total = policy + hyper.value_weight * critic - hyper.entropy_weight * entropy
+        outside = jnp.abs(jnp.expm1(log_ratio)) > hyper.clip_eps
+        return total, {
+            "policy_loss": policy,
+            "value_loss": critic,
+            "entropy": entropy,
+            "clip_fraction": mean(outside.astype(jnp.float32)),
+        }
+
+    return Algorithm(
+        init=init,
+        update=update,
+        act=reader(task, model, lambda state: state.params["actor"]),
+        env_steps_per_update=config.num_answers * task.answer_length,
+        name="ppo_lm",
+        env=as_environment(task),
+        config=config,
+        hyper=hyper,
+        uses_length=config.optimizer.uses_length,
+        remake=lambda config: make(task, config, hyper, start=start, reward=reward),
+    )
