@@ -481,6 +481,5 @@ def _split(tree: Any, parts: int) -> Any:
 
 def _in_parts(function: Callable[[Any], Array], rows: Any, parts: int) -> Array:
     """``function`` of rows ``[N, ...]``, so many parts one after another."""
-    if parts == 1:
-        return function(rows)
-    return jax.lax.map(function, _split(rows, parts)).reshape(-1, *jax.tree.leaves(rows)[-1].shape[1:2])
+    found = jax.lax.map(function, _split(rows, parts))
+    return found.reshape(-1, *found.shape[2:])
