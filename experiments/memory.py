@@ -4,7 +4,8 @@
     bash scripts/run experiments/memory.py --task recall    a symbol shown once is asked for 512 steps later
 
 Kinds: none (feed-forward), gru, window (attention to the last 64 steps), dense and nsa (native sparse attention) over the episode.
-Leaves memory.png and memory.csv in the folder; a run that is finished there is not made again.
+Leaves memory.png and memory.csv in the folder: returns by length, or learning curves if there is one length. A run that is
+finished there is not made again, and one that was interrupted goes on.
 """
 
 import time
@@ -32,7 +33,7 @@ class Args:
 
     Attributes:
         task: chain (MemoryChain-bsuite) or recall.
-        lengths: steps between what is shown and what is asked; default 10, 30, 100 for chain and 512 for recall.
+        lengths: steps from what is shown to what is asked; default 10, 30, 100 for chain and 512 for recall.
         kinds: of none, gru, window, dense, nsa; default: none, gru, dense, nsa for chain and gru, window, nsa for recall.
         env_steps: budget of each seed; default 200,000 for chain and 400,000 for recall.
         num_seeds: seeds of each.
@@ -84,15 +85,18 @@ TASKS = {
 
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
-    make, lengths, kinds, steps = TASKS[args.task]
+    make, lengths, kinds, env_steps = TASKS[args.task]
     lengths, kinds = args.lengths or lengths, args.kinds or kinds
-    checks.positive_int("num_seeds", args.num_seeds)
+    env_steps = env_steps if args.env_steps is None else args.env_steps
+    for name, value in (("num_seeds", args.num_seeds), ("env_steps", env_steps)):
+        checks.positive_int(name, value)
     for length in lengths:
         checks.positive_int("lengths", length)
     for kind in kinds:
         checks.one_of("kinds", kind, KINDS)
     folder = args.folder or Path("runs") / f"memory-{args.task}"
     rows: list[dict[str, Any]] = []
+    curves = []
     scores: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     for length in lengths:
         for kind in kinds:
@@ -100,21 +104,25 @@ def main(argv: list[str]) -> None:
             result = run.train(
                 make(kind, length),
                 jax.random.key(args.seed),
-                args.env_steps or steps,
+                env_steps,
                 num_seeds=args.num_seeds,
                 run_dir=home,
                 resume=home.exists(),
             )
             if not result.finished:
                 raise KeyboardInterrupt
-            reached = result.summary["eval"]
+            reached, m = result.summary["eval"], result.metrics
+            curves.append((kind, *plot.curve(m["episode_return"], m["episodes"], m["env_steps"])))
             scores[kind].append(np.array(reached["per_seed"], float))
             rows.append({"steps back": length, "memory": kind, "return": stats.text(reached)})
             print(f"{kind} at {length}: {rows[-1]['return']}, {time.monotonic() - begin:.0f} s", flush=True)
     report.print_table(folder / "memory.csv", rows)
-    lines = [(kind, np.array(lengths), np.stack(each, axis=1)) for kind, each in scores.items()]
     title = {"chain": "MemoryChain", "recall": "Recall"}[args.task]
-    plot.draw(folder / "memory.png", [plot.Panel(title, "steps back", "return, greedy", lines, "x")])
+    if len(lengths) == 1:
+        plot.learning_curves(folder / "memory.png", f"{title}, {lengths[0]} steps back", curves)
+    else:
+        lines = [(kind, np.array(lengths), np.stack(each, axis=1)) for kind, each in scores.items()]
+        plot.draw(folder / "memory.png", [plot.Panel(title, "steps back", "return, greedy", lines, "x")])
     print(f"{folder}/memory.png")
 
 

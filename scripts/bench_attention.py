@@ -105,12 +105,12 @@ def phi(args: Args) -> Any:
     return jax.eval_shape(lambda: nsa.init(jax.random.key(0), SPARSE, args.head_dim, args.head_dim))
 
 
-def functions() -> dict[str, Callable[..., Array]]:
-    """Each kind as ``(q, k, v, gates, phi) -> out``."""
+def functions(chunk: int | None = None) -> dict[str, Callable[..., Array]]:
+    """Each kind as ``(q, k, v, gates, phi) -> out``; ``chunk`` is that of ``nsa.attend``."""
 
     def sparse(implementation: nsa.Implementation) -> Callable[..., Array]:
         return lambda q, k, v, gates, phi: nsa.attend(
-            phi, q, nsa.shared(k, v), gates, SPARSE, implementation=implementation
+            phi, q, nsa.shared(k, v), gates, SPARSE, chunk=chunk, implementation=implementation
         )
 
     return {
@@ -313,34 +313,35 @@ def lines(rows: list[dict[str, Any]], column: str) -> list[tuple[str, np.ndarray
     return found
 
 
-def tpu_memory(args: Args) -> None:
-    """Print GiB of forward and backward on one chip, bfloat16, 64 query heads of 128 and 4 key heads, by the TPU's compiler."""
-    import libtpu  # noqa: F401
+def tpu_gib(chip: str, length: int, kind: str) -> str:
+    """GiB of forward and backward on one chip, by the TPU's compiler: bfloat16, 64 query heads of 128 and 4 key heads."""
     from jax.experimental import topologies
     from jax.sharding import Mesh, SingleDeviceSharding
 
+    device = topologies.get_topology_desc(TPUS[chip].topology, platform="tpu").devices[0]
+    place, mesh = SingleDeviceSharding(device), Mesh(np.array([device]), ("chip",))
+    shapes = inputs(Args(heads=64, kv_heads=4, head_dim=128), length, jnp.bfloat16)
+    both = directions(functions(chunk=64)[kind])["forward and backward"]  # as nsa is cut on a TPU
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells the kernels their chip
+        lowered = jax.jit(both, in_shardings=place, out_shardings=place).lower(*shapes)
+    try:
+        used: Any = lowered.compile().memory_analysis()
+    except RuntimeError as error:  # of the compiler
+        return f"over {TPUS[chip].gib}" if "RESOURCE_EXHAUSTED" in str(error) else str(error).partition(":")[0]
+    total = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
+    return f"{total / 2**30:.1f}"
+
+
+def tpu_memory(args: Args) -> None:
+    """Print a table of ``tpu_gib``."""
+    import libtpu  # noqa: F401
+
     os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
-    sizes = Args(heads=64, kv_heads=4, head_dim=128)
     rows = []
     for chip in args.chips:
-        device = topologies.get_topology_desc(TPUS[chip].topology, platform="tpu").devices[0]
-        place, mesh = SingleDeviceSharding(device), Mesh(np.array([device]), ("chip",))
         for length in (8192, 32768, 65536):
             for kind in TPU_KINDS:
-                both = directions(functions()[kind])["forward and backward"]
-                with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells the kernels their chip
-                    lowered = jax.jit(both, in_shardings=place, out_shardings=place).lower(
-                        *inputs(sizes, length, jnp.bfloat16)
-                    )
-                try:
-                    used: Any = lowered.compile().memory_analysis()
-                    total = used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes
-                    gib = f"{total / 2**30:.1f}"
-                except RuntimeError as error:  # of the compiler
-                    gib = (
-                        f"over {TPUS[chip].gib}" if "RESOURCE_EXHAUSTED" in str(error) else str(error).partition(":")[0]
-                    )
-                rows.append({"chip": chip, "tokens": length, "kind": kind, "GiB": gib})
+                rows.append({"chip": chip, "tokens": length, "kind": kind, "GiB": tpu_gib(chip, length, kind)})
                 print(f"{chip}, {length} tokens, {kind}: done", flush=True)
     report.print_table(args.folder / "tpu.csv", rows)
 

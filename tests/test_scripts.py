@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -112,6 +113,13 @@ def test_optimizers_are_compared(tmp_path):
         ("precision", ["--variants", "float8"], "variants must be one of float32, bfloat16"),
         ("precision", ["--variants"], "variants must name at least one"),
         ("q_learning", ["--methods", "q-learning"], "methods must be one of sarsa, expected_sarsa"),
+        ("memory", ["--kinds", "lstm"], "kinds must be one of none, gru, window, dense, nsa; got 'lstm'"),
+        ("memory", ["--lengths", "0"], "lengths must be an integer of at least 1; got 0"),
+        ("memory", ["--env-steps", "0"], "env_steps must be an integer of at least 1; got 0"),
+        ("language", ["--kinds", "gru"], "kinds must be one of dense, window, nsa, mla, rwkv; got 'gru'"),
+        ("language", ["--steps", "0"], "steps must be an integer of at least 2; got 0"),
+        ("language", ["--length", "10000000"], "length must be below "),
+        ("language", ["--dim", "30"], "transformer.dim must be a multiple of num_heads = 4"),
     ],
 )
 def test_comparisons_refuse_wrong_words(name, words, message, tmp_path):
@@ -156,6 +164,34 @@ def test_the_cliff_s_figures(tmp_path):
     done = experiment(*args, name="q_learning")
     assert done.returncode == 0, done.stderr
     assert "the best possible: -13" in done.stdout and (tmp_path / "q_learning.png").exists()
+
+
+def test_memories_are_compared(tmp_path):
+    args = ("--lengths", 3, "--kinds", "none", "--env-steps", 1024, "--num-seeds", 2, "--folder", tmp_path)
+    done = experiment(*args, name="memory")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "memory.csv").open()))
+    assert [(r["steps back"], r["memory"]) for r in rows] == [("3", "none")] and float(
+        rows[0]["return"].split()[0]
+    ) <= 1
+    assert (tmp_path / "memory.png").stat().st_size > 10_000
+    again = experiment(*args, name="memory")  # nothing is trained twice
+    assert again.returncode == 0 and list(csv.DictReader((tmp_path / "memory.csv").open())) == rows
+    assert "resumed at 1,024 steps" in again.stderr
+
+
+@pytest.mark.parametrize(
+    "task, length, kind, name", [("text", 16, "window", "language"), ("needle", 256, "rwkv", "needle")]
+)
+def test_language_models_are_compared(task, length, kind, name, tmp_path):
+    args = ("--task", task, "--kinds", kind, "--length", length, "--steps", 4, "--batch-size", 1)
+    done = experiment(*args, "--dim", 8, "--num-layers", 1, "--folder", tmp_path, name="language")
+    assert done.returncode == 0, done.stderr
+    (row,) = csv.DictReader((tmp_path / f"{name}.csv").open())
+    assert (row["kind"], row["tokens"]) == (kind, str(length))
+    guess = {"text": 256, "needle": 65}[task]  # four steps have learnt little: the loss is about that of a guess
+    assert abs(float(row["test loss"]) - math.log(guess)) < 0.5
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 def test_help_reads_well():
@@ -245,8 +281,32 @@ def test_attention_is_measured_side_by_side(tmp_path, capsys):
         (row,) = [line for line in out.splitlines() if line.startswith(f"| 64 | forward | {kind} |")]
         assert float(row.split("|")[4]) > 0
     assert (tmp_path / "attention.png").stat().st_size > 1000
-    with pytest.raises(SystemExit, match="kinds must be one of dense, jax, blocks, splash, nsa; got 'flash'"):
-        bench.main(bench.Args(kinds=("flash",), folder=tmp_path))
+    rows = {r["kind"]: r for r in csv.DictReader((tmp_path / "caches.csv").open())}
+    size = {kind: int(r["bytes of cache"]) for kind, r in rows.items()}
+    assert list(size) == ["dense", "dense, 2 key heads", "window", "nsa", "mla", "rwkv"]
+    assert size["dense"] == 128 * 2 * 8 * 4 and size["dense, 2 key heads"] == 2 * size["dense"]
+    assert size["mla"] == 128 * (4 * 8 + 4) * 4 and size["rwkv"] == (2 * 8 * 8 + 2 * 8) * 4
+    assert all(float(r["seconds of a step"]) > 0 for r in rows.values()) and rows["dense"]["dense over it"] == "1.00"
+    assert int(rows["nsa"]["bytes read a step"]) == size["nsa"]  # two blocks there are, which are both read
+    assert (tmp_path / "caches.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"kinds": ("flash",)}, "kinds must be one of dense, jax, blocks, splash, nsa, nsa kernels; got 'flash'"),
+        ({"kinds": ("nsa kernels",)}, "kinds: 'nsa kernels' needs a TPU; this is cpu"),
+        ({"chips": ("v4",)}, "chips must be one of v5e, v6e, v5p; got 'v4'"),
+        ({"heads": 6, "kv_heads": 4}, "heads must be a multiple of kv_heads = 4; got 6"),
+        ({"decode": (8,)}, "decode must be an integer of at least 16; got 8"),
+        ({"head_dim": 6}, "head_dim must be a multiple of 4; got 6"),
+    ],
+)
+def test_attention_cannot_be_measured(wrong, message, tmp_path):
+    bench = module("bench_attention")
+    with pytest.raises(SystemExit, match=f"^error: {message}$"):
+        bench.main(bench.Args(**wrong, folder=tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 def test_results_are_chosen_by_algorithm_and_by_name():

@@ -333,11 +333,11 @@ def attend(
                 "the branches must have one number of key heads and one width of values; got "
                 + ", ".join(f"{name} {list(x.shape)}" for name, x in streams._asdict().items())
             )
+    if gates.shape != (*q.shape[:3], 3):
+        raise ValueError(f"gates must be {[*q.shape[:3], 3]}: compression, selection, window; got {list(gates.shape)}")
     check_phi(params, config)
     if chunk is not None:
         checks.positive_int("chunk", chunk)
-    if gates.shape != (*q.shape[:3], 3):
-        raise ValueError(f"gates must be {[*q.shape[:3], 3]}: compression, selection, window; got {list(gates.shape)}")
     (batch, length), dim = q.shape[:2], q.shape[3]
     scale = dim**-0.5 if scale is None else scale
     t = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
