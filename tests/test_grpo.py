@@ -103,10 +103,12 @@ def test_runs_with_a_supervised_start_resume_bit_for_bit(tmp_path):
     assert 0 <= first.summary["eval"]["iqm"] <= 1
 
 
-def test_supervised_learning_learns_the_demonstrations():
+def test_supervised_learning_learns_from_the_demonstrations():
     algo = sft.make(TASK, sft.Config(model=SHAPE, batch_size=32), sft.Hyper(learning_rate=0.01))
-    result = run.train(algo, jax.random.key(0), 400 * algo.env_steps_per_update, num_seeds=2, progress=False)
-    assert result.summary["eval"]["iqm"] > 0.9
+    result = run.train(algo, jax.random.key(0), 150 * algo.env_steps_per_update, num_seeds=2, progress=False)
+    loss = np.asarray(result.metrics["loss"])
+    # To guess one of three residues and end costs log(3) / 2 a token.
+    assert (loss[:, 0] > 1.5).all() and (loss[:, -5:].mean(1) < 0.65).all() and loss[:, -5:].min() < 0.5
 
 
 def test_adapters_merge_and_name_what_is_there():
