@@ -5,7 +5,7 @@
     bash scripts/bench_attention --chips v5e              memory on a TPU by its compiler, at 8k, 32k and 64k (needs libtpu)
 
 Each is compiled once, then timed; the figure is the best of --repeats, and the order alternates, since a shared machine
-drifts. Memory is what the compiler reserves besides arguments and results. A kind that needs more than --memory-gib is
+drifts; what takes over ten seconds is run once. Memory is what the compiler reserves besides arguments and results. A kind that needs more than --memory-gib is
 left out. It leaves attention.csv and attention.png in the folder, and caches.csv and caches.png of decoding.
 
 A step of decoding writes one token to the cache and attends to it, without the projections before and after; it is the mean of 16
@@ -15,7 +15,6 @@ Dense with a key head for every query head is there besides: it is what mla is i
 """
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from jrl.attention import cache, mla, nsa, nsa_cache, rwkv
 from jrl.nets.mixers import Recurrent
 from jrl.run import plot, report
 from jrl.run.memory import TPUS, state_bytes
+from jrl.run.timing import fastest
 
 Array = jax.Array
 SPARSE = nsa.Config()
@@ -137,19 +137,6 @@ def fill(shapes: Any) -> Any:
     leaves, tree = jax.tree.flatten(shapes)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     return jax.tree.unflatten(tree, [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
-
-
-def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of each call, the best of several in alternating order, after one that does not count."""
-    for call in calls.values():
-        jax.block_until_ready(call())
-    best = dict.fromkeys(calls, np.inf)
-    for i in range(repeats):
-        for kind in calls if i % 2 == 0 else reversed(list(calls)):
-            begin = time.perf_counter()
-            jax.block_until_ready(calls[kind]())
-            best[kind] = min(best[kind], time.perf_counter() - begin)
-    return best
 
 
 def over(rows: list[dict[str, Any]], name: str, column: str) -> None:
@@ -352,7 +339,8 @@ def sequences(args: Args) -> None:
     for length in args.lengths:
         for what in ("forward", "forward and backward"):
             rows += compare(args, length, what)
-            print(f"{length} tokens, {what}: done", flush=True)
+            found = ", ".join(f"{row['kind']} {row['seconds'] or 'left out'}" for row in rows[-len(args.kinds) :])
+            print(f"{length} tokens, {what}: {found}", flush=True)
     report.print_table(args.folder / "attention.csv", rows)
     of = lambda what: [row for row in rows if row["what"] == what]  # noqa: E731
     panels = [
@@ -367,7 +355,7 @@ def caches(args: Args) -> None:
     rows: list[dict[str, Any]] = []
     for length in args.decode:
         rows += compare_caches(args, length)
-        print(f"{length} tokens, decoding: done", flush=True)
+        print(f"decoding behind {length} tokens: done", flush=True)
     report.print_table(args.folder / "caches.csv", rows)
     panels = [
         plot.Panel("cache of a sequence", "tokens", "bytes", lines(rows, "bytes of cache"), "xy"),

@@ -1,6 +1,7 @@
 """Every kind of attention against one query at a time in float64, and the identities between them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jrl.attention.flash import Blocks, flash
 from jrl.attention.visibility import Rule
 
 
+@functools.partial(jax.jit, static_argnums=range(8))
 def qkv(batch, length, heads, kv_heads, dim, value_dim, num_keys=None, seed=0):
     keys = jax.random.split(jax.random.key(seed), 3)
     num_keys = length if num_keys is None else num_keys
@@ -23,6 +25,10 @@ def qkv(batch, length, heads, kv_heads, dim, value_dim, num_keys=None, seed=0):
 
 def grads(f, *args):
     return jax.grad(lambda *a: jnp.sum(jnp.sin(3 * f(*a))), tuple(range(len(args))))(*args)
+
+
+def compiled_grads(f, *args):
+    return jax.jit(lambda *a: grads(f, *a))(*args)
 
 
 def close(a, b, tolerance=1e-10):
@@ -50,7 +56,7 @@ def test_dense_attention_and_its_gradients(implementation, heads, kv_heads, dim,
         ours = lambda *a: attention.attend(*a, implementation=implementation, **given)  # noqa: E731
         wanted = lambda *a: oracles.dense(*a, **options)  # noqa: E731
         close(jax.jit(ours)(*args), wanted(*args))
-        close(grads(ours, *args), grads(wanted, *args))
+        close(compiled_grads(ours, *args), compiled_grads(wanted, *args))
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (3, 7), (16, 5), (64, 64)])
@@ -63,7 +69,7 @@ def test_blocks_of_any_size_give_what_dense_gives(rows, columns, rule):
         ours = lambda *a: flash(*a, None, None, rule, 0.7, Blocks(2 * rows, columns))  # noqa: E731
         wanted = lambda *a: attention.dense(*a, None, None, rule, 0.7)  # noqa: E731
         close(ours(*args), wanted(*args))
-        close(grads(ours, *args), grads(wanted, *args))
+        close(compiled_grads(ours, *args), compiled_grads(wanted, *args))
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -122,14 +128,16 @@ def test_splash_attention_gives_the_same(options):
     wanted = lambda *a: attention.dense(*a, ids, ids, rule, 0.2)  # noqa: E731
     with jax.numpy_rank_promotion("allow"):
         close(ours(q, k, v), wanted(q, k, v), 1e-5)
-        close(grads(ours, q, k, v), grads(wanted, q, k, v), 1e-4)
+        close(compiled_grads(ours, q, k, v), compiled_grads(wanted, q, k, v), 1e-4)
 
 
 # Native sparse attention
 
+nsa_attend = jax.jit(nsa.attend, static_argnums=4, static_argnames="chunk")
 SMALL = nsa.Config(block=4, stride=2, select_block=4, selected=4, window=6)
 
 
+@functools.partial(jax.jit, static_argnums=range(8))
 def sparse(batch, length, heads, kv_heads, dim, value_dim, config, seed=0):
     keys = jax.random.split(jax.random.key(seed), 8)
     q = jax.random.normal(keys[0], (batch, length, heads, dim), float)
@@ -169,7 +177,7 @@ def test_sparse_attention_and_its_gradients(config, heads, kv_heads, length, seg
 
         out, chosen = wanted(*args)
         close(jax.jit(ours)(*args), out)
-        close(grads(ours, *args), grads(lambda *a: wanted(*a, known=chosen)[0], *args))
+        close(compiled_grads(ours, *args), compiled_grads(lambda *a: wanted(*a, known=chosen)[0], *args))
 
 
 def test_phi_by_hand():
@@ -187,37 +195,37 @@ def gate(shape, branch):
 def test_selection_of_every_block_is_dense_attention():
     _, q, streams, _ = sparse(1, 33, 4, 2, 8, 8, SMALL)
     config = dataclasses.replace(SMALL, selected=9)
-    out = nsa.attend(nsa.init(jax.random.key(0), config, 8, 8), q, streams, gate(q.shape[:3], 1), config)
+    out = nsa_attend(nsa.init(jax.random.key(0), config, 8, 8), q, streams, gate(q.shape[:3], 1), config)
     close(out, attention.attend(q, streams.k_select, streams.v_select), 1e-5)
 
 
 def test_compression_of_single_tokens_is_dense_attention():
     _, q, streams, _ = sparse(1, 20, 4, 2, 8, 8, SMALL)
     config = nsa.Config(block=1, stride=1, select_block=4, selected=4, pooling="mean")
-    out = nsa.attend({}, q, streams, gate(q.shape[:3], 0), config)
+    out = nsa_attend({}, q, streams, gate(q.shape[:3], 0), config)
     close(out, attention.attend(q, streams.k_compress, streams.v_compress), 1e-5)
 
 
 def test_a_window_as_long_as_the_sequence_is_dense_attention():
     params, q, streams, _ = sparse(1, 20, 4, 2, 8, 8, SMALL)
     config = dataclasses.replace(SMALL, window=20)
-    out = nsa.attend(params, q, streams, gate(q.shape[:3], 2), config)
+    out = nsa_attend(params, q, streams, gate(q.shape[:3], 2), config)
     close(out, attention.attend(q, streams.k_window, streams.v_window), 1e-5)
 
 
 def test_sparse_attention_does_not_see_the_future():
     params, q, streams, gates = sparse(1, 50, 4, 2, 8, 8, SMALL)
     later = lambda x: x.at[:, 30:].set(5.0)  # noqa: E731
-    whole = nsa.attend(params, q, streams, gates, SMALL, chunk=16)
-    changed = nsa.attend(params, *jax.tree.map(later, (q, streams)), gates, SMALL, chunk=16)
+    whole = nsa_attend(params, q, streams, gates, SMALL, chunk=16)
+    changed = nsa_attend(params, *jax.tree.map(later, (q, streams)), gates, SMALL, chunk=16)
     np.testing.assert_array_equal(whole[:, :30], changed[:, :30])
     first = lambda x: x[:, :30]  # noqa: E731
-    close(nsa.attend(params, *jax.tree.map(first, (q, streams, gates)), SMALL), whole[:, :30], 1e-5)
+    close(nsa_attend(params, *jax.tree.map(first, (q, streams, gates)), SMALL), whole[:, :30], 1e-5)
 
 
 def test_before_the_first_block_is_over_compression_answers_0():
     params, q, streams, _ = sparse(1, 10, 2, 1, 4, 4, SMALL)
-    out = nsa.attend(params, q, streams, gate(q.shape[:3], 0), SMALL)
+    out = nsa_attend(params, q, streams, gate(q.shape[:3], 0), SMALL)
     assert (out[:, :3] == 0).all() and (out[:, 3:] != 0).all()
 
 
@@ -273,7 +281,7 @@ def test_decoding_sees_its_episode_alone():
 def test_a_sparse_decode_step_is_a_row_of_the_full_sequence(config, start):
     params, q, streams, gates = sparse(2, 34, 4, 2, 8, 6, config)
     ids = jnp.broadcast_to(jnp.arange(34)[None] >= start, (2, 34)).astype(jnp.int32)
-    whole = nsa.attend(params, q, streams, gates, config, segment_ids=ids)
+    whole = nsa_attend(params, q, streams, gates, config, segment_ids=ids)
 
     def step(memory, x):
         t, q_t, gates_t, streams_t = x
@@ -284,9 +292,9 @@ def test_a_sparse_decode_step_is_a_row_of_the_full_sequence(config, start):
     empty = nsa_cache.init(config, 2, 34, 2, 8, 6)
     memory, out = jax.jit(lambda: jax.lax.scan(step, empty, rows))()
     close(jnp.moveaxis(out, 0, 1)[:, start:], whole[:, start:], 2e-5)
-    close(nsa_cache.fill(params, empty, streams, config), memory, 1e-5)
-    each = jnp.array([33, 33])
-    close(nsa_cache.decode_step(q[:, 33], gates[:, 33], memory, each, config, start=start), out[-1], 1e-5)
+    close(jax.jit(nsa_cache.fill, static_argnums=3)(params, empty, streams, config), memory, 1e-5)
+    decode = jax.jit(nsa_cache.decode_step, static_argnums=4)
+    close(decode(q[:, 33], gates[:, 33], memory, jnp.array([33, 33]), config, start=start), out[-1], 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -333,8 +341,8 @@ def test_over_devices_it_is_the_same(kind, axis):
         return attention.attend(q, streams[0], streams[1], implementation=kind)
 
     over = jax.shard_map(f, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec)
-    close(jax.jit(over)(q, streams, gates), f(q, streams, gates), 1e-5)
-    close(jax.jit(lambda *a: grads(over, *a))(q, streams, gates), grads(f, q, streams, gates), 1e-4)
+    close(jax.jit(over)(q, streams, gates), jax.jit(f)(q, streams, gates), 1e-5)
+    close(compiled_grads(over, q, streams, gates), compiled_grads(f, q, streams, gates), 1e-4)
 
 
 @pytest.mark.parametrize("heads, kv_heads, dim, value_dim", [(32, 1, 64, 64), (2, 2, 256, 32), (4, 1, 192, 128)])
@@ -344,17 +352,17 @@ def test_wide_heads_and_large_groups(heads, kv_heads, dim, value_dim):
         close(attention.attend(*args, implementation="xla"), oracles.dense(*args))
         params, q, streams, gates = sparse(1, 13, heads, kv_heads, dim, value_dim, SMALL)
         phi = lambda name, block: nsa.phi(params[name], block[None])[0]  # noqa: E731
-        close(nsa.attend(params, q, streams, gates, SMALL), oracles.nsa(phi, q, streams, gates, SMALL)[0])
+        close(nsa_attend(params, q, streams, gates, SMALL), oracles.nsa(phi, q, streams, gates, SMALL)[0])
 
 
 def test_sparse_attention_under_vmap_remat_and_half_width():
     args = sparse(2, 30, 4, 2, 16, 16, SMALL)
     f = lambda q, s, g: nsa.attend(args[0], q[None], jax.tree.map(lambda x: x[None], s), g[None], SMALL)[0]  # noqa: E731
-    whole = nsa.attend(*args, SMALL)
-    close(jax.vmap(f)(*args[1:]), whole, 1e-5)
-    loss = lambda f: jax.grad(lambda a: jnp.sum(jnp.sin(f(*a, SMALL))))(args)  # noqa: E731
+    whole = nsa_attend(*args, SMALL)
+    close(jax.jit(jax.vmap(f))(*args[1:]), whole, 1e-5)
+    loss = lambda f: jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(f(*a, SMALL)))))(args)  # noqa: E731
     close(loss(jax.checkpoint(nsa.attend, static_argnums=4)), loss(nsa.attend), 1e-5)
-    half = nsa.attend(*jax.tree.map(lambda x: x.astype(jnp.bfloat16), args), SMALL)
+    half = nsa_attend(*jax.tree.map(lambda x: x.astype(jnp.bfloat16), args), SMALL)
     assert half.dtype == jnp.bfloat16
     near = jnp.abs(half.astype(jnp.float32) - whole).max((-1, -2)) < 0.1
     assert near.mean() > 0.9  # here and there it selects other blocks

@@ -17,7 +17,6 @@ before it is not seen, and its first block is the one with its first token. Segm
 multiples of l' and d in the whole sequence, so that a segment is cut into them by where it lies.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -28,11 +27,12 @@ from jrl import checks
 from jrl.attention import platforms
 from jrl.attention.dense import group, masked_softmax
 from jrl.attention.flash import flash
-from jrl.attention.visibility import NO_QUERY, Rule, check_shapes, segments, spread
+from jrl.attention.nsa_select import selected_attention
+from jrl.attention.visibility import NO_QUERY, Rule, check_shapes, segments
 
 Array = jax.Array
 Implementation = Literal["xla", "pallas_tpu"]
-CPU_CACHE = 4 * 2**20  # bytes, about what a core has of it
+CHUNK = 64  # queries whose scores with compressed blocks are there at once
 
 
 @dataclass(frozen=True)
@@ -187,108 +187,6 @@ def select(importance: Array, t: Array, start: Array, num_blocks: int, config: C
     return jnp.where(best >= 0, chosen, num_blocks).astype(jnp.int32)
 
 
-def selected_scores(q: Array, k: Array, chosen: Array, t: Array, start: Array, scale: float) -> tuple[Array, Array]:
-    """Scores ``[B, K, C, G, n l']`` of the tokens of chosen blocks, and which are seen ``[B, K, C, 1, n l']``.
-
-    q is ``[B, K, C, G, D]``; k has the keys of the chosen blocks, ``[B, K, C, n, l', D]``.
-    """
-    size = k.shape[-2]
-    inside = jnp.broadcast_to(jnp.arange(size), (*chosen.shape, size))
-    position = (chosen[..., None] * size + inside).reshape(*chosen.shape[:3], -1)
-    seen = (position <= t[:, None, :, None]) & (position >= start[:, None, :, None])
-    keys = k.reshape(*k.shape[:3], -1, k.shape[-1])
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    return jnp.einsum("bkcgd,bkcsd->bkcgs", q, keys, preferred_element_type=wide) * scale, seen[:, :, :, None]
-
-
-def take_blocks(x: Array, chosen: Array) -> Array:
-    """Blocks ``[B, K, C, n, l', D]`` of x ``[B, K, blocks, l', D]``; a block beyond the last repeats the last."""
-    at = jnp.minimum(chosen, x.shape[2] - 1)
-    return jax.vmap(jax.vmap(lambda x, at: x[at]))(x, at)
-
-
-# Selection over a whole sequence, in chunks of queries; the backward pass reads the chosen blocks again
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def selected_attention(q, k, v, chosen, t, start, scale, rows):
-    """``[B, K, T, G, Dv]`` for q ``[B, K, T, G, D]``, keys and values ``[B, K, blocks, l', D]``, chosen ``[B, K, T, n]``."""
-    return _selected(q, k, v, chosen, t, start, scale, rows)[0]
-
-
-def _selected(q, k, v, chosen, t, start, scale, rows):
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-
-    def chunk(i: Array) -> tuple[Array, Array]:
-        q_i, at, t_i, start_i = _chunk(i, rows, q, chosen, t, start)
-        scores, seen = selected_scores(q_i, take_blocks(k, at), at, t_i, start_i, scale)
-        scores = jnp.where(seen, scores, -jnp.inf)
-        largest = jnp.maximum(scores.max(-1), jnp.finfo(wide).min)
-        p = jnp.exp(scores - largest[..., None])
-        total = p.sum(-1)
-        values = take_blocks(v, at)
-        values = values.reshape(*values.shape[:3], -1, values.shape[-1])
-        out = jnp.einsum("bkcgs,bkcsd->bkcgd", p.astype(v.dtype), values, preferred_element_type=wide)
-        lse = jnp.where(total > 0, largest + jnp.log(jnp.maximum(total, jnp.finfo(wide).tiny)), jnp.inf)
-        return (out / jnp.maximum(total, jnp.finfo(wide).tiny)[..., None]).astype(v.dtype), lse
-
-    out, lse = jax.lax.map(chunk, jnp.arange(q.shape[2] // rows))
-    return _join(out), _join(lse)
-
-
-def _save(q, k, v, chosen, t, start, scale, rows):
-    out, lse = _selected(q, k, v, chosen, t, start, scale, rows)
-    return out, (q, k, v, chosen, t, start, out, lse)
-
-
-def _backward(scale, rows, saved, d_out):
-    q, k, v, chosen, t, start, out, lse = saved
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    overlap = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
-
-    def chunk(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
-        dk, dv = carry
-        q_i, at, t_i, start_i = _chunk(i, rows, q, chosen, t, start)
-        d_i, lse_i, overlap_i = (_slice(x, i, rows, 2) for x in (d_out, lse, overlap))
-        keys, values = take_blocks(k, at), take_blocks(v, at)
-        scores, seen = selected_scores(q_i, keys, at, t_i, start_i, scale)
-        p = jnp.where(seen, jnp.exp(scores - lse_i[..., None]), 0.0)
-        flat = lambda x: x.reshape(*x.shape[:3], -1, x.shape[-1])  # noqa: E731
-        dp = jnp.einsum("bkcgd,bkcsd->bkcgs", d_i, flat(values), preferred_element_type=wide)
-        ds = (p * (dp - overlap_i[..., None]) * scale).astype(q.dtype)
-        dq = jnp.einsum("bkcgs,bkcsd->bkcgd", ds, flat(keys), preferred_element_type=wide)
-        dk_part = jnp.einsum("bkcgs,bkcgd->bkcsd", ds, q_i, preferred_element_type=wide)
-        dv_part = jnp.einsum("bkcgs,bkcgd->bkcsd", p.astype(d_i.dtype), d_i, preferred_element_type=wide)
-        carry = _add_blocks(dk, at, dk_part), _add_blocks(dv, at, dv_part)
-        return carry, dq.astype(q.dtype)
-
-    zeros = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
-    (dk, dv), dq = jax.lax.scan(chunk, spread(zeros, q), jnp.arange(q.shape[2] // rows))
-    return _join(dq), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
-
-
-selected_attention.defvjp(_save, _backward)
-
-
-def _chunk(i, rows, q, chosen, t, start):
-    return _slice(q, i, rows, 2), _slice(chosen, i, rows, 2), _slice(t, i, rows, 1), _slice(start, i, rows, 1)
-
-
-def _slice(x: Array, i: Array, rows: int, axis: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, i * rows, rows, axis)
-
-
-def _join(chunks: Array) -> Array:
-    moved = jnp.moveaxis(chunks, 0, 2)
-    return moved.reshape(*moved.shape[:2], -1, *moved.shape[4:])
-
-
-def _add_blocks(x: Array, chosen: Array, parts: Array) -> Array:
-    """x with the parts of chosen blocks ``[B, K, C, n l', D]`` added to them; those beyond the last are dropped."""
-    parts = parts.reshape(*chosen.shape, x.shape[-2], x.shape[-1])
-    return jax.vmap(jax.vmap(lambda x, at, part: x.at[at].add(part, mode="drop")))(x, chosen, parts)
-
-
 # All together
 
 
@@ -375,16 +273,6 @@ def choose(name: Implementation | None, q: Array, streams: Streams, config: Conf
     return "xla" if reason else "pallas_tpu"
 
 
-def fast_chunk(q: Array, streams: Streams, config: Config) -> int:
-    """Queries to compute at once: 64, but on a CPU 8 and more while the blocks that they select fit its cache."""
-    if jax.default_backend() != "cpu":
-        return 64
-    k, v = streams.k_select, streams.v_select
-    tokens = min(config.selected * config.select_block, k.shape[1])
-    of_query = q.shape[0] * k.shape[2] * tokens * (k.shape[-1] + v.shape[-1]) * k.dtype.itemsize
-    return min(64, max(8, CPU_CACHE // of_query))
-
-
 def _window(q, streams, segment_ids, rule, scale, implementation, interpret):
     """The window branch, by splash attention beside the kernels where it fits."""
     k, v = streams.k_window, streams.v_window
@@ -414,7 +302,6 @@ def mix(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kernels = choose(implementation, q, streams, config) == "pallas_tpu"
-    chunk = fast_chunk(q, streams, config) if chunk is None else chunk
     far, chosen = _compress_and_choose(params, q, streams, t, start, config, scale, chunk, kernels, interpret)
     picked = _attend_selected(q, streams, chosen, t, start, config, scale, chunk, kernels, interpret)
     parts = jnp.stack([x.astype(gates.dtype) for x in (far, picked, near)], axis=-1)
@@ -446,11 +333,12 @@ def _compress_and_choose(params, q, streams, t, start, config, scale, chunk, ker
         out, importance = compressed_attention(q, k, v, t, start, config, scale)
         return out.astype(v.dtype), select(importance, t, start, num_blocks, config)
 
-    rows = min(chunk, length)
+    rows = min(CHUNK if chunk is None else chunk, length)
     parts = jax.tree.map(lambda x: _split(x, rows), (q, t, start))
     out, chosen = jax.lax.map(lambda part: of_chunk(k, v, *part), parts)
     out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])[:, :length]
-    return out, _join(chosen)[:, :, :length]
+    chosen = jnp.moveaxis(chosen, 0, 2).reshape(q.shape[0], kv_heads, -1, chosen.shape[-1])
+    return out, chosen[:, :, :length]
 
 
 def _compress_by_kernel(q, k, v, t, start, num_blocks, config, scale, interpret):
@@ -468,20 +356,20 @@ def _compress_by_kernel(q, k, v, t, start, num_blocks, config, scale, interpret)
 
 
 def _attend_selected(q, streams, chosen, t, start, config, scale, chunk, kernels, interpret):
-    from jrl.attention import nsa_tpu
-
     (batch, length, heads, _), size, kv_heads = q.shape, config.select_block, streams.k_select.shape[2]
-    rows = nsa_tpu.ROWS if kernels else min(chunk, length)
     pad = lambda x, to: jnp.pad(x, [(0, 0), (0, -x.shape[1] % to)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
-    grouped = pad(group(q, kv_heads), rows).transpose(0, 2, 1, 3, 4)
     blocks = lambda x: pad(x, size).reshape(batch, -1, size, *x.shape[2:]).transpose(0, 3, 1, 2, 4)  # noqa: E731
-    chosen = jnp.pad(chosen, [(0, 0), (0, 0), (0, -length % rows), (0, 0)])
     k, v = blocks(streams.k_select), blocks(streams.v_select)
-    at = chosen, pad(t, rows), pad(start, rows)
+    grouped = group(q, kv_heads)
     if kernels:
-        out = nsa_tpu.selected_attention(grouped, k, v, *at, scale, interpret)
+        from jrl.attention import nsa_tpu
+
+        rows = nsa_tpu.ROWS
+        chosen = jnp.pad(chosen, [(0, 0), (0, 0), (0, -length % rows), (0, 0)])
+        by_head = pad(grouped, rows).transpose(0, 2, 1, 3, 4)
+        out = nsa_tpu.selected_attention(by_head, k, v, chosen, pad(t, rows), pad(start, rows), scale, interpret)
     else:
-        out = selected_attention(grouped, k, v, *at, scale, rows)
+        out = selected_attention(grouped.transpose(0, 2, 1, 3, 4), k, v, chosen, t, start, scale, chunk)
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, -1, heads, v.shape[-1])[:, :length]
 
 

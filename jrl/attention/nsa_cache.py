@@ -110,7 +110,7 @@ def decode_step(
     chosen = nsa.select(importance, t, begin, capacity // size, config)  # [B, K, 1, n]
     grouped = group(one, kv_heads).transpose(0, 2, 1, 3, 4)
     k, v = (take_blocks(x, chosen[:, :, 0], size)[:, :, None].astype(q.dtype) for x in cache.select)
-    scores, seen = nsa.selected_scores(grouped, k, chosen, t, begin, scale)
+    scores, seen = selected_scores(grouped, k, chosen, t, begin, scale)
     p = nsa.masked_softmax(scores, seen)
     values = v.reshape(*v.shape[:3], -1, v.shape[-1])
     out_select = jnp.einsum("bkcgs,bkcsd->bkgd", p.astype(q.dtype), values, preferred_element_type=p.dtype)
@@ -119,6 +119,20 @@ def decode_step(
     parts = [out_compress[:, 0], out_select.reshape(batch, heads, -1), out_window]
     out = sum(gates[..., i, None] * part.astype(gates.dtype) for i, part in enumerate(parts))
     return jnp.asarray(out).astype(q.dtype)
+
+
+def selected_scores(q: Array, k: Array, chosen: Array, t: Array, start: Array, scale: float) -> tuple[Array, Array]:
+    """Scores ``[B, K, C, G, n l']`` of the tokens of chosen blocks, and which are seen ``[B, K, C, 1, n l']``.
+
+    q is ``[B, K, C, G, D]``; k has the keys of the chosen blocks, ``[B, K, C, n, l', D]``.
+    """
+    size = k.shape[-2]
+    inside = jnp.broadcast_to(jnp.arange(size), (*chosen.shape, size))
+    position = (chosen[..., None] * size + inside).reshape(*chosen.shape[:3], -1)
+    seen = (position <= t[:, None, :, None]) & (position >= start[:, None, :, None])
+    keys = k.reshape(*k.shape[:3], -1, k.shape[-1])
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum("bkcgd,bkcsd->bkcgs", q, keys, preferred_element_type=wide) * scale, seen[:, :, :, None]
 
 
 def take_blocks(x: Array, chosen: Array, size: int) -> Array:
