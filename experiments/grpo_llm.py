@@ -2,13 +2,16 @@
 
 python experiments/grpo_llm.py --model SmolLM2-135M-Instruct.Q4_1.gguf          sums of reasoning-gym (chain_sum)
 python experiments/grpo_llm.py --model FOLDER --dataset countdown               a folder in Hugging Face's layout
+python experiments/grpo_llm.py --model FOLDER --dataset mine.py                 problems of your own: make(seed) -> verifiers.Source
 python experiments/grpo_llm.py --model MODEL --folder runs/mine                 and, after Ctrl-C, the same again: it goes on
 
-It trains matrices beside the frozen model (LoRA), which is the reference of the KL at no cost. Leaves metrics.csv, answers.txt,
-curve.png and checkpoints in the folder. Needs the package reasoning-gym.
+It trains matrices beside the frozen model (LoRA), which is the reference of the KL at no cost; --config.lora-rank 0 trains the
+model itself. Answers lie over the devices; --model-devices 4 cuts the model over four of them. Leaves metrics.csv, answers.txt,
+curve.png and checkpoints in the folder. Datasets by name need the package reasoning-gym.
 """
 
 import csv
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jrl import checks, lm
+from jrl import checks, lm, sharding
 from jrl.algos import grpo
 from jrl.lm import verifiers
 from jrl.lm.sampling import Rollout, decoder
+from jrl.nets import transformer
 from jrl.run import cli, plot
 from jrl.run.checkpoint import Checkpoints
 from jrl.run.interrupt import StopOnSignal
@@ -38,13 +42,15 @@ class Args:
 
     Attributes:
         model: a .gguf file, or a folder with config.json, safetensors and tokenizer.json.
-        dataset: of reasoning-gym.
+        dataset: of reasoning-gym, or a Python file.
         setting: of the dataset, as NAME=NUMBER ...; chain_sum has two terms of one digit by default.
         instruction: put behind each problem.
         steps: updates.
         prompt_length: tokens of the longest prompt.
         answer_length: tokens of the longest answer.
         save_every: updates between checkpoints.
+        devices: to use; default: all, but one of a CPU's, which share its cores.
+        model_devices: of these, so many hold the model together; the others hold it too, and share the answers.
         seed: of everything.
         folder: of the run; if there is a checkpoint, the run goes on from it.
         config: static settings; its model is that of the file.
@@ -59,6 +65,8 @@ class Args:
     prompt_length: int = 96
     answer_length: int = 16
     save_every: int = 10
+    devices: int | None = None
+    model_devices: int = 1
     seed: int = 0
     folder: Path = Path("runs/grpo-llm")
     config: grpo.Config = field(default_factory=lambda: CONFIG)
@@ -66,12 +74,31 @@ class Args:
 
 
 def source_of(args: Args) -> verifiers.Source:
-    """Problems of reasoning-gym; an answer is the last number that was said."""
+    """Problems of a file, or of reasoning-gym, where an answer is the last number that was said."""
+    if args.dataset.endswith(".py"):
+        return verifiers.from_file(args.dataset, args.seed, **cli.parse_params(args.setting))
     easy = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1} if args.dataset == "chain_sum" else {}
     settings: dict[str, Any] = easy | cli.parse_params(args.setting)
     return verifiers.reasoning_gym(
         args.dataset, args.seed, extract=verifiers.last_number, instruction=args.instruction, **settings
     )
+
+
+def mesh_of(args: Args) -> jax.sharding.Mesh:
+    """The devices, among which an update's answers, and those of its parts, are to divide evenly."""
+    there, config = jax.devices(), args.config
+    count = (1 if jax.default_backend() == "cpu" else len(there)) if args.devices is None else args.devices
+    checks.within("devices", count, 1, len(there))
+    if count % args.model_devices:
+        raise ValueError(f"model_devices must divide the {count} devices; got {args.model_devices}")
+    data = count // args.model_devices
+    part = config.rows // (config.num_minibatches * config.micro_batches)
+    if part % data:
+        raise ValueError(
+            f"num_prompts * group_size / (num_minibatches * micro_batches) must be a multiple of the {data} devices that share "
+            f"them; got {part}"
+        )
+    return sharding.make_mesh(data, args.model_devices, there[:count])
 
 
 def padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[jax.Array, jax.Array]:
@@ -85,6 +112,13 @@ def padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[jax.Ar
     return jnp.asarray(tokens), jnp.asarray(valid)
 
 
+def tokens_of(words: lm.Tokenizer, prompt: str) -> list[int]:
+    """As a user's message, or as it stands where the model knows no conversations."""
+    if words.template is None:
+        return words.encode(prompt, begin=True)
+    return words.encode(words.chat([{"role": "user", "content": prompt}]))
+
+
 def texts_of(words: lm.Tokenizer, rollout: Rollout) -> list[str]:
     tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
     return [words.decode(row[seen].tolist(), special=False) for row, seen in zip(tokens, mask, strict=True)]
@@ -92,14 +126,16 @@ def texts_of(words: lm.Tokenizer, rollout: Rollout) -> list[str]:
 
 def without_the_model(state: grpo.State) -> Any:
     """What a checkpoint holds: all but the frozen model and the key, which the step's number gives."""
-    return jax.tree.map(np.asarray, state._replace(frozen=(), key=jnp.zeros(0)))
+    kept: Any = state
+    return jax.tree.map(np.asarray, kept._replace(frozen=(), key=()))
 
 
 def main(argv: list[str]) -> None:
     args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
-    for name in ("steps", "prompt_length", "answer_length", "save_every"):
+    for name in ("steps", "prompt_length", "answer_length", "save_every", "model_devices"):
         checks.positive_int(name, getattr(args, name))
     grpo.check_hyper(args.hyper)
+    mesh = mesh_of(args)
     source = source_of(args)
     shape, params, words = lm.load(args.model)
     end = words.eos
@@ -109,19 +145,24 @@ def main(argv: list[str]) -> None:
     config = replace(args.config, model=replace(shape, remat=True))
     learner = grpo.learner(decoder(config.model), config, length=args.answer_length, end=end, pad=pad)
     key_init, key_run = jax.random.split(jax.random.key(args.seed))
-    state = jax.jit(learner.init)(key_init, params, args.hyper, args.steps)
-    sample, learn = jax.jit(learner.sample), jax.jit(learner.learn)
+    start = (key_init, params, args.hyper, args.steps)
+    of_params = sharding.shardings(mesh, transformer.axes(config.model), params)
+    where = sharding.like(mesh, params, of_params, jax.eval_shape(learner.init, *start))
+    state = jax.jit(learner.init, out_shardings=where)(*start)
+    del params, start
+    sample, learn = jax.jit(learner.sample), jax.jit(learner.learn, out_shardings=(where, None))
 
     args.folder.mkdir(parents=True, exist_ok=True)
     settings = {"model": str(args.model), "dataset": args.dataset, "seed": args.seed, "config": asdict(config)}
+    settings = json.loads(json.dumps(settings))  # as a checkpoint gives it back
     checkpoints = Checkpoints(args.folder / "checkpoints", settings)
     done = checkpoints.latest() or 0
     rows = _rows_before(args.folder / "metrics.csv", done)
     if done:
         saved = checkpoints.restore(done, without_the_model(state))
-        state = jax.tree.map(jnp.asarray, saved)._replace(frozen=state.frozen, key=state.key)
+        state = jax.device_put(saved._replace(frozen=state.frozen, key=state.key), where)
         print(f"{args.folder}: resumed at step {done}", flush=True)
-    with StopOnSignal() as stop:
+    with StopOnSignal() as stop, jax.set_mesh(mesh):
         while done < args.steps and not stop.requested:
             state, row, said = one_step(args, source, words, sample, learn, state, key_run, done, pad)
             done += 1
@@ -145,7 +186,7 @@ def one_step(args, source, words, sample, learn, state, key_run, done, pad):
     """Sample, verify, learn: ``(state, metrics, answers)``."""
     key_sample, key_learn = jax.random.split(jax.random.fold_in(key_run, done))
     items = source.draw(args.seed + done, args.config.num_prompts)
-    prompts = [words.encode(words.chat([{"role": "user", "content": item.prompt}])) for item in items]
+    prompts = [tokens_of(words, item.prompt) for item in items]
     group = args.config.group_size
     tokens, valid = padded([p for p in prompts for _ in range(group)], args.prompt_length, pad)
     begin = time.monotonic()

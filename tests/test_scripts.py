@@ -7,11 +7,18 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import jax
+import processes
 import pytest
+from processes import ROOT
 
-ROOT = Path(__file__).parents[1]
+from jrl.algos import grpo
+from jrl.lm import tasks
+from jrl.lm.policy import language_model
+from jrl.lm.sampling import sample
+from jrl.nets import transformer
+
 TINY = [
     "--config.num-envs",
     "2",
@@ -25,9 +32,7 @@ TINY = [
 
 
 def experiment(*args, name="ppo", cwd=None):
-    command = [sys.executable, str(ROOT / f"experiments/{name}.py"), *map(str, args)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+    return processes.experiment(name, *args, cwd=cwd)
 
 
 def test_the_experiment_trains_and_resumes(tmp_path):
@@ -307,6 +312,26 @@ def test_attention_cannot_be_measured(wrong, message, tmp_path):
     with pytest.raises(SystemExit, match=f"^error: {message}$"):
         bench.main(bench.Args(**wrong, folder=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+def test_sampling_and_training_are_measured(tmp_path):
+    bench = module("bench_grpo")
+    shape = transformer.Config(dim=8, num_layers=1, num_heads=2, num_kv_heads=2)
+    config = grpo.Config(model=shape, num_prompts=2, group_size=2)
+    bench.main(bench.Args(task_params=("length=3",), seeds=(1, 2), repeats=1, config=config, folder=tmp_path))
+    rows = list(csv.DictReader((tmp_path / "grpo.csv").open()))
+    assert [r["seeds"] for r in rows] == 5 * ["1"] + 5 * ["2"]
+    assert all(float(r["tokens/s"].replace(",", "")) > 0 for r in rows)
+    assert rows[0][""].endswith("x sampling, no cache") and rows[3][""].endswith("x update, one by one")
+
+    task = tasks.make("reverse", length=3)
+    model = language_model(task, shape, "float32")
+    params, problem = model.init(jax.random.key(0)), task.draw(jax.random.key(1))
+    given = problem.prompt[None], {"length": 4, "end": -1, "valid": problem.valid[None]}
+    with_cache, without = (
+        sample(jax.random.key(2), m, params, given[0], **given[1]) for m in (model, bench.without_cache(model))
+    )
+    assert (with_cache.tokens == without.tokens).all()
 
 
 def test_results_are_chosen_by_algorithm_and_by_name():

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, token_losses
+from jrl import checks, sharding, token_losses
 from jrl.nets import transformer
 
 Array = jax.Array
@@ -163,7 +163,7 @@ def sample(
         given = None if valid is None else list(valid.shape)
         raise ValueError(f"sample: prompt must be [B, P] and valid like it; got {list(prompt.shape)} and {given}")
     batch, width = prompt.shape
-    valid = jnp.ones(prompt.shape, bool) if valid is None else valid
+    prompt, valid = sharding.rows((prompt, jnp.ones(prompt.shape, bool) if valid is None else valid))
     start = (width - valid.sum(1)).astype(jnp.int32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)) if key.ndim == 0 else key
 
@@ -249,7 +249,7 @@ def answer_hidden(model: Model, params: Any, prompt: Array, tokens: Array, valid
     """The stream that predicts each token of the answers ``[B, T]``, ``[B, T, dim]``."""
     valid = jnp.ones(prompt.shape, bool) if valid is None else valid
     whole = jnp.concatenate([prompt, tokens], axis=1)[:, :-1]
-    valid = jnp.pad(valid, [(0, 0), (0, tokens.shape[1] - 1)], constant_values=True)
+    whole, valid = sharding.rows((whole, jnp.pad(valid, [(0, 0), (0, tokens.shape[1] - 1)], constant_values=True)))
     return model.hidden(params, whole, valid)[:, prompt.shape[1] - 1 :]
 
 

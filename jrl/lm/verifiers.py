@@ -5,9 +5,11 @@ that a reward weighs correctness and format apart.
 """
 
 import importlib.util
+import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,6 +94,28 @@ def from_function(
         return _parts(name, given if isinstance(given, dict) else {"correct": given}, len(texts))
 
     return Source(name, _shuffled(items), score)
+
+
+def from_file(path: str | Path, seed: int = 0, **settings: Any) -> Source:
+    """What ``make(seed, **settings)`` of a Python file returns. Raises ``ValueError`` for a file without it, or wrong settings."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no such file of problems: {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} must be a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "make"):
+        raise ValueError(f"{path} must define make(seed) -> jrl.lm.verifiers.Source")
+    known = inspect.signature(module.make).parameters
+    unknown = [name for name in settings if name not in known]
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        raise ValueError(f"{path} has no setting {unknown[0]!r}; it has: {', '.join(known)}")
+    source = module.make(seed, **settings)
+    if not isinstance(source, Source):
+        raise ValueError(f"{path}: make must return a jrl.lm.verifiers.Source; got {type(source).__name__}")
+    return source
 
 
 def reasoning_gym(

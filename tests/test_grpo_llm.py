@@ -1,0 +1,107 @@
+"""experiments/grpo_llm.py on a tiny model in Hugging Face's layout, with problems from a file."""
+
+import csv
+import json
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import processes
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from jrl.lm import hf, verifiers
+from jrl.nets import transformer
+
+SYMBOLS = ["<end>", "say", *"0123456789"]
+PROBLEMS = """
+from jrl.lm import verifiers
+
+
+def make(seed, largest=3):
+    items = [verifiers.Item(f"say {i}", str(i)) for i in range(largest + 1)]
+    return verifiers.from_function(items, lambda items, texts: [float(i.data in t) for i, t in zip(items, texts)], "say")
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    config = transformer.Config(vocab_size=len(SYMBOLS), dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=32)
+    hf.save(folder, config, transformer.init(jax.random.key(0), config))
+    words = tokenizers.Tokenizer(models.WordLevel({x: i for i, x in enumerate(SYMBOLS)}, "<end>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
+    (folder / "say.py").write_text(PROBLEMS)
+    return folder
+
+
+def arguments(model, folder, *more):
+    fixed = ("--model", model, "--dataset", model / "say.py", "--folder", folder, "--prompt-length", 4)
+    sizes = ("--answer-length", 3, "--config.lora-rank", 4, "--hyper.learning-rate", 0.01, "--save-every", 2)
+    return (*fixed, *sizes, *more)
+
+
+def train(model, folder, *more):
+    return processes.experiment("grpo_llm", *arguments(model, folder, *more))
+
+
+def rows_of(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [{k: float(v) for k, v in row.items() if "per_s" not in k} for row in csv.DictReader(file)]
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_numbers(model, tmp_path):
+    whole = train(model, tmp_path / "whole", "--steps", 20)
+    assert whole.returncode == 0, whole.stderr
+    assert (tmp_path / "whole/curve.png").exists() and "step 20" in (tmp_path / "whole/answers.txt").read_text()
+
+    line = processes.command("grpo_llm", *arguments(model, tmp_path / "killed", "--steps", 20))
+    killed = subprocess.Popen(line, stdout=subprocess.PIPE, env=processes.ENVIRONMENT)
+    while not any(path.name.isdigit() for path in (tmp_path / "killed/checkpoints").glob("*")):
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    again = train(model, tmp_path / "killed", "--steps", 20)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step" in again.stdout
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
+
+
+def test_the_model_itself_over_two_devices_learns_as_on_one(model, tmp_path):
+    full = ("--steps", 2, "--config.lora-rank", 0, "--config.micro-batches", 2)
+    for count in (1, 2):
+        done = train(model, tmp_path / str(count), "--devices", count, "--model-devices", count, *full)
+        assert done.returncode == 0, done.stderr
+    for a, b in zip(rows_of(tmp_path / "1"), rows_of(tmp_path / "2"), strict=True):
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--devices", 3), "devices must be between 1 and 2; got 3"),
+        (("--devices", 2, "--model-devices", 3), "model_devices must divide the 2 devices; got 3"),
+        (("--devices", 2, "--config.micro-batches", 16), "must be a multiple of the 2 devices that share them; got 1"),
+        (("--setting", "larger=2"), "say.py has no setting 'larger'; it has: seed, largest"),
+        (("--dataset", "absent.py"), "no such file of problems: absent.py"),
+        (("--model", "absent"), "absent must be a folder, or a .gguf file"),
+        (("--prompt-length", 1), "prompt_length must be at least 2, the tokens of a prompt; got 1"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(more, message, model, tmp_path):
+    done = train(model, tmp_path / "run", *more)
+    assert done.returncode == 1 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_file_of_problems_must_make_a_source(tmp_path):
+    path = tmp_path / "mine.py"
+    for text, message in [("", "must define make"), ("def make(seed): return 1", "must return a .*Source; got int")]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            verifiers.from_file(path)
