@@ -6,10 +6,11 @@ python experiments/grpo.py --methods grpo dr_grpo dapo gspo cispo rloo reinforce
 python experiments/grpo.py --sweep hyper.learning_rate=3e-4,1e-3
 python experiments/grpo.py --task my_task.py                  a task of your own
 
-Each method's run is in its folder; grpo.png and grpo.csv compare them.
+Each method's run is in its folder; grpo.png and grpo.csv compare them: right answers before the first update and after the last.
 """
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,9 @@ def defaults(argv: list[str]) -> Args:
     return Args(updates=preset.updates, config=preset.config, hyper=preset.hyper)
 
 
-def percent(scores: dict[str, Any]) -> str:
+def percent(per_seed: Iterable[float | None]) -> str:
     """Share of right answers, IQM and interval over seeds."""
-    return stats.text(stats.summarize([100 * (float("nan") if x is None else x) for x in scores["per_seed"]]))
+    return stats.text(stats.summarize([100 * (float("nan") if x is None else float(x)) for x in per_seed]))
 
 
 def main(argv: list[str]) -> None:
@@ -97,9 +98,16 @@ def main(argv: list[str]) -> None:
         if not result.finished:
             raise KeyboardInterrupt
         m, reached = result.metrics, result.summary["eval"]
-        for cell, scores in result.summary.get("cells", {"": reached}).items():
-            rows.append({"method": f"{name} {cell}".strip(), "greedy, %": percent(scores)})
-            rows[-1] |= {"sampled, %": percent(scores["sampled"])}
+        starts = m["episode_return"][..., 0].reshape(-1, args.num_seeds)
+        for (cell, scores), start in zip(result.summary.get("cells", {"": reached}).items(), starts, strict=True):
+            rows.append(
+                {
+                    "method": f"{name} {cell}".strip(),
+                    "at the start, %": percent(start),
+                    "sampled, %": percent(scores["sampled"]["per_seed"]),
+                    "greedy, %": percent(scores["per_seed"]),
+                }
+            )
         if not grid:
             answers = m["env_steps"] // task.answer_length
             curves.append((name, *plot.curve(m["episode_return"], m["episodes"], answers)))

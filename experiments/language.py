@@ -41,7 +41,7 @@ class Args:
         task: text or needle.
         kinds: of dense, window, nsa, mla, rwkv.
         length: tokens of a sequence; default 256 for text and 4096 for needle.
-        steps: gradient steps; default 400 for text, 600 for needle (half of them on sequences of 128 tokens).
+        steps: gradient steps; default 400 for text, 600 for needle (a third of them at the whole length).
         batch_size: sequences of a step; default 8 for text and 2 for needle.
         dim: width; default 160 for text and 64 for needle.
         num_layers: layers; default 4 for text and 2 for needle.
@@ -134,12 +134,14 @@ def haystack(batch_size: int, length: int) -> Draw:
 
 
 def growing(steps: int, length: int) -> list[tuple[int, int]]:
-    """Stages of (steps, tokens of a sequence): half the steps at 128 tokens, the rest in stages of four times the one before."""
+    """Stages of (steps, tokens of a sequence): a third of the steps at 128 tokens, a third at the last length, and as many as are
+    left in stages between, each of four times the length of the one before."""
     lengths = [length]
     while lengths[0] > 4 * SHORT:
         lengths.insert(0, lengths[0] // 4)
-    rest = steps // 2 // len(lengths)
-    return [(steps - rest * len(lengths), min(SHORT, length))] + [(rest, each) for each in lengths]
+    between, third = lengths[:-1], steps // 3
+    each = third // max(1, len(between))
+    return [(steps - third - each * len(between), min(SHORT, length)), *((each, n) for n in between), (third, length)]
 
 
 def losses(params: Any, tokens: Array, weight: Array, config: transformer.Config) -> tuple[Array, Array]:

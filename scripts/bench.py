@@ -5,6 +5,7 @@
     bash scripts/bench --algo dqn --seeds 1 4 --num-envs 1 --batch-size 256 --capacity 131072 --budget 8000
                                                           DQN at rejax's own setting
     bash scripts/bench --env Breakout-MinAtar --seeds 1 4 --num-envs 64
+    bash scripts/bench --algo grpo                        tokens a second of a language model: see bench_grpo.py
 
 Both run the same setting. PPO: 128 steps, 4 epochs of 4 minibatches, two towers of 64 tanh units. DQN: double, one step in each
 environment, then one gradient step; 64 x 64 relu units. All in float32 with Adam. Each is compiled once, then timed; the figure
@@ -20,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import bench_grpo
 import tyro
 
 ROOT = Path(__file__).parents[1]
@@ -93,9 +95,9 @@ class Args:
     """Measure speed against the peers.
 
     Attributes:
-        algo: ppo or dqn.
+        algo: ppo, dqn, or grpo, which has no peer that trains seeds side by side.
         env: environment; peers must have it under the same id.
-        seeds: numbers of seeds.
+        seeds: numbers of seeds; 1, 8, 32 and 128, for GRPO 1 and 8, if not given.
         num_envs: environments of each seed; 4 for PPO and 10 for DQN if not given.
         batch_size: transitions in a minibatch of DQN.
         capacity: of DQN's replay.
@@ -105,9 +107,9 @@ class Args:
         peers: which peers: rejax.
     """
 
-    algo: Literal["ppo", "dqn"] = "ppo"
+    algo: Literal["ppo", "dqn", "grpo"] = "ppo"
     env: str = "CartPole-v1"
-    seeds: tuple[int, ...] = (1, 8, 32, 128)
+    seeds: tuple[int, ...] | None = None
     num_envs: int | None = None
     batch_size: int = 128
     capacity: int = 10_000
@@ -144,6 +146,8 @@ def peer_python() -> str:
 
 
 def main(args: Args) -> None:
+    if args.algo == "grpo":
+        return bench_grpo.main(bench_grpo.Args(seeds=args.seeds or (1, 8), repeats=args.repeats))
     if not set(args.peers) <= {"rejax"}:
         raise SystemExit(f"error: peers must be of rejax; got {', '.join(args.peers)}")
     programs = [("jrl", sys.executable, JRL)] + [(p, peer_python(), REJAX) for p in args.peers]
@@ -154,7 +158,7 @@ def main(args: Args) -> None:
     }
     print(f"{args.algo.upper()} on {args.env}, {what['num_envs']} envs x {details[args.algo]}")
     print("| seeds | program | env steps/s | jrl over it | compile s |\n| --- | --- | --- | --- | --- |")
-    for i, num_seeds in enumerate(args.seeds):
+    for i, num_seeds in enumerate(args.seeds or (1, 8, 32, 128)):
         found = {}
         for name, python, code in programs if i % 2 == 0 else reversed(programs):
             begin = time.monotonic()

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jrl import nets
+from jrl import nets, optim
 from jrl.algos import dqn, grpo, ppo, pqn, r2d2
 from jrl.nets import transformer
 
@@ -159,22 +159,31 @@ class TaskPreset(NamedTuple):
     hyper: grpo.Hyper
 
 
-_SMALL = transformer.Config(dim=64, num_layers=2, num_heads=4, num_kv_heads=4)
+# A head of its own starts larger than embeddings do, which spares a long plateau.
+_SMALL = transformer.Config(dim=64, num_layers=1, num_heads=4, num_kv_heads=4, tie_embeddings=False)
+_DEEPER = replace(_SMALL, num_layers=2)
 _STEPS: dict[str, Any] = {"num_prompts": 32, "group_size": 8, "num_epochs": 2, "num_minibatches": 2}
+
+# Adam's first steps are as long as any, and would undo some of what was learned under supervision.
+_WARM = optim.OptimizerConfig("adamw", warmup=0.2)
 
 # From scratch a policy must keep exploring; after a supervised start it need not.
 GRPO: dict[str, TaskPreset] = {
     "modular_addition": TaskPreset(
-        500,
-        grpo.Config(model=replace(_SMALL, num_layers=1), **_STEPS),
-        grpo.Hyper(learning_rate=1e-3, close_weight=0.5, entropy_weight=0.02, kl_weight=0.0),
+        400,
+        grpo.Config(model=_SMALL, **_STEPS),
+        grpo.Hyper(learning_rate=1e-3, close_weight=0.5, entropy_weight=0.1, kl_weight=0.0),
     ),
     "countdown": TaskPreset(
-        300, grpo.Config(model=_SMALL, supervised=300, **_STEPS), grpo.Hyper(learning_rate=3e-4, kl_weight=0.001)
+        300,
+        grpo.Config(model=_DEEPER, supervised=400, optimizer=_WARM, **_STEPS),
+        grpo.Hyper(learning_rate=3e-4, entropy_weight=0.01, kl_weight=0.001),
     ),
 }
 GRPO_DEFAULT = TaskPreset(
-    150, grpo.Config(model=_SMALL, supervised=300, **_STEPS), grpo.Hyper(learning_rate=3e-4, kl_weight=0.001)
+    100,
+    grpo.Config(model=_DEEPER, supervised=400, optimizer=_WARM, **_STEPS),
+    grpo.Hyper(learning_rate=3e-4, close_weight=0.5, kl_weight=0.001),
 )
 
 
