@@ -9,6 +9,7 @@ or a program for one seed, called for each. Tokens are those of answers, of all 
 is the best of --repeats, and the order alternates, since a shared machine drifts.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +137,7 @@ def main(args: Args) -> None:
             speed = f"{n * args.config.rows * task.answer_length / taken:,.0f}"
             slower = f"{seconds[SLOWER[name]] / taken:.2f}x {SLOWER[name]}" if name in SLOWER else ""
             rows.append({"seeds": n, "what": name, "tokens/s": speed, "": slower})
+        print(f"{n} seeds: done", file=sys.stderr)
     report.print_table(args.folder / "grpo.csv", rows)
 
 
