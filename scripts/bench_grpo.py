@@ -132,7 +132,9 @@ def main(args: Args) -> None:
     print(f"{task.name}: {size:,} parameters, {args.config.rows} answers of {task.answer_length} tokens", flush=True)
     rows = []
     for n in args.seeds:
-        seconds = fastest(programs(task, args.config, n), args.repeats)
+        calls = programs(task, args.config, n)
+        jax.block_until_ready([call() for call in calls.values()])  # compiles
+        seconds = fastest(calls, args.repeats)
         for name, taken in seconds.items():
             speed = f"{n * args.config.rows * task.answer_length / taken:,.0f}"
             slower = f"{seconds[SLOWER[name]] / taken:.2f}x {SLOWER[name]}" if name in SLOWER else ""
