@@ -11,7 +11,6 @@ curve.png and checkpoints in the folder. Datasets by name need the package reaso
 """
 
 import csv
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -154,7 +153,6 @@ def main(argv: list[str]) -> None:
 
     args.folder.mkdir(parents=True, exist_ok=True)
     settings = {"model": str(args.model), "dataset": args.dataset, "seed": args.seed, "config": asdict(config)}
-    settings = json.loads(json.dumps(settings))  # as a checkpoint gives it back
     checkpoints = Checkpoints(args.folder / "checkpoints", settings)
     done = checkpoints.latest() or 0
     rows = _rows_before(args.folder / "metrics.csv", done)

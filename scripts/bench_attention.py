@@ -5,8 +5,9 @@
     bash scripts/bench_attention --chips v5e              memory on a TPU by its compiler, at 8k, 32k and 64k (needs libtpu)
 
 Each is compiled once, then timed; the figure is the best of --repeats, and the order alternates, since a shared machine
-drifts; what takes over ten seconds is run once. Memory is what the compiler reserves besides arguments and results. A kind that needs more than --memory-gib is
-left out. It leaves attention.csv and attention.png in the folder, and caches.csv and caches.png of decoding.
+drifts; what takes over ten seconds is run once. Memory is what the compiler reserves besides arguments and results. A kind that
+needs more than --memory-gib is left out. It leaves attention.csv and attention.png in the folder, and caches.csv and caches.png of
+decoding.
 
 A step of decoding writes one token to the cache and attends to it, without the projections before and after; it is the mean of 16
 steps. All have one width, heads * head_dim, in float32: dense (a cache of keys and values), window (of the last 512 tokens),

@@ -59,7 +59,7 @@ def selected_attention(
     length, sizes = q.shape[2], tiles(q, k, chosen.shape[-1], chunk)
     pad = lambda x, axis: jnp.pad(x, [(0, -length % sizes.chunk if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
     one = functools.partial(_attend, scale=scale, sizes=sizes)
-    over_heads = jax.vmap(lambda *a: one(*a), (0, 0, 0, 0, None, None))
+    over_heads = jax.vmap(one, (0, 0, 0, 0, None, None))
     out = jax.vmap(over_heads)(pad(q, 2), k, v, pad(chosen, 2), pad(t, 1), pad(start, 1))
     return out[:, :, :length]
 

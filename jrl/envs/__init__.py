@@ -1,11 +1,11 @@
 """Environments behind one small protocol (``types``): gymnax, probes, and your own."""
 
 import difflib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jrl import user_file
 from jrl.envs import gymnax, probes, tabular, wrappers
 from jrl.envs.recall import recall
 from jrl.envs.types import (
@@ -72,12 +72,7 @@ def make(name: str, **params: Any) -> Environment:
 
 def _from_file(path: Path, params: dict[str, Any]) -> Environment:
     """``make(**params) -> Environment`` of the file if it has one, else its ``reset``, ``step`` and ``action_space``."""
-    if not path.is_file():
-        raise ValueError(f"no such environment file: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = user_file.load(path, "environment file")
     if hasattr(module, "make"):
         return module.make(**params)
     missing = [field for field in ("reset", "step", "action_space") if not hasattr(module, field)]

@@ -5,7 +5,6 @@ that a reward weighs correctness and format apart.
 """
 
 import importlib.util
-import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jrl import checks
+from jrl import checks, user_file
 from jrl.lm.grading import grader
 
 INSTRUCTION = "\n\nFirst think between <think> and </think>, then write the final answer, and nothing else, between <answer> and </answer>."
@@ -99,20 +98,10 @@ def from_function(
 def from_file(path: str | Path, seed: int = 0, **settings: Any) -> Source:
     """What ``make(seed, **settings)`` of a Python file returns. Raises ``ValueError`` for a file without it, or wrong settings."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no such file of problems: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} must be a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = user_file.load(path, "file of problems")
     if not hasattr(module, "make"):
         raise ValueError(f"{path} must define make(seed) -> jrl.lm.verifiers.Source")
-    known = inspect.signature(module.make).parameters
-    unknown = [name for name in settings if name not in known]
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        raise ValueError(f"{path} has no setting {unknown[0]!r}; it has: {', '.join(known)}")
-    source = module.make(seed, **settings)
+    source = user_file.call(str(path), module.make, {"seed": seed, **settings})
     if not isinstance(source, Source):
         raise ValueError(f"{path}: make must return a jrl.lm.verifiers.Source; got {type(source).__name__}")
     return source

@@ -26,7 +26,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # takes seconds to import
 
         self._ocp = ocp
-        self._config = config
+        self._config = json.loads(json.dumps(config))  # as a checkpoint gives it back
         self.folder = folder.absolute()
         self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 

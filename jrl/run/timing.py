@@ -12,7 +12,7 @@ LONG = 10.0  # seconds of a call that is made once
 def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     """Seconds of each call, the best of several in alternating order.
 
-    A first one of each does not count, unless it takes over ten seconds: then it is the only one.
+    They are compiled already. A first one of each does not count, unless it takes over ten seconds: then it is the only one.
     """
     best = {name: seconds(call) for name, call in calls.items()}
     short = [name for name in calls if best[name] <= LONG]

@@ -7,12 +7,11 @@ example), and name it in ``_registered`` below, or call ``register``. Outside th
 """
 
 import difflib
-import importlib.util
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jrl import user_file
 from jrl.lm.tasks.addition import addition
 from jrl.lm.tasks.countdown import countdown
 from jrl.lm.tasks.environment import as_environment
@@ -70,27 +69,14 @@ def make(name: str, **settings: Any) -> Task:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
         raise ValueError(f"unknown task {name!r}; {hint} (or a path to a .py file)")
-    return strict(_call(name, _registered[name], settings))
-
-
-def _call(name: str, factory: Callable[..., Task], settings: dict[str, Any]) -> Task:
-    known = inspect.signature(factory).parameters
-    unknown = [setting for setting in settings if setting not in known]
-    if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
-        raise ValueError(f"{name} has no setting {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
-    return factory(**settings)
+    return strict(user_file.call(name, _registered[name], settings))
 
 
 def _from_file(path: Path, settings: dict[str, Any]) -> Task:
     """``make(**settings) -> Task`` of the file if it has one, else its ``symbols``, lengths and functions."""
-    if not path.is_file():
-        raise ValueError(f"no such task file: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = user_file.load(path, "task file")
     if hasattr(module, "make"):
-        return _call(str(path), module.make, settings)
+        return user_file.call(str(path), module.make, settings)
     fields = Task._fields[1:]
     missing = [field for field in fields if not hasattr(module, field)]
     if missing:
