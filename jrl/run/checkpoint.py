@@ -6,6 +6,8 @@ a manifest: the run's configuration and the path, shape, dtype and checksum of e
 
 import errno
 import json
+import logging
+import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ class Checkpoints:
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp  # takes seconds to import
 
+        _raise_without_logging()
         self._ocp = ocp
         self._config = json.loads(json.dumps(config))  # as a checkpoint gives it back
         self.folder = folder.absolute()
@@ -125,6 +128,23 @@ class disk_errors:
             raise RunError(f"disk full while writing {self._path}; what was saved before is kept") from error
         if isinstance(error, OSError):
             raise RunError(f"cannot write {self._path}: {error.strerror or error}") from error
+
+
+def _raise_without_logging() -> None:
+    """What fails in a save, its manager raises here; the threads that saved need not print a traceback each as well."""
+    logging.getLogger("absl").addFilter(_not_of_orbax)
+    if sys.unraisablehook is not _not_of_a_closed_loop:
+        sys.unraisablehook = _not_of_a_closed_loop
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _not_of_a_closed_loop(unraisable: Any, default: Any = sys.unraisablehook) -> None:
+    """A write that failed closes the event loop; the writes beside it can then not report their own end."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        default(unraisable)
 
 
 def _describe(x: np.ndarray) -> dict[str, Any]:
