@@ -78,23 +78,32 @@ def test_gradients_reach_router_and_experts_but_not_the_bias(kind):
         assert (grads["bias"] == 0).all()
 
 
+def test_a_vmap_over_tokens_alone_gives_what_leading_axes_give():
+    params, x = start(SMALL), jax.random.normal(jax.random.key(1), (3, 2, 7, 4))
+    loss = lambda params, x: jnp.sum(jnp.sin(moe.apply(params, x, SMALL)[0]))  # noqa: E731
+    mapped = lambda params: jax.vmap(jax.vmap(lambda x: loss(params, x)))(x).sum()  # noqa: E731
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, jax.jit(jax.value_and_grad(mapped))(params), jax.jit(jax.value_and_grad(loss))(params, x))
+
+
 def test_it_works_under_vmap_over_seeds():
-    """Each seed has its own parameters; a vmap over tokens alone is what the leading axes are for."""
+    """Each seed has its own parameters."""
     x = jax.random.normal(jax.random.key(1), (3, 7, 4))
     seeds = jax.tree.map(lambda w: jnp.stack([w, 2 * w, -w]), start(SMALL))
     loss = lambda params, x: jnp.sum(jnp.sin(moe.apply(params, x, SMALL)[0]))  # noqa: E731
-    both = jax.value_and_grad(loss)
+    both = jax.jit(jax.value_and_grad(loss))
     one = [both(jax.tree.map(lambda w, i=i: w[i], seeds), x[i]) for i in range(3)]
-    together = jax.vmap(both)(seeds, x)
+    together = jax.jit(jax.vmap(both))(seeds, x)
     jax.tree.map(lambda a, *b: np.testing.assert_allclose(a, jnp.stack(b), rtol=1e-4, atol=1e-5), together, *one)
 
 
 def test_the_bias_evens_the_load():
     config = dataclasses.replace(SMALL, scores="sigmoid")
     params, x = start(config), jax.random.normal(jax.random.key(1), (512, 4)) + 1.0
+    apply = jax.jit(lambda p, x: moe.apply(p, x, config))
     loads = []
     for _ in range(200):
-        _, load = jax.jit(lambda p, x: moe.apply(p, x, config))(params, x)
+        _, load = apply(params, x)
         params["bias"] = moe.balance(params["bias"], load, 0.02)
         loads.append(float(load.max()))
     assert loads[-1] < 0.25 < loads[0]  # an even share is 1/6

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jrl import checks, optim, precision, token_losses
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
 from jrl.lm.policy import language_model, reader
-from jrl.lm.sampling import Rollout, score
+from jrl.lm.sampling import Rollout, balanced, score
 from jrl.lm.tasks import Task, answer_mask
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import transformer
@@ -104,7 +104,8 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
 
         tx = optimizer(config, state.hyper, learning_rate_factor(config, state))
         step = optim.minimize(tx, loss, state.params, state.opt_state)
-        state = state._replace(params=step.params, opt_state=step.opt_state, key=key, updates=state.updates + 1)
+        params = balanced(model, step.params, problems.prompt, tokens, problems.valid)
+        state = state._replace(params=params, opt_state=step.opt_state, key=key, updates=state.updates + 1)
         metrics = step.extra | {
             "episodes": jnp.float32(config.batch_size),
             "episode_return": step.extra["sure_of_all"],

@@ -30,6 +30,7 @@ class Model(NamedTuple):
         prefill: ``(params, tokens [B, P], valid, capacity) -> (logits [B, V], cache)`` after the prompt.
         step: ``(params, token [B], cache, position, start [B]) -> (logits [B, V], cache)``.
         vocab_size: V.
+        balance: ``(params, tokens [B, L], valid) -> params`` after a step of learning, with routers' biases moved towards an even load.
     """
 
     init: Callable[[Array], Any]
@@ -38,6 +39,7 @@ class Model(NamedTuple):
     prefill: Callable[[Any, Array, Array, int], tuple[Array, Any]]
     step: Callable[[Any, Array, Any, Array, Array], tuple[Array, Any]]
     vocab_size: int
+    balance: Callable[[Any, Array, Array], Any] = lambda params, tokens, valid: params
 
 
 def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float32) -> Model:
@@ -73,6 +75,7 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         prefill,
         step,
         config.vocab_size,
+        lambda params, tokens, valid: transformer.balanced(params, tokens, config, valid=valid),
     )
 
 
@@ -124,6 +127,15 @@ def kept(logits: Array, support: Support) -> Array:
     return keep
 
 
+def supported(logits: Array, support: Support) -> tuple[Array, Array | None]:
+    """Logits ``[..., V]`` of the distribution that tokens are drawn from, -inf where cut off, and which remain; None for all."""
+    logits = logits / support.temperature
+    if not support.truncates:
+        return logits, None
+    keep = kept(logits, support)
+    return jnp.where(keep, logits, -jnp.inf), keep
+
+
 class Rollout(NamedTuple):
     """Answers ``[B, T]``: what was said, up to and including the end token, and padding behind.
 
@@ -169,9 +181,7 @@ def sample(
 
     def say(out: Rollout, logits: Array, t: Array, alive: Array) -> tuple[Rollout, Array, Array]:
         """The answers with the token at t, that token, and which rows go on."""
-        logits = logits / support.temperature
-        keep = kept(logits, support) if support.truncates else None
-        logits = logits if keep is None else jnp.where(keep, logits, -jnp.inf)
+        logits, keep = supported(logits, support)
         drawn = jax.vmap(jax.random.categorical)(jax.vmap(jax.random.fold_in, (0, None))(keys, t), logits)
         token = jnp.where(alive, drawn, pad).astype(jnp.int32)
         log_prob = jnp.where(alive, _of(jax.nn.log_softmax(logits), drawn), 0.0)
@@ -247,10 +257,19 @@ def score(
 
 def answer_hidden(model: Model, params: Any, prompt: Array, tokens: Array, valid: Array | None = None) -> Array:
     """The stream that predicts each token of the answers ``[B, T]``, ``[B, T, dim]``."""
+    return model.hidden(params, *_read(prompt, tokens, valid))[:, prompt.shape[1] - 1 :]
+
+
+def balanced(model: Model, params: Any, prompt: Array, tokens: Array, valid: Array | None = None) -> Any:
+    """Parameters after a step of learning from answers ``[B, T]``: see ``Model.balance``."""
+    return model.balance(params, *_read(prompt, tokens, valid))
+
+
+def _read(prompt: Array, tokens: Array, valid: Array | None) -> tuple[Array, Array]:
+    """What the model reads of prompts and answers, and which of it is no padding before a prompt, ``[B, P + T - 1]``."""
     valid = jnp.ones(prompt.shape, bool) if valid is None else valid
     whole = jnp.concatenate([prompt, tokens], axis=1)[:, :-1]
-    whole, valid = sharding.rows((whole, jnp.pad(valid, [(0, 0), (0, tokens.shape[1] - 1)], constant_values=True)))
-    return model.hidden(params, whole, valid)[:, prompt.shape[1] - 1 :]
+    return sharding.rows((whole, jnp.pad(valid, [(0, 0), (0, tokens.shape[1] - 1)], constant_values=True)))
 
 
 def _of(log_p: Array, token: Array) -> Array:

@@ -4,10 +4,10 @@
     sigmoid   DeepSeek-V3 (2412.19437, eq. 12-16): s = sigmoid(logits); the k largest s + bias, weighted by s over the sum of the
               chosen s, times a factor. The bias evens the load and has no gradient: ``balance`` moves it after each step.
 
-Shared experts see every token besides. Tokens are sorted by expert and multiplied group by group (``jax.lax.ragged_dot``). Under
-vmap the parameters must be mapped, too, as they are over seeds: JAX has no rule for the tokens alone, which take leading axes.
+Shared experts see every token besides. Tokens are sorted by expert and multiplied group by group (``jax.lax.ragged_dot``).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -118,13 +118,45 @@ def apply(params: Any, x: Array, config: Config) -> tuple[Array, Array]:
     sizes = jnp.bincount(chosen.ravel(), length=config.experts).astype(jnp.int32)
     rows = tokens[order // config.chosen]
     p = lambda name: params[name].astype(x.dtype)  # noqa: E731
-    inner = jax.nn.silu(jax.lax.ragged_dot(rows, p("gate"), sizes)) * jax.lax.ragged_dot(rows, p("up"), sizes)
-    answers = jax.lax.ragged_dot(inner, p("down"), sizes)
+    inner = jax.nn.silu(by_group(rows, p("gate"), sizes)) * by_group(rows, p("up"), sizes)
+    answers = by_group(inner, p("down"), sizes)
     answers = answers * weight.ravel()[order][:, None].astype(x.dtype)
     out = jnp.zeros_like(tokens).at[order // config.chosen].add(answers)
     if config.shared:
         out = out + (jax.nn.silu(tokens @ p("shared_gate")) * (tokens @ p("shared_up"))) @ p("shared_down")
     return out.reshape(x.shape), sizes / jnp.maximum(sizes.sum(), 1).astype(jnp.float32)
+
+
+def _under_vmap(product: Callable[..., Array]) -> Callable[..., Array]:
+    """The product with the groups of all mapped rows side by side, for which JAX has no rule unless all arguments are mapped."""
+    one = jax.custom_batching.custom_vmap(product)
+
+    @one.def_vmap
+    def rule(size: int, mapped: list[bool], *args: Array) -> tuple[Array, bool]:
+        every = [x if m else jnp.broadcast_to(x[None], (size, *x.shape)) for x, m in zip(args, mapped, strict=True)]
+        answer = one(*(x.reshape(-1, *x.shape[2:]) for x in every))
+        return answer.reshape(size, -1, *answer.shape[1:]), True
+
+    return one
+
+
+_OUTER = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+_times = _under_vmap(lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes))
+_outer = _under_vmap(lambda x, y, sizes: jax.lax.ragged_dot_general(x, y, sizes, _OUTER))
+
+
+@jax.custom_vjp
+def by_group(x: Array, w: Array, sizes: Array) -> Array:
+    """``[N, d]`` times ``[E, d, f]``: so many rows as ``sizes [E]`` says with each matrix in turn, ``[N, f]``."""
+    return _times(x, w, sizes)
+
+
+def _backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, None]:
+    x, w, sizes = saved
+    return _times(dy, w.mT, sizes), _outer(x, dy, sizes).astype(w.dtype), None
+
+
+by_group.defvjp(lambda x, w, sizes: (_times(x, w, sizes), (x, w, sizes)), _backward)
 
 
 def balance(bias: Array, load: Array, rate: Array | float = 1e-3) -> Array:

@@ -105,6 +105,10 @@ class Config:
             )
         if not self.causal and self.attention != "dense":
             raise ValueError(f"transformer.causal=False needs transformer.attention=dense; got {self.attention}")
+        if self.attention == "rwkv" and self.implementation is not None:
+            raise ValueError(
+                f"transformer.implementation must be None for transformer.attention=rwkv; got {self.implementation}"
+            )
         if self.width % 2:
             raise ValueError(f"transformer.head_dim must be even, for rotary positions; got {self.width}")
 
@@ -297,6 +301,17 @@ def blocks_and_loads(
     return rms_norm(x, params["norm"], config.norm_eps), loads
 
 
+def balanced(params: Any, tokens: Array, config: Config, *, valid: Array, rate: float = 1e-3) -> Any:
+    """Parameters with the bias of each router moved to even the load of its experts by ``tokens`` int ``[B, T]``, as after every
+    step of DeepSeek-V3 (``moe.balance``). The parameters themselves if no router has a bias."""
+    if not (config.experts.experts and config.experts.scores == "sigmoid"):
+        return params
+    at, ids = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0), valid.astype(jnp.int32)
+    _, loads = blocks_and_loads(params, params["embedding"][tokens], config, positions=at, segment_ids=ids)
+    layers = params["layers"]
+    return params | {"layers": layers | {"bias": moe.balance(layers["bias"], loads, rate).astype(layers["bias"].dtype)}}
+
+
 def logits(params: Any, x: Array, config: Config) -> Array:
     """The head: ``[..., dim]`` to float32 ``[..., V]``."""
     head = params["embedding"].T if config.tie_embeddings else params["head"]
@@ -312,9 +327,13 @@ def prefill(params: Any, tokens: Array, cache: Any, config: Config, *, valid: Ar
     """Logits ``[B, V]`` of the last of ``tokens`` int ``[B, P]``, and the empty ``cache`` filled with all of them.
 
     ``valid`` bool ``[B, P]`` is false for padding, which stands on the left: decoding goes on at position P with
-    ``start = P - valid.sum(1)``.
+    ``start = P - valid.sum(1)``. Raises ``ValueError`` for more tokens than the cache has room for.
     """
-    length = tokens.shape[1]
+    if not config.causal:
+        raise ValueError("a decoder with causal=False has no cache: its tokens see those that follow")
+    length, room = tokens.shape[1], capacity(cache, config)
+    if length > room:
+        raise ValueError(f"prefill: {length} tokens do not fit in a cache for {room}")
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     start = (length - valid.sum(1)).astype(jnp.int32)
     if MIXERS[config.attention].prefill is None:
@@ -341,6 +360,20 @@ def init_cache(config: Config, batch: int, capacity: int, dtype: jax.typing.DTyp
     one = MIXERS[config.attention].init_cache(config, batch, capacity, dtype)
     stack = lambda n: jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), one)  # noqa: E731
     return {name: stack(shape.num_layers) for name, shape in stacks(config).items()}
+
+
+def capacity(cache: Any, config: Config) -> float:
+    """Tokens that there is room for; infinitely many where the cache keeps the last ones alone."""
+    held = cache["layers"]
+    match config.attention:
+        case "dense":
+            return held.k.shape[2]
+        case "nsa":
+            return held.select.k.shape[2]
+        case "mla":
+            return held.latent.shape[2]
+        case _:
+            return float("inf")
 
 
 def decode(
