@@ -56,6 +56,8 @@ def mix(
     """A whole sequence ``[B, T, H, ...]``: ``(y [B, T, H, Dv], state after it [B, H, D, Dv])``; arguments as in ``recur``, ``first`` ``[B, T]``."""
     wide = jnp.promote_types(r.dtype, jnp.float32)
     batch, length, heads, dim = r.shape
+    if not (batch and length):
+        raise ValueError(f"rwkv needs at least one token of one sequence; got {list(r.shape)}")
     begin = jnp.zeros((batch, heads, dim, v.shape[-1]), wide) if state is None else state
     first = jnp.zeros((batch, length), bool) if first is None else first
     pad = -length % chunk

@@ -214,7 +214,7 @@ def _latent_leaves(config: Any) -> dict[str, Any]:
 
 def _latent_sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array:
     return mla.attend(layer["latent"], y, config.latent, positions=tokens.position, segment_ids=tokens.segment_ids,
-                      valid=tokens.valid)  # fmt: skip
+                      valid=tokens.valid, implementation=config.implementation)  # fmt: skip
 
 
 def _latent_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
@@ -241,7 +241,7 @@ class Recurrent(NamedTuple):
 
 
 MIXED = ("r", "k", "v", "w", "g")  # each sees its own mixture of the token and the one before it
-DECAY_RANK = 16
+SHIFT_RANK, DECAY_RANK = 8, 16
 
 
 def _rwkv_leaves(config: Any) -> dict[str, Any]:
@@ -249,29 +249,40 @@ def _rwkv_leaves(config: Any) -> dict[str, Any]:
     found = {x: Leaf((d, h, w), ("dim", "heads", "head_dim"), d**-0.5) for x in ("r", "k", "v", "g")}
     return found | {
         "shift": Leaf((len(MIXED), d), ("mixed", "dim"), 0.0),
+        "shift_all": Leaf((d,), ("dim",), 0.0),
+        "shift_down": Leaf((len(MIXED), d, SHIFT_RANK), ("mixed", "dim", "rank"), d**-0.5),
+        "shift_up": Leaf((len(MIXED), SHIFT_RANK, d), ("mixed", "rank", "dim"), 0.1 * SHIFT_RANK**-0.5),
         "decay": Leaf((h, w), ("heads", "head_dim"), 0.0),
         "decay_down": Leaf((d, DECAY_RANK), ("dim", "rank"), d**-0.5),
         "decay_up": Leaf((DECAY_RANK, h, w), ("rank", "heads", "head_dim"), 0.1 * DECAY_RANK**-0.5),
         "bonus": Leaf((h, w), ("heads", "head_dim"), 0.1),
         "head_norm": Leaf((h, w), ("heads", "head_dim"), None),
+        "head_norm_bias": Leaf((h, w), ("heads", "head_dim"), 0.0),
     }
 
 
 def _rwkv_inputs(layer: Any, y: Array, before: Array) -> tuple[Array, ...]:
-    """r, k, v, log w and the gate, ``[..., H, D]`` (2404.05892, eq. 14-17): the decay ``exp(-exp(w))`` depends on the token."""
+    """r, k, v, log w and the gate, ``[..., H, D]`` (2404.05892, eq. 14-17): how much of the token before is mixed in, and the decay
+    ``exp(-exp(w))``, depend on the token. Mixtures start at a half, decays at ``exp(-exp(-2))``."""
     p = lambda name: layer[name].astype(y.dtype)  # noqa: E731
-    share = jax.nn.sigmoid(p("shift"))
-    x = {m: y + (before - y) * jnp.broadcast_to(share[i], y.shape) for i, m in enumerate(MIXED)}
+    back = before - y
+    halfway = y + back * jnp.broadcast_to(0.5 + p("shift_all"), y.shape)
+    low = jnp.tanh(jnp.einsum("...d,mdn->m...n", halfway, p("shift_down")))
+    share = jnp.einsum("m...n,mnd->m...d", low, p("shift_up"))
+    share += 0.5 + jnp.broadcast_to(jnp.expand_dims(p("shift"), tuple(range(1, y.ndim))), share.shape)
+    x = {m: y + back * share[i] for i, m in enumerate(MIXED)}
     r, k, v, g = (jnp.einsum("...d,dhw->...hw", x[m], p(m)) for m in ("r", "k", "v", "g"))
-    low = jnp.tanh(x["w"] @ p("decay_down"))
-    w = jnp.einsum("...n,nhw->...hw", low, p("decay_up"))
+    w = jnp.einsum("...n,nhw->...hw", jnp.tanh(x["w"] @ p("decay_down")), p("decay_up"))
     w = (w + jnp.broadcast_to(p("decay"), w.shape)).astype(jnp.promote_types(w.dtype, jnp.float32))
     return r, k, v, -jnp.exp(w - 2.0), g
 
 
 def _rwkv_out(layer: Any, mixed: Array, gate: Array, config: Any) -> Array:
-    """Each head normalized, times ``silu`` of the gate (eq. 20)."""
-    return rms_norm(mixed, layer["head_norm"], config.norm_eps).astype(gate.dtype) * jax.nn.silu(gate)
+    """The layer norm of each head, times ``silu`` of the gate (eq. 20)."""
+    centred = mixed - mixed.mean(-1, keepdims=True)
+    normed = rms_norm(centred, layer["head_norm"], config.norm_eps)
+    normed += jnp.broadcast_to(layer["head_norm_bias"].astype(normed.dtype), normed.shape)
+    return normed.astype(gate.dtype) * jax.nn.silu(gate)
 
 
 def _rwkv_sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array:
