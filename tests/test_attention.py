@@ -315,6 +315,7 @@ def test_a_sparse_decode_step_is_a_row_of_the_full_sequence(config, start):
             lambda q, k, v: attention.attend(q, k, v, segment_ids=jnp.zeros((2, 8))),
             r"must be int \[1, 8\]; got float32",
         ),
+        (lambda q, k, v: attention.attend(q[:, :0], k, v), "attention needs at least one of each; got q .1, 0, 4, 16."),
         (lambda q, k, v: nsa.Config(block=24), "nsa.block must be a multiple of nsa.stride = 16; got 24"),
         (lambda q, k, v: nsa.Config(selected=2), "nsa.selected must be at least nsa.initial \\+ nsa.local = 3; got 2"),
         (

@@ -122,6 +122,15 @@ def test_axes_name_every_parameter(kind, key):
     jax.tree.map(lambda p, n: None if p.ndim == len(n) else pytest.fail(f"{p.shape} {n}"), params, names)
 
 
+@pytest.mark.parametrize("kind", ["dense", "mla", "nsa"])
+def test_a_prompt_longer_than_its_cache_is_refused(kind, key):
+    config = KINDS[kind]
+    tokens = jnp.zeros((1, 20), jnp.int32)
+    call = lambda params: transformer.prefill(params, tokens, transformer.init_cache(config, 1, 8), config)  # noqa: E731
+    with pytest.raises(ValueError, match="prefill: 20 tokens do not fit in a cache for 8"):
+        jax.eval_shape(call, jax.eval_shape(lambda: transformer.init(jax.random.key(0), config)))
+
+
 def test_remat_changes_no_gradient(key):
     params, tokens = start(SMALL, key)
     loss = lambda config: jax.grad(lambda p: transformer.forward(p, tokens, config).std())(params)  # noqa: E731

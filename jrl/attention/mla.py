@@ -112,8 +112,12 @@ def attend(
     positions: Array | None = None,
     segment_ids: Array | None = None,
     valid: Array | None = None,
+    implementation: Any = None,
 ) -> Array:
-    """Causal latent attention of tokens ``[B, T, dim]``: heads ``[B, T, H, value_dim]``, for an output projection."""
+    """Causal latent attention of tokens ``[B, T, dim]``: heads ``[B, T, H, value_dim]``, for an output projection.
+
+    ``implementation`` is that of ``attention.attend``.
+    """
     from jrl.attention import attend as attend_heads
 
     if positions is None:
@@ -124,7 +128,9 @@ def attend(
     v = jnp.einsum("btr,rhw->bthw", latent, params["up_value"].astype(x.dtype))
     k = jnp.concatenate([k, jnp.broadcast_to(key[:, :, None], (*k.shape[:3], config.rope_dim))], axis=-1)
     q = jnp.concatenate([nope, turned], axis=-1)
-    return attend_heads(q, k, v, segment_ids=segment_ids, valid=valid, scale=config.scale)
+    return attend_heads(
+        q, k, v, segment_ids=segment_ids, valid=valid, scale=config.scale, implementation=implementation
+    )
 
 
 def init_cache(config: Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:

@@ -130,6 +130,10 @@ def check_phi(params: Any, config: Config) -> None:
         raise ValueError(
             f"nsa.pooling={config.pooling} does not go with {given}: take those of nsa.init(key, config, ...)"
         )
+    if params and params["k"]["position"].shape[0] != config.block:
+        raise ValueError(
+            f"these are parameters for blocks of {params['k']['position'].shape[0]}, not nsa.block={config.block}"
+        )
 
 
 def phi(params: Any, block: Array) -> Array:

@@ -45,7 +45,8 @@ def tiles(q: Array, k: Array, selected: int, chunk: int | None = None) -> Tiles:
     most = max(1, ROWS // heads)
     chunk = min(length, max(512, 4 * most * blocks // selected) if chunk is None else chunk)
     queries = max(1, min(most, chunk * selected // (4 * blocks)))
-    return Tiles(queries, max(1, SCORES // (batch * kv_heads * queries * heads * size)), chunk)
+    there = chunk * selected // queries + min(blocks, chunk * selected)
+    return Tiles(queries, max(1, min(there, SCORES // (batch * kv_heads * queries * heads * size))), chunk)
 
 
 def selected_attention(

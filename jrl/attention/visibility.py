@@ -77,6 +77,8 @@ def check_shapes(q: Array, k: Array, v: Array) -> None:
         raise ValueError(f"queries and keys must have one head_dim; got {shapes}")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"the number of query heads must be a multiple of that of key heads; got {shapes}")
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        raise ValueError(f"attention needs at least one of each; got {shapes}")
     if not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"queries must be floats; got {q.dtype}")
 
