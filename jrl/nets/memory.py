@@ -26,6 +26,9 @@ Kind = Literal["none", "dense", "nsa"]
 class AttentionConfig:
     """Shape of a memory of attention.
 
+    Blocks of nsa begin at multiples of their size in the steps ever taken, not in the episode: what an episode's steps give
+    depends, slightly, on where among them it began, though on nothing that was seen before it.
+
     Attributes:
         kind: none, dense, or nsa (native sparse attention).
         context: steps that are remembered; what is further back is out of sight.
@@ -111,8 +114,8 @@ def empty(config: AttentionConfig, dim: int) -> Memory:
     shape = config.transformer(dim)
     rows = (config.context, config.num_layers, shape.branches, config.num_kv_heads, shape.width)
     return Memory(
-        jnp.zeros(rows),
-        jnp.zeros(rows),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
         jnp.zeros(config.context, bool),
         jnp.zeros(config.context, jnp.int32),
         jnp.int32(0),
@@ -125,7 +128,9 @@ def memory_at(line: Timeline, t: Array, b: Array, context: int) -> Memory:
     at = b[:, None]
     own = line.episode[b, t + context]
     alive = line.episode[at, rows] == own[:, None]
-    return Memory(line.k[at, rows], line.v[at, rows], alive, line.position[at, rows], line.steps[b] + t + 1)
+    return Memory(
+        line.k[at, rows], line.v[at, rows], alive, line.position[at, rows], (line.steps[b] + t + 1).astype(jnp.int32)
+    )
 
 
 class AttentionMemory(nn.Module):

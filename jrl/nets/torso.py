@@ -150,6 +150,7 @@ def as_network(module: nn.Module, config: TorsoConfig, obs_spec: Any, memory: An
         rows = jnp.arange(first.shape[0])
         return memory_at(memories, jnp.zeros_like(rows), rows), jax.tree.map(lambda x: x[0], outputs)
 
+    @jax.jit  # else flax would compute, and compile, every operation of the network alone
     def init(key: Array) -> Any:
         batched = jax.tree.map(lambda x: jnp.zeros((1, 1, *x.shape), x.dtype), obs_spec)
         start = jax.tree.map(lambda x: x[None], memory)
