@@ -63,17 +63,17 @@ def network(kind: str, length: int) -> nets.Config:
 
 
 def chain(kind: str, length: int) -> Algorithm:
-    """PPO on MemoryChain, whose only reward, 1 or -1, comes at the end."""
+    """PPO on MemoryChain, whose only reward, 1 or -1, comes at the end. An unrolled sequence reaches from there to the start."""
     env = envs.make("MemoryChain-bsuite", memory_length=length)
-    config = ppo.Config(num_envs=16, num_steps=64, network=network(kind, length + 2))
+    config = ppo.Config(num_envs=16, num_steps=max(64, length + 2), network=network(kind, length + 2))
     return ppo.make(env, config, ppo.Hyper(learning_rate=1e-3))
 
 
 def recall(kind: str, length: int) -> Algorithm:
-    """PPO on Recall. Each answer is rewarded at once, so nothing is discounted into the past."""
+    """PPO on Recall, an episode an update. Each answer is rewarded at once, so nothing is discounted into the past."""
     queries = 128
     env = envs.make("Recall", delay=length, queries=queries)
-    config = ppo.Config(num_envs=8, num_steps=160, network=network(kind, length + queries))
+    config = ppo.Config(num_envs=8, num_steps=length + queries, network=network(kind, length + queries))
     return ppo.make(env, config, ppo.Hyper(learning_rate=1e-3, gamma=0.0, gae_lambda=0.0))
 
 
