@@ -1,7 +1,7 @@
 """What of a network is trained: all of it, some of it, or small matrices beside it (LoRA, Hu et al. 2021, 2106.09685).
 
-    trained = lora(rank=8, alpha=16, pattern="q|v").init(key, params)
-    params = lora(rank=8, alpha=16, pattern="q|v").merge(params, trained)
+    trained = lora(rank=8, alpha=16, pattern="/(q|v)$").init(key, params)
+    params = lora(rank=8, alpha=16, pattern="/(q|v)$").merge(params, trained)
 
 Each is a pair of functions, so that an algorithm need not know which: the frozen parameters stay as they are and serve as the
 reference model at no cost.
@@ -53,8 +53,8 @@ def lora(rank: int = 8, alpha: float = 16.0, pattern: str = r"/(q|k|v|o|gate|up|
     """``W + alpha / rank * A B`` for the matrices whose path matches (2106.09685, section 4.1); A is random, B starts at 0.
 
     A parameter's axes are those of ``transformer.axes``: leading ones that stack matrices (layers, branches, experts) get
-    matrices of their own, and several axes of an input or of an output are taken as one. Raises ``ValueError`` for a rank below 1
-    or a pattern that matches no matrix.
+    matrices of their own, and heads and their width are one axis. Raises ``ValueError`` for a rank below 1 or a pattern that
+    matches nothing, or a bias or norm.
     """
     checks.positive_int("lora.rank", rank)
     checks.above_zero("lora.alpha", alpha)
@@ -80,29 +80,20 @@ def lora(rank: int = 8, alpha: float = 16.0, pattern: str = r"/(q|k|v|o|gate|up|
     return Adapter(init, merge)
 
 
-STACKED = {
-    "q": 1,
-    "k": 2,
-    "v": 2,
-    "o": 1,
-    "gate": 1,
-    "up": 1,
-    "down": 1,
-}  # axes before the matrix; experts have one more
-JOINED = {"o": 2}  # axes of the input, where it is not one
+# The matrices into heads end in axes (in, heads, width), the one out of them in (heads, width, out); all others in (in, out).
+INTO_HEADS = ("q", "k", "v", "r", "g", "query", "up_key", "up_value", "decay_up", "branch_gate")
+NO_MATRIX = re.compile(r"(bias|norm|bonus|decay|shift|position|b_in|b_out)$")
 
 
 def _matrix(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
     """Stacking axes, rows and columns of a parameter of that path."""
     name = path.rpartition("/")[2]
-    stacked = STACKED.get(name, max(len(shape) - 2, 0))
-    if name in ("gate", "up", "down") and len(shape) == 4:
-        stacked = 2
-    rest = shape[stacked:]
-    if len(rest) < 2:
+    axes = 3 if name in (*INTO_HEADS, "o") else 2
+    if NO_MATRIX.search(name) or len(shape) < axes:
         raise ValueError(f"lora: {path} {list(shape)} is no matrix")
-    inputs = JOINED.get(name, 1)
-    return shape[:stacked], math.prod(rest[:inputs]), math.prod(rest[inputs:])
+    stack, matrix = shape[: len(shape) - axes], shape[len(shape) - axes :]
+    inputs = 2 if name == "o" else 1
+    return stack, math.prod(matrix[:inputs]), math.prod(matrix[inputs:])
 
 
 def _matching(params: Any, pattern: str) -> dict[str, Array]:
