@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -32,7 +32,7 @@ class Args:
     Attributes:
         task: modular_addition, addition, reverse, sort, parity, countdown, or a Python file.
         task_params: the task's own settings, as NAME=NUMBER ...
-        methods: of grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, or custom for config and hyper as they are.
+        methods: of grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, or custom for config and hyper as they are; also --method.
         updates: of each seed; default from the task's preset.
         num_seeds: seeds trained side by side.
         seed: the key that every seed's key is split from.
@@ -45,7 +45,7 @@ class Args:
 
     task: str = "modular_addition"
     task_params: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ("grpo",)
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--method"])] = ("grpo",)
     updates: int = 500
     num_seeds: int = 8
     seed: int = 0
@@ -64,25 +64,41 @@ def defaults(argv: list[str]) -> Args:
     return Args(updates=preset.updates, config=preset.config, hyper=preset.hyper)
 
 
+def settings_of(name: str, args: Args, preset: Args) -> tuple[grpo.Config, grpo.Hyper]:
+    """Of a method. Raises ``ValueError`` if the command line wants another value for what the method is made of."""
+    if name == "custom":
+        return args.config, args.hyper
+    config, hyper = grpo.method(name, args.config, args.hyper)
+    for part, fields in zip(("config", "hyper"), grpo.METHODS[name], strict=True):
+        for field_name, value in fields.items():
+            given = getattr(getattr(args, part), field_name)
+            if given not in (value, getattr(getattr(preset, part), field_name)):
+                raise ValueError(
+                    f"{part}.{field_name} of method {name} is {value}, got {given}; set it with --methods custom"
+                )
+    return config, hyper
+
+
 def percent(per_seed: Iterable[float | None]) -> str:
     """Share of right answers, IQM and interval over seeds."""
     return stats.text(stats.summarize([100 * (float("nan") if x is None else float(x)) for x in per_seed]))
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, default=defaults(argv), description=cli.paragraphs(__doc__))
+    preset = defaults(argv)
+    args = tyro.cli(Args, args=argv, default=preset, description=cli.paragraphs(__doc__))
     checks.not_empty(methods=args.methods)
     checks.positive_int("updates", args.updates)
     for name in args.methods:
         checks.one_of("methods", name, (*grpo.METHODS, "custom"))
     task = tasks.make(args.task, **cli.parse_params(args.task_params))
+    settings = {name: settings_of(name, args, preset) for name in args.methods}
     folder = args.folder or Path("runs") / f"grpo-{task.name}"
     rows: list[dict[str, Any]] = []
     curves = []
     for name in args.methods:
-        config, hyper = (args.config, args.hyper) if name == "custom" else grpo.method(name, args.config, args.hyper)
-        algo, home = grpo.make(task, config, hyper), folder / name
-        if config.supervised:
+        algo, home = grpo.make(task, *settings[name]), folder / name
+        if (config := settings[name][0]).supervised:
             print(f"{name}: {config.supervised} supervised updates first", flush=True)
         grid = run.sweep.parse(args.sweep)
         result = run.train(

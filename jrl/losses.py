@@ -87,10 +87,10 @@ def clip_fraction(log_ratio: Array, clip_eps: Array | float) -> Array:
     return jnp.mean(jnp.abs(jnp.expm1(log_ratio)) > clip_eps)
 
 
-def explained_variance(v: Array, target: Array) -> Array:
-    """``1 - Var[target - v] / Var[target]`` over all elements; 0 where the targets do not vary."""
-    variance = jnp.var(target)
-    return jnp.where(variance > 0, 1 - jnp.var(target - v) / jnp.where(variance > 0, variance, 1.0), 0.0)
+def explained_variance(v: Array, target: Array, mask: Array | None = None) -> Array:
+    """``1 - Var[target - v] / Var[target]`` over all elements, or those of a mask; 0 where the targets do not vary."""
+    variance = jnp.var(target, where=mask)
+    return jnp.where(variance > 0, 1 - jnp.var(target - v, where=mask) / jnp.where(variance > 0, variance, 1.0), 0.0)
 
 
 def huber(error: Array, delta: float = 1.0) -> Array:

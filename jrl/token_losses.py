@@ -197,11 +197,17 @@ def gspo(log_ratio: Array, advantage: Array, mask: Array, low: Scalar, high: Sca
     probability (GSPO-token, eq. 13-14). Reduced by ``sequence_mean``, with one advantage a row, objective and gradient are
     those of GSPO (eq. 5-7).
     """
-    checks.same_shape("gspo", log_ratio=log_ratio, mask=mask)
-    log_ratio, advantage = _ratio_and_advantage("gspo", masked(log_ratio, mask), advantage)
+    log_ratio, advantage = _ratio_and_advantage("gspo", sequence_log_ratio(log_ratio, mask), advantage)
+    return masked(losses.ppo_clip(log_ratio, advantage, low, high), mask)
+
+
+def sequence_log_ratio(log_ratio: Array, mask: Array) -> Array:
+    """The mean of ``log_ratio`` over a row's tokens at each of them, ``[N, T]``, with the gradient of that token's own
+    (2507.18071, eq. 7 and 14)."""
+    checks.same_shape("sequence_log_ratio", log_ratio=log_ratio, mask=mask)
+    log_ratio = losses.wide(masked(log_ratio, mask))
     count = jnp.maximum(jnp.sum(mask > 0, axis=-1, keepdims=True), 1)
-    sequence = jax.lax.stop_gradient(log_ratio.sum(-1, keepdims=True) / count - log_ratio)
-    return masked(losses.ppo_clip(sequence + log_ratio, advantage, low, high), mask)
+    return log_ratio + jax.lax.stop_gradient(log_ratio.sum(-1, keepdims=True) / count - log_ratio)
 
 
 def cispo(log_prob: Array, log_ratio: Array, advantage: Array, low: Scalar, high: Scalar) -> Array:

@@ -9,6 +9,7 @@ import pytest
 
 from jrl import algorithm, lora, optim, run
 from jrl.algos import grpo, sft
+from jrl.attention import mla
 from jrl.lm import tasks
 from jrl.lm.policy import language_model
 from jrl.lm.sampling import Rollout
@@ -46,8 +47,8 @@ def answered():
 
     def learn(config, reward=jax.random.uniform(jax.random.key(3), (16,)), change=lambda rollout: rollout):
         learner = grpo.learner(model, config, length=2, end=tasks.END, pad=tasks.PAD)
-        state = learner.init(jax.random.key(2), params, grpo.Hyper(learning_rate=0.01, temperature=0.7))
-        rollout = change(learner.sample(state, jax.random.key(4), problems.prompt, problems.valid))
+        state = jax.jit(learner.init)(jax.random.key(2), params, grpo.Hyper(learning_rate=0.01, temperature=0.7))
+        rollout = change(jax.jit(learner.sample)(state, jax.random.key(4), problems.prompt, problems.valid))
         learned = jax.jit(learner.learn)(state, jax.random.key(5), problems.prompt, problems.valid, rollout, reward)
         return (state, *learned)
 
@@ -126,9 +127,48 @@ def test_adapters_merge_and_name_what_is_there():
     np.testing.assert_allclose(change, 2.0 * np.asarray(trained["a"][0, 0] @ trained["b"][0, 0]), atol=1e-5)
 
 
+@pytest.mark.parametrize("attention, path, a, b", [
+    ("rwkv", "layers/k", (1, 16, 2), (1, 2, 16)),
+    ("mla", "layers/latent/up_key", (1, 8, 2), (1, 2, 8)),
+    ("dense", "layers/o", (1, 16, 2), (1, 2, 16)),
+])  # fmt: skip
+def test_adapters_of_every_kind_of_attention_are_those_of_its_matrices(attention, path, a, b):
+    latent = mla.Config(latent=8, nope_dim=4, rope_dim=4, value_dim=4)
+    config = replace(SHAPE, vocab_size=5, attention=attention, latent=latent, num_kv_heads=2)
+    params = transformer.init(jax.random.key(0), config)
+    trained = lora.lora(2, pattern="/(k|o|up_key)$").init(jax.random.key(1), params)[path]
+    assert (trained["a"].shape, trained["b"].shape) == (a, b)
+    with pytest.raises(ValueError, match=r"layers/attention_norm \[1, 16\] is no matrix"):
+        lora.lora(2, pattern="attention_norm").init(jax.random.key(1), params)
+
+
+def test_evaluation_samples_as_training_does():
+    algo = grpo.make(TASK, replace(TINY, top_k=1))
+    state, act = jax.jit(algo.init)(jax.random.key(0)), jax.jit(algo.act)
+    sampled, _ = act(state, jnp.int32(2), jax.random.key(1))
+    greedy, _ = act(state, jnp.int32(2))
+    assert sampled == greedy
+
+
+def test_metrics_are_of_all_that_was_drawn():
+    _, metrics = one_update(replace(TINY, oversample=3))
+    assert metrics["episodes"] == 48
+
+
+def test_learning_needs_as_many_answers_as_the_settings_say():
+    model = language_model(TASK, SHAPE, "float32")
+    learner = grpo.learner(model, TINY, length=2, end=1, pad=0)
+    state = learner.init(jax.random.key(0), model.init(jax.random.key(1)), grpo.Hyper())
+    prompt, valid = jnp.zeros((8, 4), jnp.int32), jnp.ones((8, 4), bool)
+    rollout = jax.jit(learner.sample)(state, jax.random.key(2), prompt, valid)
+    with pytest.raises(ValueError, match=r"learn: needs num_prompts . group_size = 16 prompts .*; got 8 and \(8,\)"):
+        learner.learn(state, jax.random.key(3), prompt, valid, rollout, jnp.zeros(8))
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
+        ({"truncated_importance": True}, "config.truncated_importance needs config.old_log_probs=recomputed"),
         ({"group_size": 1}, "config.group_size must be an integer of at least 2; got 1"),
         ({"advantage": "mean"}, "config.advantage must be one of zscore, centred, rloo, reinforce"),
         (

@@ -53,6 +53,15 @@ def test_standardize():
     assert not jnp.isnan(losses.standardize(jnp.ones(3))).any()
 
 
+def test_explained_variance_of_what_a_mask_leaves():
+    v, target = jnp.array([[0.5, 0.0, 0.0, 0.0]]), jnp.array([[1.0, 2.0, 0.0, 0.0]])
+    mask = jnp.array([[True, True, False, False]])
+    np.testing.assert_allclose(losses.explained_variance(v, target, mask), 1 - 0.5625 / 0.25)
+    np.testing.assert_allclose(
+        losses.explained_variance(v, target, mask), losses.explained_variance(v[:, :2], target[:, :2])
+    )
+
+
 def test_diagnostics():
     log_ratio = jnp.log(jnp.array([1.0, 1.3, 0.7, 1.1]))
     assert losses.clip_fraction(log_ratio, 0.2) == 0.5

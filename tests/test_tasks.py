@@ -220,17 +220,17 @@ def test_parts_by_hand():
     assert judge(*small, "7+8=", "1<end>") == {"correct": 0, "format": 1, "close": 0.333}
     assert judge(*small, "7+8=", "15=") == {"correct": 0, "format": 0, "close": 0.667}
     chain = ("parity", {"length": 3, "shortest": 1})
-    assert judge(*chain, "011=", "010<end>") == {"correct": 1, "format": 1, "chain": 1}
-    assert judge(*chain, "011=", "000<end>") == {"correct": 1, "format": 1, "chain": 0.75}
-    assert judge(*chain, "011=", "011<end>") == {"correct": 0, "format": 1, "chain": 0.75}
-    assert judge(*chain, "011=", "0<end>") == {"correct": 1, "format": 0, "chain": 0.25}
-    assert judge(*chain, "011=", "=0<end>") == {"correct": 1, "format": 0, "chain": 0}
+    assert judge(*chain, "011=", "010<end>") == {"correct": 1, "format": 1, "close": 1}
+    assert judge(*chain, "011=", "000<end>") == {"correct": 1, "format": 1, "close": 0.75}
+    assert judge(*chain, "011=", "011<end>") == {"correct": 0, "format": 1, "close": 0.75}
+    assert judge(*chain, "011=", "0<end>") == {"correct": 1, "format": 0, "close": 0.25}
+    assert judge(*chain, "011=", "=0<end>") == {"correct": 1, "format": 0, "close": 0}
     few = ("countdown", {"numbers": 2, "largest": 3, "target": 10})
-    assert judge(*few, "3 2 = 6", "2 * 3 <end>") == {"correct": 1, "format": 1, "numbers": 1}
-    assert judge(*few, "3 2 = 6", "3 * 2 <end>") == {"correct": 1, "format": 1, "numbers": 1}
-    assert judge(*few, "3 2 = 6", "3 + 3 <end>") == {"correct": 0, "format": 1, "numbers": 0.5}
-    assert judge(*few, "3 2 = 6", "6 <end>") == {"correct": 0, "format": 1, "numbers": 0}
-    assert judge(*few, "3 2 = 6", "3 2 <end>") == {"correct": 0, "format": 0, "numbers": 1}
+    assert judge(*few, "3 2 = 6", "2 * 3 <end>") == {"correct": 1, "format": 1, "close": 1}
+    assert judge(*few, "3 2 = 6", "3 * 2 <end>") == {"correct": 1, "format": 1, "close": 1}
+    assert judge(*few, "3 2 = 6", "3 + 3 <end>") == {"correct": 0, "format": 1, "close": 0.5}
+    assert judge(*few, "3 2 = 6", "6 <end>") == {"correct": 0, "format": 1, "close": 0}
+    assert judge(*few, "3 2 = 6", "3 2 <end>") == {"correct": 0, "format": 0, "close": 1}
 
 
 def test_countdown_takes_every_solution_and_nothing_else():

@@ -143,6 +143,12 @@ def test_weights_by_hand():
     np.testing.assert_allclose(tl.weights(mask, "constant", 5), mask / 15)
 
 
+def test_a_sequence_ratio_counts_tokens_without_advantage():
+    ratio, mask = jnp.array([[0.1, 0.3]]), jnp.ones((1, 2), bool)
+    loss = tl.gspo(ratio, jnp.array([[0.0, 1.0]]), mask, 0.9, 0.9)
+    np.testing.assert_allclose(loss, [[0.0, -np.exp(0.2)]], rtol=1e-6)
+
+
 def test_padding_changes_nothing_and_masked_positions_may_hold_anything():
     names = "old", "new", "ref", "values"
 
@@ -292,7 +298,10 @@ def test_pass_at_k_is_exact():
         (lambda i: tl.rloo(i.rewards, 1), "rloo: group_size must be an integer of at least 2"),
         (lambda i: tl.centred(i.mask, 3), r"centred: reward must be \[prompts \* 3\], got \(6, 4\)"),
         (lambda i: tl.clip(i.new, i.rewards[:4], 0.2, 0.2), r"clip: advantage must be \(6, 4\) or.*\(6,\); got \(4,\)"),
-        (lambda i: tl.gspo(i.new, i.rewards, i.mask[:, :2], 0.2, 0.2), r"gspo: .*log_ratio \(6, 4\), mask \(6, 2\)"),
+        (
+            lambda i: tl.gspo(i.new, i.rewards, i.mask[:, :2], 0.2, 0.2),
+            r"sequence_log_ratio: .*log_ratio \(6, 4\), mask \(6, 2\)",
+        ),
         (lambda i: tl.weights(i.mask, "mean"), "how must be one of sequence_mean, token_mean, constant; got 'mean'"),
         (lambda i: tl.weights(i.mask, "constant"), "how='constant' takes a length"),
         (lambda i: tl.weights(i.mask, "token_mean", 4), "got how='token_mean', length=4"),

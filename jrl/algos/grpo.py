@@ -24,7 +24,7 @@ from jrl import checks, lora, optim, precision, rollout, token_losses
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
 from jrl.algos import sft
 from jrl.lm.policy import answer, language_model, reader
-from jrl.lm.sampling import Model, Rollout, Support, check_support, sample, score
+from jrl.lm.sampling import Model, Rollout, Support, balanced, check_support, sample, score
 from jrl.lm.tasks import END, PAD, Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import transformer
@@ -43,7 +43,7 @@ class Config:
     Attributes:
         model: shape of the decoder; its vocabulary is the task's.
         num_prompts: prompts of an update.
-        group_size: answers to each.
+        group_size: answers to each; 1 only with reinforce++, which compares with the whole batch.
         num_epochs: passes over the answers of an update.
         num_minibatches: gradient steps per pass; divides num_prompts * group_size.
         micro_batches: parts that a minibatch is computed in, one after another; changes no gradient.
@@ -54,7 +54,7 @@ class Config:
         kl: to the model at the start: none, or k1, k2, k3 or exact.
         kl_in: loss, or reward (k1 alone).
         old_log_probs: of the sampler, or recomputed.
-        truncated_importance: weigh tokens by the old policy over the sampler, at most hyper.importance_cap.
+        truncated_importance: weigh tokens by the recomputed policy over the sampler's, at most hyper.importance_cap.
         oversample: draw so many times the prompts, and learn from groups whose rewards differ first (DAPO's dynamic sampling).
         overlong: last tokens of the longest answer over which a penalty grows to hyper.overlong_weight; 0 for none.
         top_k: sample of the likeliest so many; 0 for all.
@@ -95,13 +95,17 @@ class Config:
             checks.positive_int(f"config.{name}", getattr(self, name))
         for name in ("ddof", "overlong", "supervised", "lora_rank"):
             checks.positive_int(f"config.{name}", getattr(self, name), at_least=0)
-        checks.positive_int("config.group_size", self.group_size, at_least=2)
+        checks.positive_int("config.group_size", self.group_size, at_least=1 if self.advantage == "reinforce++" else 2)
         checks.within("config.ddof", self.ddof, 0, 1)
         for name, kinds in (("advantage", Advantage), ("loss", Loss), ("reduction", Reduction), ("kl", Divergence)):
             checks.one_of(f"config.{name}", getattr(self, name), get_args(kinds))
         checks.one_of("config.kl_in", self.kl_in, ("loss", "reward"))
         checks.one_of("config.old_log_probs", self.old_log_probs, ("sampler", "recomputed"))
         precision.parse(self.precision)
+        if self.truncated_importance and self.old_log_probs == "sampler":
+            raise ValueError(
+                "config.truncated_importance needs config.old_log_probs=recomputed: else its weights are all 1"
+            )
         if self.kl_in == "reward" and self.kl not in ("none", "k1"):
             raise ValueError(f"config.kl_in=reward takes config.kl=k1, the estimate without bias; got {self.kl}")
         parts = self.num_minibatches * self.micro_batches
@@ -168,20 +172,22 @@ def check_hyper(hyper: Hyper) -> None:
     optim.check_hyper(hyper.optimizer)
 
 
+def _composed(
+    advantage: Advantage, loss: Loss, reduction: Reduction, kl: Divergence = "none", **more: Any
+) -> dict[str, Any]:
+    return {"advantage": advantage, "loss": loss, "reduction": reduction, "kl": kl, "kl_in": "loss"} | more
+
+
+# Fields of Config and of Hyper that a method names. RLOO's loss is clipped, for updates of more than one step; in one step clipping does
+# nothing. DAPO's penalty of long answers is left to ``overlong``, since most tasks here have answers of one length.
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "grpo": ({"kl": "k3"}, {}),  # 2402.03300
-    "dr_grpo": ({"advantage": "centred", "reduction": "constant"}, {}),  # 2503.20783
-    "dapo": ({"reduction": "token_mean", "oversample": 2}, {"clip_high": 0.28}),  # 2503.14476
-    "gspo": ({"loss": "gspo"}, {"clip_low": 3e-4, "clip_high": 4e-4}),  # 2507.18071
-    "cispo": ({"loss": "cispo", "reduction": "token_mean"}, {"clip_low": 1.0, "clip_high": 0.28}),  # 2506.13585
-    "rloo": (  # 2402.14740
-        {"advantage": "rloo", "loss": "policy_gradient", "reduction": "constant", "kl": "k1", "kl_in": "reward"},
-        {},
-    ),
-    "reinforce++": (  # 2501.03262
-        {"advantage": "reinforce++", "reduction": "token_mean", "kl": "k1", "kl_in": "reward"},
-        {},
-    ),
+    "grpo": (_composed("zscore", "clip", "sequence_mean", "k3"), {}),  # 2402.03300
+    "dr_grpo": (_composed("centred", "clip", "constant"), {}),  # 2503.20783
+    "dapo": (_composed("zscore", "clip", "token_mean", oversample=2), {"clip_high": 0.28}),  # 2503.14476
+    "gspo": (_composed("zscore", "gspo", "sequence_mean"), {"clip_low": 3e-4, "clip_high": 4e-4}),  # 2507.18071
+    "cispo": (_composed("zscore", "cispo", "token_mean"), {"clip_low": 1.0, "clip_high": 0.28}),  # 2506.13585
+    "rloo": (_composed("rloo", "clip", "constant", "k1", kl_in="reward"), {}),  # 2402.14740
+    "reinforce++": (_composed("reinforce++", "clip", "token_mean", "k1", kl_in="reward"), {}),  # 2501.03262
 }
 
 
@@ -273,6 +279,10 @@ def learner(model: Model, config: Config, *, length: int, end: int, pad: int) ->
     def learn(
         state: State, key: Array, prompt: Array, valid: Array, rollout_: Rollout, reward: Array
     ) -> tuple[State, Metrics]:
+        if reward.shape != (config.rows,) or len(prompt) != config.rows:
+            raise ValueError(
+                f"learn: needs num_prompts * group_size = {config.rows} prompts and rewards; got {len(prompt)} and {reward.shape}"
+            )
         old = rollout_.log_prob
         if config.old_log_probs == "recomputed":
             old = jax.lax.stop_gradient(log_probs(policy(state), state, prompt, valid, rollout_))
@@ -291,15 +301,12 @@ def learner(model: Model, config: Config, *, length: int, end: int, pad: int) ->
             return (step.params, step.opt_state), step.extra | {"grad_norm": step.grad_norm}
 
         (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), order)
+        if not config.lora_rank:
+            params = balanced(model, params, prompt, rollout_.tokens, valid)
         metrics = jax.tree.map(jnp.mean, metrics)
         ratio, square = metrics.pop("ratio"), metrics.pop("square")
-        grouped = reward.reshape(-1, config.group_size)
-        metrics |= {
+        metrics |= drawn(reward, rollout_.mask, config.group_size) | {
             "effective_sample_size": jnp.where(square > 0, ratio**2 / jnp.where(square > 0, square, 1.0), 1.0),
-            "reward": reward.mean(),
-            "no_signal": jnp.mean(grouped.max(1) == grouped.min(1), dtype=jnp.float32),
-            "episodes": jnp.float32(len(reward)),
-            "episode_length": rollout_.mask.sum(1).mean(dtype=jnp.float32),
         }
         state = state._replace(params=params, opt_state=opt_state, updates=state.updates + 1)
         return state, metrics
@@ -336,7 +343,8 @@ def learner(model: Model, config: Config, *, length: int, end: int, pad: int) ->
         if config.kl != "none" and config.kl_in == "loss":
             each += hyper.kl_weight * kl
         total = token_losses.weighted_sum(batch.weight, each - hyper.entropy_weight * scored.entropy)
-        ratio, mean = jnp.exp(jnp.minimum(log_ratio, token_losses.LARGEST)), token_losses.weighted_sum
+        clipped = token_losses.sequence_log_ratio(log_ratio, mask) if config.loss == "gspo" else log_ratio
+        ratio, mean = jnp.exp(jnp.minimum(clipped, token_losses.LARGEST)), token_losses.weighted_sum
         return total, {
             "loss": total,
             "entropy": mean(tokens, scored.entropy),
@@ -397,9 +405,9 @@ def divergence(kind: Divergence, log_prob: Array, ref_log_prob: Array, exact: Ar
 
 def rewards(config: Config, hyper: Hyper, parts: dict[str, Array], mask: Array) -> Array:
     """Reward ``[N]`` of answers by the verifier's parts, less a penalty for those that are too long."""
-    total = parts["correct"] + hyper.format_weight * parts["format"]
-    if "close" in parts:
-        total += hyper.close_weight * parts["close"]
+    total = (
+        parts["correct"] + hyper.format_weight * parts.get("format", 0.0) + hyper.close_weight * parts.get("close", 0.0)
+    )
     if config.overlong:
         total += hyper.overlong_weight * token_losses.overlong_penalty(mask.sum(1), mask.shape[1], config.overlong)
     return total
@@ -408,11 +416,33 @@ def rewards(config: Config, hyper: Hyper, parts: dict[str, Array], mask: Array) 
 def scores(parts: dict[str, Array], group_size: int) -> Metrics:
     """Mean parts, and the chance that one answer, or one of half a group, is right."""
     right = parts["correct"].reshape(-1, group_size).sum(1)
-    k = max(2, group_size // 2)
+    k = min(group_size, max(2, group_size // 2))
     return {name: x.mean() for name, x in parts.items()} | {
         "episode_return": parts["correct"].mean(),
         f"pass_at_{k}": token_losses.pass_at_k(group_size, right, k).mean(),
     }
+
+
+def drawn(reward: Array, mask: Array, group_size: int) -> Metrics:
+    """Of all answers that were drawn: mean reward, share of groups whose rewards are all the same, number and length."""
+    return {
+        "reward": reward.mean(),
+        "no_signal": jnp.mean(same_rewards(reward, group_size), dtype=jnp.float32),
+        "episodes": jnp.float32(len(reward)),
+        "episode_length": mask.sum(1).mean(dtype=jnp.float32),
+    }
+
+
+def same_rewards(reward: Array, group_size: int) -> Array:
+    """Which groups have nothing to compare, bool ``[groups]``."""
+    grouped = reward.reshape(-1, group_size)
+    return grouped.max(1) == grouped.min(1)
+
+
+def rows_with_signal(reward: Array, config: Config) -> Array:
+    """Rows of as many groups as an update learns from, those whose rewards differ first (DAPO's dynamic sampling, 2503.14476)."""
+    order = jnp.argsort(same_rewards(reward, config.group_size), stable=True)[: config.num_prompts]
+    return (order[:, None] * config.group_size + jnp.arange(config.group_size)[None]).ravel()
 
 
 def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
@@ -444,27 +474,22 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
     def update(state: State) -> tuple[State, Metrics]:
         key, key_answer, key_learn = jax.random.split(state.key, 3)
         support = config.support(state.hyper.temperature)
-        drawn = config.num_prompts * config.oversample
-        answers = answer(key_answer, task, model, learning.policy(state), drawn, config.group_size, support)
+        prompts = config.num_prompts * config.oversample
+        answers = answer(key_answer, task, model, learning.policy(state), prompts, config.group_size, support)
         reward = rewards(config, state.hyper, answers.parts, answers.rollout.mask)
         metrics = scores(answers.parts, config.group_size)
+        metrics |= drawn(reward, answers.rollout.mask, config.group_size)
         if config.oversample > 1:
-            answers, reward = with_signal_first(answers, reward)
+            rows = rows_with_signal(reward, config)
+            answers, reward = jax.tree.map(lambda x: x[rows], (answers, reward))
         problems, rollout_ = answers.problems, answers.rollout
         state, learned = learning.learn(state, key_learn, problems.prompt, problems.valid, rollout_, reward)
         return state._replace(key=key), learned | metrics
 
-    def with_signal_first(answers: Any, reward: Array) -> Any:
-        """As many groups as an update learns from, those whose rewards differ first."""
-        grouped = reward.reshape(-1, config.group_size)
-        order = jnp.argsort(grouped.max(1) == grouped.min(1), stable=True)[: config.num_prompts]
-        rows = (order[:, None] * config.group_size + jnp.arange(config.group_size)[None]).ravel()
-        return jax.tree.map(lambda x: x[rows], (answers, reward))
-
     return Algorithm(
         init=init,
         update=update,
-        act=reader(task, model, learning.policy),
+        act=reader(task, model, learning.policy, lambda state: config.support(state.hyper.temperature)),
         env_steps_per_update=config.rows * config.oversample * task.answer_length,
         name="grpo",
         env=as_environment(task),

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jrl import checks, losses, optim, precision, rollout, token_losses
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
 from jrl.lm.policy import Answers, answer, language_model, reader
-from jrl.lm.sampling import Rollout, Support, answer_hidden, score
+from jrl.lm.sampling import Rollout, Support, answer_hidden, balanced, score
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import transformer
@@ -192,7 +192,7 @@ def make(
         metrics |= {name: x.mean() for name, x in answers.parts.items()} | {
             "reward": scored.mean(),
             "kl": jnp.sum(token_losses.masked(said.log_prob - ref, said.mask)) / said.mask.sum(),
-            "explained_variance": losses.explained_variance(value, advantage + value),
+            "explained_variance": losses.explained_variance(value, advantage + value, said.mask),
             "episodes": jnp.float32(config.num_answers),
             "episode_return": answers.parts["correct"].mean(),
             "episode_length": said.mask.sum(1).mean(dtype=jnp.float32),
@@ -210,6 +210,7 @@ def make(
             return (step.params, step.opt_state), step.extra | {"grad_norm": step.grad_norm}
 
         (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), order)
+        params["actor"] = balanced(model, params["actor"], batch.prompt, batch.rollout.tokens, batch.valid)
         return state._replace(params=params, opt_state=opt_state), jax.tree.map(jnp.mean, metrics)
 
     def loss(params: Any, batch: Batch, hyper: Hyper) -> tuple[Array, Metrics]:
@@ -234,7 +235,7 @@ def make(
     return Algorithm(
         init=init,
         update=update,
-        act=reader(task, model, lambda state: state.params["actor"]),
+        act=reader(task, model, lambda state: state.params["actor"], lambda state: Support(state.hyper.temperature)),
         env_steps_per_update=config.num_answers * task.answer_length,
         name="ppo_lm",
         env=as_environment(task),

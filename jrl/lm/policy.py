@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl import precision
-from jrl.lm.sampling import Model, Rollout, Support, decoder, sample
+from jrl.lm.sampling import Model, Rollout, Support, decoder, sample, supported
 from jrl.lm.tasks import END, PAD, Problem, Task
 from jrl.nets import transformer
 
@@ -36,8 +36,13 @@ class Reading(NamedTuple):
     position: Array
 
 
-def reader(task: Task, model: Model, params_of: Callable[[Any], Any]) -> Callable[..., tuple[Array, Reading]]:
-    """``act`` of an algorithm in ``as_environment(task)``: one token read, one said."""
+def reader(
+    task: Task,
+    model: Model,
+    params_of: Callable[[Any], Any],
+    support_of: Callable[[Any], Support] = lambda state: Support(),
+) -> Callable[..., tuple[Array, Reading]]:
+    """``act`` of an algorithm in ``as_environment(task)``: one token read, one said, drawn as answers are or greedy."""
     capacity = task.prompt_length + task.answer_length
 
     def act(state: Any, obs: Array, key: Array | None = None, memory: Reading | None = None) -> tuple[Array, Reading]:
@@ -50,7 +55,9 @@ def reader(task: Task, model: Model, params_of: Callable[[Any], Any]) -> Callabl
             empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             memory = Reading(empty, jnp.int32(0))
         logits, cache = model.step(params_of(state), obs[None], memory.cache, memory.position, jnp.zeros(1, jnp.int32))
-        token = jnp.argmax(logits[0]) if key is None else jax.random.categorical(key, logits[0])
+        token = jnp.argmax(logits[0])
+        if key is not None:
+            token = jax.random.categorical(key, supported(logits[0], support_of(state))[0])
         return token.astype(jnp.int32), Reading(cache, memory.position + 1)
 
     return act

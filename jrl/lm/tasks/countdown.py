@@ -43,7 +43,7 @@ def countdown(numbers: int = 3, shortest: int | None = None, largest: int = 20, 
     """``3 7 5 = 26``, the numbers and the target, is to be answered ``3 * 7 + 5``, or with any other expression that is right.
 
     A problem has ``shortest`` (default ``numbers``) to ``numbers`` numbers (2 to 6) from 1 to ``largest``, and a target from 1 to
-    ``target``, which is at least ``numbers * largest``. Parts: "correct"; "format", an expression and the end; "numbers", how many
+    ``target``, which is at least ``numbers * largest``. Parts: "correct"; "format", an expression and the end; "close", how many
     of the given numbers are used, as a share of all that are given or all that are used, whichever are more.
     """
     bounds = parts.lengths("numbers", numbers, shortest, at_least=2)
@@ -84,7 +84,7 @@ def countdown(numbers: int = 3, shortest: int | None = None, largest: int = 20, 
         shared = jnp.sum(jnp.minimum(tally(given.numbers, np.arange(numbers) < given.size), tally(said - ZERO, number)))
         share = shared / jnp.maximum(given.size, jnp.sum(number))
         right = form & (share == 1) & (value(used) == wanted)
-        scores = {"correct": right, "format": form, "numbers": share}
+        scores = {"correct": right, "format": form, "close": share}
         return {name: score.astype(jnp.float32) for name, score in scores.items()}
 
     def tally(values: Array, counts: Array) -> Array:

@@ -22,12 +22,12 @@ class Parities(NamedTuple):
 
 
 def parity(length: int = 8, shortest: int | None = None, chained: float = 1.0) -> Task:
-    """``0110=`` is to be answered ``0100``: the parities of ``0``, ``01``, ``011`` and ``0110``, of which the last bitss.
+    """``0110=`` is to be answered ``0100``: the parities of ``0``, ``01``, ``011`` and ``0110``, of which the last is the parity.
 
     Prompts have ``shortest`` (default ``length``) to ``length`` bits. A demonstration writes the chain with probability
     ``chained``, else the last parity alone, so that a supervised start may make chains as rare as one likes. Parts: "correct",
     the last token before the end is the parity, whatever stands before it (a guess is right half the time); "format", as many
-    bits as the prompt has, and the end; "chain", the share of the whole chain's tokens that stand in their places.
+    bits as the prompt has, and the end; "close", the share of the whole chain's tokens that stand in their places.
     """
     bounds = parts.lengths("length", length, shortest)
     checks.within("chained", chained, 0, 1)
@@ -52,7 +52,7 @@ def parity(length: int = 8, shortest: int | None = None, chained: float = 1.0) -
         return {
             "correct": right.astype(jnp.float32),
             "format": form,
-            "chain": parts.compare(tokens, mask, chain)["close"],
+            "close": parts.compare(tokens, mask, chain)["close"],
         }
 
     return Task(f"parity-{length}", (*MARKS, *"01="), length + 1, length + 1, draw, verify, demonstrate)

@@ -35,8 +35,9 @@ class Task(NamedTuple):
         prompt_length: P.
         answer_length: T, the end token included.
         draw: ``key -> Problem``.
-        verify: ``(problem, tokens [T] int32, mask [T] bool) -> parts``, float32 scalars in [0, 1], among them "correct" and
-            "format". ``mask`` is true up to and including the end token. A reward is a weighted sum of parts.
+        verify: ``(problem, tokens [T] int32, mask [T] bool) -> parts``, float32 scalars in [0, 1]: "correct", "format", and,
+            where there is partial credit, "close". ``mask`` is true up to and including the end token. A reward is a weighted
+            sum of these; other parts are shown.
         demonstrate: ``problem -> tokens [T] int32``, a correct answer with its end token, then padding.
     """
 
