@@ -14,15 +14,16 @@ import csv
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jrl import checks, lm, sharding
+from jrl import checks, lm, precision, sharding
 from jrl.algos import grpo
 from jrl.lm import verifiers
 from jrl.lm.sampling import Rollout, decoder
@@ -32,7 +33,15 @@ from jrl.run.checkpoint import Checkpoints
 from jrl.run.interrupt import StopOnSignal
 
 CONFIG = grpo.Config(num_prompts=4, group_size=4, lora_rank=16, micro_batches=4, kl="none")
-PLAIN = "\n\nAnswer with the number alone."
+BLOCK = 100  # updates whose problems are drawn at once
+
+# What of a completion is judged, what is asked for it, and the tokens of the longest answer.
+FORMS: dict[str, tuple[verifiers.Extract, str, int]] = {
+    "number": (verifiers.last_number, "\n\nAnswer with the number alone.", 16),
+    "whole": (verifiers.whole, "\n\nWrite the answer and nothing else.", 64),
+    "boxed": (verifiers.boxed, "\n\nThink step by step, and put the final answer in \\boxed{}.", 256),
+    "tagged": (verifiers.tagged, verifiers.INSTRUCTION, 256),
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +52,12 @@ class Args:
         model: a .gguf file, or a folder with config.json, safetensors and tokenizer.json.
         dataset: of reasoning-gym, or a Python file.
         setting: of the dataset, as NAME=NUMBER ...; chain_sum has two terms of one digit by default.
-        instruction: put behind each problem.
+        form: of an answer, for reasoning-gym: number (the last one said), whole (all that was said), boxed or tagged; default:
+            number for chain_sum, whole for others.
+        instruction: put behind each problem of reasoning-gym; default by form.
         steps: updates.
-        prompt_length: tokens of the longest prompt.
-        answer_length: tokens of the longest answer.
+        prompt_length: tokens of the longest prompt; default: with room to spare for the first hundred problems.
+        answer_length: tokens of the longest answer; default 16 for numbers, 64 for whole answers and files, else 256.
         save_every: updates between checkpoints.
         devices: to use; default: all, but one of a CPU's, which share its cores.
         model_devices: of these, so many hold the model together; the others hold it too, and share the answers.
@@ -59,10 +70,11 @@ class Args:
     model: Path
     dataset: str = "chain_sum"
     setting: tuple[str, ...] = ()
-    instruction: str = PLAIN
+    form: Literal["number", "whole", "boxed", "tagged"] | None = None
+    instruction: str | None = None
     steps: int = 100
-    prompt_length: int = 96
-    answer_length: int = 16
+    prompt_length: int | None = None
+    answer_length: int | None = None
     save_every: int = 10
     devices: int | None = None
     model_devices: int = 1
@@ -72,15 +84,52 @@ class Args:
     hyper: grpo.Hyper = grpo.Hyper(learning_rate=1e-4)
 
 
+def checked(args: Args) -> Args:
+    """The arguments with the defaults that depend on others. Raises ``ValueError`` for what cannot be trained."""
+    form = args.form or ("number" if args.dataset == "chain_sum" else "whole")
+    _, instruction, length = FORMS[form]
+    answer_length = length if args.answer_length is None else args.answer_length
+    for name in ("steps", "save_every", "model_devices"):
+        checks.positive_int(name, getattr(args, name))
+    checks.positive_int("answer_length", answer_length)
+    if args.prompt_length is not None:
+        checks.positive_int("prompt_length", args.prompt_length)
+    if args.config.supervised:
+        raise ValueError("config.supervised must be 0: a published model needs no supervised start here")
+    grpo.check_hyper(args.hyper)
+    instruction = instruction if args.instruction is None else args.instruction
+    return replace(args, form=form, instruction=instruction, answer_length=answer_length)
+
+
 def source_of(args: Args) -> verifiers.Source:
-    """Problems of a file, or of reasoning-gym, where an answer is the last number that was said."""
+    """Problems of a file or of reasoning-gym."""
+    settings = cli.parse_params(args.setting)
+    if taken := {"seed", "threshold", "extract", "instruction", "seconds"} & settings.keys():
+        raise ValueError(
+            f"setting: {', '.join(sorted(taken))} is not the dataset's; see --seed, --form and --instruction"
+        )
     if args.dataset.endswith(".py"):
-        return verifiers.from_file(args.dataset, args.seed, **cli.parse_params(args.setting))
+        return verifiers.from_file(args.dataset, args.seed, **settings)
     easy = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1} if args.dataset == "chain_sum" else {}
-    settings: dict[str, Any] = easy | cli.parse_params(args.setting)
-    return verifiers.reasoning_gym(
-        args.dataset, args.seed, extract=verifiers.last_number, instruction=args.instruction, **settings
-    )
+    extract = FORMS[args.form or "whole"][0]
+    asked: dict[str, Any] = {"extract": extract, "instruction": args.instruction or ""}
+    return verifiers.reasoning_gym(args.dataset, args.seed, **asked | easy | settings)
+
+
+def problems(source: verifiers.Source, seed: int, step: int, count: int) -> list[verifiers.Item]:
+    """Of one update. So many updates draw together, so that a source that shuffles shows all before it shows one again."""
+    block, place = divmod(step, BLOCK)
+    return _block(source, seed * 1_000_003 + block, count * BLOCK)[place * count : (place + 1) * count]
+
+
+@lru_cache(maxsize=1)
+def _block(source: verifiers.Source, seed: int, count: int) -> list[verifiers.Item]:
+    return source.draw(seed, count)
+
+
+def room_for(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens for prompts like these: a quarter more than the longest, in steps of 32."""
+    return -(-5 * max(map(len, prompts)) // 4 // 32) * 32
 
 
 def mesh_of(args: Args) -> jax.sharding.Mesh:
@@ -130,19 +179,19 @@ def without_the_model(state: grpo.State) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
-    for name in ("steps", "prompt_length", "answer_length", "save_every", "model_devices"):
-        checks.positive_int(name, getattr(args, name))
-    grpo.check_hyper(args.hyper)
-    mesh = mesh_of(args)
-    source = source_of(args)
-    shape, params, words = lm.load(args.model)
+    args = checked(tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__)))
+    mesh, source, policy = mesh_of(args), source_of(args), precision.parse(args.config.precision)
+    shape, params, words = lm.load(args.model, policy.params)
     end = words.eos
     if end is None:
         raise ValueError(f"{args.model} names no end token")
     pad = end if words.pad is None else words.pad
+    if args.prompt_length is None:
+        shown = _block(source, args.seed * 1_000_003, args.config.num_prompts * BLOCK)[:100]
+        args = replace(args, prompt_length=room_for([tokens_of(words, item.prompt) for item in shown]))
     config = replace(args.config, model=replace(shape, remat=True))
-    learner = grpo.learner(decoder(config.model), config, length=args.answer_length, end=end, pad=pad)
+    model = decoder(config.model, policy.compute)
+    learner = grpo.learner(model, config, length=args.answer_length or 0, end=end, pad=pad)
     key_init, key_run = jax.random.split(jax.random.key(args.seed))
     start = (key_init, params, args.hyper, args.steps)
     of_params = sharding.shardings(mesh, transformer.axes(config.model), params)
@@ -152,8 +201,7 @@ def main(argv: list[str]) -> None:
     sample, learn = jax.jit(learner.sample), jax.jit(learner.learn, out_shardings=(where, None))
 
     args.folder.mkdir(parents=True, exist_ok=True)
-    settings = {"model": str(args.model), "dataset": args.dataset, "seed": args.seed, "config": asdict(config)}
-    checkpoints = Checkpoints(args.folder / "checkpoints", settings)
+    checkpoints = Checkpoints(args.folder / "checkpoints", settings_of(args, config))
     done = checkpoints.latest() or 0
     rows = _rows_before(args.folder / "metrics.csv", done)
     if done:
@@ -177,28 +225,40 @@ def main(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
 
+def settings_of(args: Args, config: grpo.Config) -> dict[str, Any]:
+    """What a run must share with the one that it goes on from."""
+    names = ("dataset", "setting", "form", "instruction", "prompt_length", "answer_length", "seed")
+    length = {"steps": args.steps} if config.optimizer.uses_length else {}
+    fixed = {f"config.{name}": value for name, value in asdict(config).items()}
+    numbers = {f"hyper.{name}": value for name, value in args.hyper._asdict().items()}
+    return {"model": str(args.model)} | {name: getattr(args, name) for name in names} | length | fixed | numbers
+
+
 SHOWN = ("step", "correct", "reward", "episode_length", "no_signal", "sampled_tokens_per_s", "trained_tokens_per_s")
 
 
 def one_step(args, source, words, sample, learn, state, key_run, done, pad):
     """Sample, verify, learn: ``(state, metrics, answers)``."""
     key_sample, key_learn = jax.random.split(jax.random.fold_in(key_run, done))
-    items = source.draw(args.seed + done, args.config.num_prompts)
+    config, group = args.config, args.config.group_size
+    items = problems(source, args.seed, done, config.num_prompts * config.oversample)
     prompts = [tokens_of(words, item.prompt) for item in items]
-    group = args.config.group_size
     tokens, valid = padded([p for p in prompts for _ in range(group)], args.prompt_length, pad)
     begin = time.monotonic()
     rollout = jax.block_until_ready(sample(state, key_sample, tokens, valid))
     sampled = time.monotonic() - begin
     texts = texts_of(words, rollout)
     parts = source.score([item for item in items for _ in range(group)], texts)
-    reward = parts["correct"] + float(args.hyper.format_weight) * parts.get("format", 0.0)
+    reward = jnp.asarray(grpo.rewards(config, args.hyper, parts, rollout.mask))
+    row, count = grpo.drawn(reward, rollout.mask, group), int(rollout.mask.sum())
+    if config.oversample > 1:
+        chosen = grpo.rows_with_signal(reward, config)
+        tokens, valid, rollout, reward = jax.tree.map(lambda x: x[chosen], (tokens, valid, rollout, reward))
     begin = time.monotonic()
-    state, metrics = jax.block_until_ready(learn(state, key_learn, tokens, valid, rollout, jnp.asarray(reward)))
-    learned = time.monotonic() - begin
-    count = int(rollout.mask.sum())
-    row = {name: float(x) for name, x in metrics.items()} | {name: float(x.mean()) for name, x in parts.items()}
-    row |= {"sampled_tokens_per_s": count / sampled, "trained_tokens_per_s": (count + int(valid.sum())) / learned}
+    state, metrics = jax.block_until_ready(learn(state, key_learn, tokens, valid, rollout, reward))
+    learned, trained = time.monotonic() - begin, int(rollout.mask.sum()) + int(valid.sum())
+    row = {name: float(x) for name, x in (metrics | row).items()} | {name: float(x.mean()) for name, x in parts.items()}
+    row |= {"sampled_tokens_per_s": count / sampled, "trained_tokens_per_s": trained / learned}
     said = [f"{item.prompt!r} -> {texts[i * group]!r}" for i, item in enumerate(items)]
     return state, row, said
 

@@ -73,6 +73,14 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(model, tmp_path):
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
 
 
+def test_a_run_goes_on_only_with_the_settings_it_had(model, tmp_path):
+    assert train(model, tmp_path, "--steps", 1, "--config.oversample", 2).returncode == 0
+    (row,) = rows_of(tmp_path)
+    assert row["episodes"] == 32  # all that were drawn
+    other = train(model, tmp_path, "--steps", 2, "--config.oversample", 2, "--hyper.kl-weight", 0.5)
+    assert other.returncode == 1 and "another configuration: hyper.kl_weight was 0.04, is 0.5" in other.stderr
+
+
 def test_the_model_itself_over_two_devices_learns_as_on_one(model, tmp_path):
     full = ("--steps", 2, "--config.lora-rank", 0, "--config.micro-batches", 2)
     for count in (1, 2):
@@ -92,6 +100,8 @@ def test_the_model_itself_over_two_devices_learns_as_on_one(model, tmp_path):
         (("--dataset", "absent.py"), "no such file of problems: absent.py"),
         (("--model", "absent"), "absent must be a folder, or a .gguf file"),
         (("--prompt-length", 1), "prompt_length must be at least 2, the tokens of a prompt; got 1"),
+        (("--setting", "seed=1"), "setting: seed is not the dataset's"),
+        (("--config.supervised", 2), "config.supervised must be 0"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(more, message, model, tmp_path):
