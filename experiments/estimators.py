@@ -40,6 +40,7 @@ from jrl.run import cli, plot, report
 Array = jax.Array
 
 MOST = 1_000_000  # answers, and groups of kinds
+MOST_PARAMETERS = 10_000  # of which every sampled group has a gradient
 
 
 class Method(NamedTuple):
@@ -328,6 +329,11 @@ def check(args: Args) -> None:
         checks.one_of("methods", method, METHODS)
     checks.positive_int("vocabulary", args.vocabulary, 3)
     checks.positive_int("length", args.length, 2)
+    numbers = args.length * (1 + args.vocabulary) * args.vocabulary
+    if numbers > MOST_PARAMETERS:
+        raise ValueError(
+            f"length * (1 + vocabulary) * vocabulary, the policy's parameters, must be at most {MOST_PARAMETERS:,}; got {numbers:,}"
+        )
     if args.vocabulary**args.length > MOST:
         raise ValueError(f"vocabulary ** length must be at most {MOST:,}; got {args.vocabulary**args.length:,}")
     for group_size in args.group_sizes:
