@@ -2,10 +2,11 @@
 
     bash scripts/bench_attention                          forward and backward at 1k to 16k tokens, decoding behind 8k to 64k
     bash scripts/bench_attention --lengths 2048 --decode 65536 --repeats 5
+    bash scripts/bench_attention --kinds blocks cudnn nsa --dtype bfloat16 --lengths 4096 16384 65536     on a GPU, against cuDNN
     bash scripts/bench_attention --chips v5e              memory on a TPU by its compiler, at 8k, 32k and 64k (needs libtpu)
 
-Each is compiled once, then timed; the figure is the best of --repeats, and the order alternates, since a shared machine
-drifts; what takes over ten seconds is run once. Memory is what the compiler reserves besides arguments and results. A kind that
+Each is compiled and run once, then timed; the figure is the best of --repeats, with the worst beside it, and the order alternates,
+since a shared machine drifts; what takes over ten seconds is timed once. Memory is what the compiler reserves besides arguments and results. A kind that
 needs more than --memory-gib is left out. It leaves attention.csv and attention.png in the folder, and caches.csv and caches.png of
 decoding.
 
@@ -19,7 +20,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,12 @@ from jrl.attention import cache, mla, nsa, nsa_cache, rwkv
 from jrl.nets.mixers import Recurrent
 from jrl.run import plot, report
 from jrl.run.memory import TPUS, state_bytes
-from jrl.run.timing import fastest
+from jrl.run.timing import fastest, spread
 
 Array = jax.Array
 SPARSE = nsa.Config()
 STEPS = 16  # of decoding in one program: as many as complete one block of nsa's compression
-ON_TPU = ("splash", "nsa kernels")
+NEEDS = {"splash": "tpu", "nsa kernels": "tpu", "cudnn": "gpu"}
 TPU_KINDS = ("dense", "blocks", "splash", "nsa", "nsa kernels")
 
 
@@ -52,7 +53,8 @@ class Args:
         head_dim: of keys and values.
         repeats: measurements, of which the best counts.
         memory_gib: leave out what needs more.
-        kinds: of dense, jax, blocks, nsa (on a TPU also splash, nsa kernels), for whole sequences.
+        dtype: of whole sequences; cudnn takes bfloat16 and float16 alone.
+        kinds: of dense, jax, blocks, nsa (on a TPU also splash, nsa kernels; on a GPU also cudnn), for whole sequences.
         chips: compile for these TPUs, of v5e, v6e, v5p, and print the memory instead.
         folder: where tables and plots go.
     """
@@ -64,6 +66,7 @@ class Args:
     head_dim: int = 64
     repeats: int = 3
     memory_gib: float = 8.0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     kinds: tuple[str, ...] = ("dense", "jax", "blocks", "nsa")
     chips: tuple[str, ...] = ()
     folder: Path = Path("runs/attention")
@@ -74,8 +77,12 @@ def check(args: Args) -> None:
     checks.not_empty(kinds=args.kinds)
     for kind in args.kinds:
         checks.one_of("kinds", kind, functions())
-        if kind in ON_TPU and jax.default_backend() != "tpu":
-            raise ValueError(f"kinds: {kind!r} needs a TPU; this is {jax.default_backend()}")
+        if NEEDS.get(kind, jax.default_backend()) != jax.default_backend():
+            raise ValueError(
+                f"kinds: {kind!r} needs a {NEEDS[kind].upper()}; this is a {jax.default_backend().upper()}"
+            )
+    if "cudnn" in args.kinds and args.dtype == "float32":
+        raise ValueError("kinds: 'cudnn' needs --dtype bfloat16 or float16")
     for chip in args.chips:
         checks.one_of("chips", chip, TPUS)
     for name in ("heads", "kv_heads", "repeats"):
@@ -94,7 +101,7 @@ def check(args: Args) -> None:
 # Whole sequences
 
 
-def inputs(args: Args, length: int, dtype: Any = jnp.float32) -> tuple[Any, ...]:
+def inputs(args: Args, length: int, dtype: Any) -> tuple[Any, ...]:
     """Shapes of queries, keys, values, gates, and phi's parameters."""
     shape = lambda heads, width: jax.ShapeDtypeStruct((1, length, heads, width), dtype)  # noqa: E731
     q, kv = shape(args.heads, args.head_dim), shape(args.kv_heads, args.head_dim)
@@ -118,6 +125,7 @@ def functions(chunk: int | None = None) -> dict[str, Callable[..., Array]]:
         "dense": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="reference"),
         "jax": lambda q, k, v, gates, phi: jax.nn.dot_product_attention(q, k, v, is_causal=True),
         "blocks": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="xla"),
+        "cudnn": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="cudnn"),
         "splash": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="pallas_tpu"),
         "nsa": sparse("xla"),
         "nsa kernels": sparse("pallas_tpu"),
@@ -150,17 +158,19 @@ def over(rows: list[dict[str, Any]], name: str, column: str) -> None:
 
 def compare(args: Args, length: int, what: str) -> list[dict[str, Any]]:
     """Rows of the table: seconds of each kind, and GiB that it needs."""
-    calls, rows, shapes = {}, [], inputs(args, length)
+    calls, rows, shapes = {}, [], inputs(args, length, args.dtype)
     for kind in args.kinds:
         compiled = jax.jit(directions(functions()[kind])[what]).lower(*shapes).compile()
         used: Any = compiled.memory_analysis()
         gib = used.temp_size_in_bytes / 2**30
-        rows.append({"tokens": length, "what": what, "kind": kind, "seconds": "", "GiB": f"{gib:.3f}"})
+        row = {"tokens": length, "what": what, "kind": kind, "seconds": "", "at most": "", "GiB": f"{gib:.3f}"}
+        rows.append(row)
         if gib <= args.memory_gib:
             calls[kind] = lambda compiled=compiled, numbers=fill(shapes): compiled(*numbers)
-    best = fastest(calls, args.repeats)
+    taken = spread(calls, args.repeats)
     for row in rows:
-        row["seconds"] = f"{best[row['kind']]:.4f}" if row["kind"] in best else ""
+        if row["kind"] in taken:
+            row["seconds"], row["at most"] = (f"{x:.4f}" for x in taken[row["kind"]])
     for name in ("dense", "blocks"):
         over(rows, name, "seconds")
     return rows

@@ -6,21 +6,26 @@ from typing import Any
 
 import jax
 
-LONG = 10.0  # seconds of a call that is made once
+LONG = 10.0  # seconds of a call that is repeated once only
 
 
 def fastest(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of each call, the best of several in alternating order.
+    """Seconds of each call, the best of several in alternating order: see ``spread``."""
+    return {name: low for name, (low, _) in spread(calls, repeats).items()}
 
-    They are compiled already. A first one of each does not count, unless it takes over ten seconds: then it is the only one.
+
+def spread(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Least and most seconds of each call over ``repeats``, or one where a call takes over ten seconds, in alternating order.
+
+    They are compiled already; a first call of each does not count.
     """
-    best = {name: seconds(call) for name, call in calls.items()}
-    short = [name for name in calls if best[name] <= LONG]
-    best |= dict.fromkeys(short, float("inf"))
+    first = {name: seconds(call) for name, call in calls.items()}
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(repeats):
-        for name in short if i % 2 == 0 else reversed(short):
-            best[name] = min(best[name], seconds(calls[name]))
-    return best
+        for name in calls if i % 2 == 0 else reversed(calls):
+            if i == 0 or first[name] <= LONG:
+                taken[name].append(seconds(calls[name]))
+    return {name: (min(each), max(each)) for name, each in taken.items()}
 
 
 def seconds(call: Callable[[], Any]) -> float:
