@@ -6,9 +6,9 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is here only to compile; do not ask for a machine
 os.environ["JRL_CPU_DEVICES"] = "2"
-# Compiling dominates, and many tests compile the same programs: share them, also with the processes that tests start.
+# Compiling dominates, and many tests compile the same programs, small ones too: share them, also with the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Two fifths less time in the compiler, and these tiny programs run as fast.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 
@@ -23,6 +23,13 @@ def rank_promotion(request):
     """Promoting ranks raises, except in test files that say RANK_PROMOTION = "allow"."""
     with jax.numpy_rank_promotion(getattr(request.module, "RANK_PROMOTION", "raise")):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """A process that kept every program would grow to gigabytes, and slow down."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_an_episode_sees_nothing_of_the_one_before(kind, key):
 def test_what_is_beyond_the_context_is_out_of_sight(key):
     net = network(dataclasses.replace(DENSE, num_layers=1))
     params, (obs, first) = net.init(key), sequence(12, 1, ((0, 0),))
-    gradient = jax.grad(lambda obs: net.unroll(params, empty(net, 1), obs, first)[1].value[11].sum())(obs)
+    gradient = jax.jit(jax.grad(lambda obs: net.unroll(params, empty(net, 1), obs, first)[1].value[11].sum()))(obs)
     assert (gradient[:5] == 0).all() and (gradient[5:] != 0).any(axis=-1).all()
 
 
@@ -103,11 +103,12 @@ def test_memory_carries_no_gradient_and_half_width_runs(key):
             precision="bfloat16",
         ),
     )
-    state, metrics = jax.jit(algo.update)(algo.init(key))
-    assert jnp.isfinite(metrics["loss"]) and algo.init(key).actors.memory[0].k.dtype == state.actors.memory[0].k.dtype
+    begin = jax.jit(algo.init)(key)
+    state, metrics = jax.jit(algo.update)(begin)
+    assert jnp.isfinite(metrics["loss"]) and begin.actors.memory[0].k.dtype == state.actors.memory[0].k.dtype
 
 
-@pytest.mark.parametrize("kind", ["dense", "nsa"])
+@pytest.mark.parametrize("kind", ["dense", pytest.param("nsa", marks=pytest.mark.slow)])
 def test_ppo_remembers_with_attention(kind):
     config = ppo.Config(
         num_envs=8,

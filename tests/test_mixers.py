@@ -19,7 +19,7 @@ def close(a, b, tolerance=1e-10):
 
 
 def grads(f, *args):
-    return jax.grad(lambda *a: jnp.sum(jnp.sin(3 * f(*a))), tuple(range(len(args))))(*args)
+    return jax.jit(jax.grad(lambda *a: jnp.sum(jnp.sin(3 * f(*a))), tuple(range(len(args)))))(*args)
 
 
 @pytest.mark.parametrize("config", [LATENT, dataclasses.replace(LATENT, query_latent=7)])
@@ -40,7 +40,7 @@ def test_latent_attention_and_its_gradients(config):
             return oracles.dense(q, k, jnp.einsum("btr,rhw->bthw", latent, params["up_value"]))
 
         ours = lambda params, x: mla.attend(params, x, config)  # noqa: E731
-        close(ours(params, x), wanted(params, x), 1e-6)  # rotary angles are float32
+        close(jax.jit(ours)(params, x), jax.jit(wanted)(params, x), 1e-6)  # rotary angles are float32
         close(grads(ours, params, x), grads(wanted, params, x), 1e-6)
 
 
@@ -53,9 +53,14 @@ def test_absorbed_decoding_is_a_row_of_latent_attention(start):
     cache = mla.init_cache(LATENT, 2, 15)
     latent, key = mla.latents(params, x, at, LATENT)
     nope, turned = mla.queries(params, x, at, LATENT)
+
+    @jax.jit
+    def step(cache, t):
+        cache = mla.write(cache, latent[:, t], key[:, t], t)
+        return cache, mla.decode_step(params, nope[:, t], turned[:, t], cache, t, LATENT, start=start)
+
     for t in range(15):
-        cache = mla.write(cache, latent[:, t], key[:, t], jnp.int32(t))
-        row = mla.decode_step(params, nope[:, t], turned[:, t], cache, jnp.int32(t), LATENT, start=start)
+        cache, row = step(cache, jnp.int32(t))
         if t >= start:
             close(row, whole[:, t], 2e-5)
     assert cache.latent.shape == (2, 15, 6) and cache.key.shape == (2, 15, 2)
@@ -91,7 +96,7 @@ def test_rwkv_in_chunks_and_its_gradients(chunk):
         first[0, [0, 5, 6]] = True
         ours = lambda *a: rwkv.mix(*a, first=jnp.array(first), chunk=chunk)[0]  # noqa: E731
         wanted = lambda *a: by_hand(*a, first)  # noqa: E731
-        close(ours(*args), wanted(*args))
+        close(jax.jit(ours)(*args), jax.jit(wanted)(*args))
         close(grads(ours, *args), grads(wanted, *args))
 
 
@@ -125,9 +130,10 @@ def test_a_strong_decay_overflows_nothing():
 def test_a_decay_that_fades_all_at_once_leaves_the_rest_exact():
     r, k, v, _, u = tokens(40)
     strong = jax.random.bernoulli(jax.random.key(9), 0.3, r.shape)
-    first = jnp.zeros((2, 40), bool)
+    grad = jax.jit(jax.grad(lambda w: rwkv.mix(r, k, v, w, u)[0].sum()))
+    wanted = jax.jit(lambda w: by_hand(r, k, v, w, u, np.zeros((2, 40), bool)))
     for fade in (-50.0, -1e6, -3e38):
         log_w = jnp.where(strong, fade, -1e-3)
-        np.testing.assert_allclose(rwkv.mix(r, k, v, log_w, u)[0], by_hand(r, k, v, log_w, u, first), atol=2e-4)
-        g = jax.grad(lambda w: rwkv.mix(r, k, v, w, u)[0].sum())(log_w)
+        np.testing.assert_allclose(rwkv.mix(r, k, v, log_w, u)[0], wanted(log_w), atol=2e-4)
+        g = grad(log_w)
         assert jnp.isfinite(g).all()

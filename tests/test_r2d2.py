@@ -69,12 +69,12 @@ def test_burn_in_refreshes_a_stale_memory_and_takes_no_gradient(key):
         algo = r2d2.make(
             envs.make("Probe-credit"), dataclasses.replace(TINY, burn_in=burn_in, prioritized=False), HYPER
         )
-        state = algo.init(key, None, 100)
+        state, update = jax.jit(algo.init, static_argnums=2)(key, None, 100), jax.jit(algo.update)
         for _ in range(12):
-            state, _ = jax.jit(algo.update)(state)
+            state, _ = update(state)
         obs, memory = state.buffer.obs
         spoilt = state._replace(buffer=state.buffer._replace(obs=(obs, memory + 0.5)))
-        a, b = (jax.jit(algo.update)(s)[1]["loss"] for s in (state, spoilt))
+        a, b = (update(s)[1]["loss"] for s in (state, spoilt))
         differences.append(abs(float(a - b)) / float(a))
     assert differences[1] < 0.5 * differences[0]
 
