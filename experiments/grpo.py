@@ -32,7 +32,7 @@ class Args:
     Attributes:
         task: modular_addition, addition, reverse, sort, parity, countdown, or a Python file.
         task_params: the task's own settings, as NAME=NUMBER ...
-        methods: of grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, or custom for config and hyper as they are; also --method.
+        methods: of grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, or custom for config and hyper as they are.
         updates: of each seed; default from the task's preset.
         num_seeds: seeds trained side by side.
         seed: the key that every seed's key is split from.

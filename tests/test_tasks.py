@@ -186,7 +186,7 @@ def test_every_answer_to_small_problems_is_judged_as_plain_python_judges(name, s
         np.testing.assert_array_equal(parts["correct"][i], plain[:, 0])
         np.testing.assert_array_equal(parts["format"][i], plain[:, 1])
         assert plain[:, 0].any() and not plain[:, 0].all()
-    if "close" in parts:
+    if name not in ("parity", "countdown"):  # there the share of steps or numbers that are right
         np.testing.assert_array_equal(parts["close"] == 1, parts["correct"] == 1)
 
 

@@ -167,6 +167,10 @@ _STEPS: dict[str, Any] = {"num_prompts": 32, "group_size": 8, "num_epochs": 2, "
 # Adam's first steps are as long as any, and would undo some of what was learned under supervision.
 _WARM = optim.OptimizerConfig("adamw", warmup=0.2)
 
+# Where most answers are right already, what is left to learn is faint beside the noise of a step.
+_STARTED = grpo.Config(model=_DEEPER, supervised=600, optimizer=_WARM, **_STEPS)
+_GENTLE = grpo.Hyper(learning_rate=1e-4, supervised_learning_rate=2e-3, close_weight=0.5, kl_weight=0.001)
+
 # From scratch a policy must keep exploring; after a supervised start it need not.
 GRPO: dict[str, TaskPreset] = {
     "modular_addition": TaskPreset(
@@ -175,16 +179,13 @@ GRPO: dict[str, TaskPreset] = {
         grpo.Hyper(learning_rate=1e-3, close_weight=0.5, entropy_weight=0.1, kl_weight=0.0),
     ),
     "countdown": TaskPreset(
-        300,
+        500,
         grpo.Config(model=_DEEPER, supervised=400, optimizer=_WARM, **_STEPS),
         grpo.Hyper(learning_rate=3e-4, entropy_weight=0.01, kl_weight=0.001),
     ),
+    "addition": TaskPreset(60, replace(_STARTED, supervised=1200), _GENTLE),
 }
-GRPO_DEFAULT = TaskPreset(
-    100,
-    grpo.Config(model=_DEEPER, supervised=400, optimizer=_WARM, **_STEPS),
-    grpo.Hyper(learning_rate=3e-4, close_weight=0.5, kl_weight=0.001),
-)
+GRPO_DEFAULT = TaskPreset(60, _STARTED, _GENTLE)
 
 
 def grpo_preset(task: str) -> TaskPreset:
