@@ -35,7 +35,7 @@ class Args:
         task: chain (MemoryChain-bsuite) or recall.
         lengths: steps from what is shown to what is asked; default 10, 30, 100 for chain and 512 for recall.
         kinds: of none, gru, window, dense, nsa; default: none, gru, dense, nsa for chain and gru, window, nsa for recall.
-        env_steps: budget of each seed; default 200,000 for chain and 300,000 for recall.
+        env_steps: budget of each seed; default 200,000 for chain and 1,200,000 for recall.
         num_seeds: seeds of each.
         seed: of all runs.
         folder: default runs/memory-TASK.
@@ -70,16 +70,19 @@ def chain(kind: str, length: int) -> Algorithm:
 
 
 def recall(kind: str, length: int) -> Algorithm:
-    """PPO on Recall, an episode an update. Each answer is rewarded at once, so nothing is discounted into the past."""
-    queries = 128
+    """PPO on Recall, an episode an update. Each answer is rewarded at once, so nothing is discounted into the past.
+
+    An update needs many episodes: however many answers one asks for, it shows one symbol.
+    """
+    queries = 32
     env = envs.make("Recall", delay=length, queries=queries)
-    config = ppo.Config(num_envs=8, num_steps=length + queries, network=network(kind, length + queries))
+    config = ppo.Config(num_envs=64, num_steps=length + queries, network=network(kind, length + queries))
     return ppo.make(env, config, ppo.Hyper(learning_rate=1e-3, gamma=0.0, gae_lambda=0.0))
 
 
 TASKS = {
     "chain": (chain, (10, 30, 100), ("none", "gru", "dense", "nsa"), 200_000),
-    "recall": (recall, (512,), ("gru", "window", "nsa"), 300_000),
+    "recall": (recall, (512,), ("gru", "window", "nsa"), 1_200_000),
 }
 
 

@@ -116,7 +116,7 @@ def phi(args: Args) -> Any:
 def functions(chunk: int | None = None) -> dict[str, Callable[..., Array]]:
     """Each kind as ``(q, k, v, gates, phi) -> out``; ``chunk`` is that of ``nsa.attend``."""
 
-    def sparse(implementation: nsa.Implementation) -> Callable[..., Array]:
+    def sparse(implementation: nsa.Implementation | None) -> Callable[..., Array]:
         return lambda q, k, v, gates, phi: nsa.attend(
             phi, q, nsa.shared(k, v), gates, SPARSE, chunk=chunk, implementation=implementation
         )
@@ -127,7 +127,7 @@ def functions(chunk: int | None = None) -> dict[str, Callable[..., Array]]:
         "blocks": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="xla"),
         "cudnn": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="cudnn"),
         "splash": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="pallas_tpu"),
-        "nsa": sparse("xla"),
+        "nsa": sparse(None if jax.default_backend() == "gpu" else "xla"),
         "nsa kernels": sparse("pallas_tpu"),
     }
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.attention import platforms
 from jrl.attention.visibility import NO_KEY, NO_QUERY, Rule, spread
 
 Array = jax.Array
@@ -34,6 +35,9 @@ class Blocks(NamedTuple):
     keys: int = 512
 
 
+WIDE = Blocks(16384, 1024)
+
+
 def flash(
     q: Array,
     k: Array,
@@ -42,9 +46,11 @@ def flash(
     k_segments: Array | None,
     rule: Rule,
     scale: float,
-    blocks: Blocks = Blocks(),
+    blocks: Blocks | None = None,
 ) -> Array:
-    """The same as ``dense``, in blocks: ``[B, T, H, Dv]``."""
+    """The same as ``dense``, in blocks: ``[B, T, H, Dv]``; None takes blocks that are fast."""
+    if blocks is None:
+        blocks = WIDE if platforms.wide() else Blocks()
     (batch, length, heads, _), num_keys, kv_heads = q.shape, k.shape[1], k.shape[2]
     rows = max(1, min(blocks.queries // (heads // kv_heads), length))
     columns = min(blocks.keys, num_keys)

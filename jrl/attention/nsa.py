@@ -33,6 +33,7 @@ from jrl.attention.visibility import NO_QUERY, Rule, check_shapes, segments
 Array = jax.Array
 Implementation = Literal["xla", "pallas_tpu"]
 CHUNK = 64  # queries whose scores with compressed blocks are there at once
+WIDE_SCORES = 2**28  # or, where more at once is faster, so many scores
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,11 @@ def attend(
     segment_ids = segments("token", batch, length, segment_ids, None, NO_QUERY)
     start = jnp.zeros_like(t) if segment_ids is None else segment_starts(segment_ids)
     chosen = choose(implementation, q, streams, config)
-    near = _window(q, streams, segment_ids, Rule(window=config.window), scale, chosen, interpret)
+    rule = Rule(window=config.window)
+    if implementation is None and not platforms.why_not_cudnn(q, *streams[4:], rule, segment_ids is not None):
+        near = platforms.cudnn(q, *streams[4:], rule, scale)
+    else:
+        near = _window(q, streams, segment_ids, rule, scale, chosen, interpret)
     return mix(
         params,
         q,
@@ -337,7 +342,8 @@ def _compress_and_choose(params, q, streams, t, start, config, scale, chunk, ker
         out, importance = compressed_attention(q, k, v, t, start, config, scale)
         return out.astype(v.dtype), select(importance, t, start, num_blocks, config)
 
-    rows = min(CHUNK if chunk is None else chunk, length)
+    fast = max(CHUNK, WIDE_SCORES // (q.shape[0] * q.shape[2] * k.shape[1])) if platforms.wide() else CHUNK
+    rows = min(fast if chunk is None else chunk, length)
     parts = jax.tree.map(lambda x: _split(x, rows), (q, t, start))
     out, chosen = jax.lax.map(lambda part: of_chunk(k, v, *part), parts)
     out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])[:, :length]

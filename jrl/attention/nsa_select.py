@@ -18,11 +18,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.attention import platforms
 from jrl.attention.visibility import spread
 
 Array = jax.Array
-ROWS = 64  # of a product, as queries x heads
-SCORES = 2**16  # of a step
+
+
+class Sizes(NamedTuple):
+    """What a platform computes fast.
+
+    Attributes:
+        rows: of a product, as queries x heads.
+        scores: of a step.
+        chunk: queries whose pairs are kept at once, at least.
+    """
+
+    rows: int = 64
+    scores: int = 2**16
+    chunk: int = 512
+
+
+WIDE = Sizes(256, 2**24, 4096)
 
 
 class Tiles(NamedTuple):
@@ -42,11 +58,12 @@ class Tiles(NamedTuple):
 def tiles(q: Array, k: Array, selected: int, chunk: int | None = None) -> Tiles:
     """What is fast. Half a tile of each block is left empty on average, so that a chunk has about four for each."""
     (batch, kv_heads, length, heads, _), (blocks, size) = q.shape, k.shape[2:4]
-    most = max(1, ROWS // heads)
-    chunk = min(length, max(512, 4 * most * blocks // selected) if chunk is None else chunk)
+    sizes = WIDE if platforms.wide() else Sizes()
+    most = max(1, sizes.rows // heads)
+    chunk = min(length, max(sizes.chunk, 4 * most * blocks // selected) if chunk is None else chunk)
     queries = max(1, min(most, chunk * selected // (4 * blocks)))
     there = chunk * selected // queries + min(blocks, chunk * selected)
-    return Tiles(queries, max(1, min(there, SCORES // (batch * kv_heads * queries * heads * size))), chunk)
+    return Tiles(queries, max(1, min(there, sizes.scores // (batch * kv_heads * queries * heads * size))), chunk)
 
 
 def selected_attention(

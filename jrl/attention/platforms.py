@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,6 +11,11 @@ from jrl.attention.visibility import Rule
 
 Array = jax.Array
 LANES = 128  # splash attention's blocks are multiples of it
+
+
+def wide() -> bool:
+    """Whether much is to be computed at once: a GPU's steps take as long when they are small, a CPU's caches hold little."""
+    return jax.default_backend() == "gpu"
 
 
 def why_not_splash(q: Array, k: Array, v: Array, rule: Rule, own: bool = True) -> str | None:
@@ -92,6 +98,9 @@ def _block(length: int) -> int:
 
 def why_not_cudnn(q: Array, k: Array, v: Array, rule: Rule, segmented: bool) -> str | None:
     """What keeps cuDNN from computing this, or None."""
+    platform = jax.default_backend()
+    if platform != "gpu" or "rocm" in jax.extend.backend.get_backend().platform_version.lower():
+        return f"it needs an NVIDIA GPU, and this is a {platform}"
     if q.dtype not in (jnp.float16, jnp.bfloat16):
         return f"it takes float16 and bfloat16, got {q.dtype}"
     if q.shape[3] != v.shape[3] or q.shape[3] > 128 or q.shape[3] % 8:
