@@ -113,12 +113,12 @@ def phi(args: Args) -> Any:
     return jax.eval_shape(lambda: nsa.init(jax.random.key(0), SPARSE, args.head_dim, args.head_dim))
 
 
-def functions(chunk: int | None = None) -> dict[str, Callable[..., Array]]:
-    """Each kind as ``(q, k, v, gates, phi) -> out``; ``chunk`` is that of ``nsa.attend``."""
+def functions() -> dict[str, Callable[..., Array]]:
+    """Each kind as ``(q, k, v, gates, phi) -> out``."""
 
     def sparse(implementation: nsa.Implementation | None) -> Callable[..., Array]:
         return lambda q, k, v, gates, phi: nsa.attend(
-            phi, q, nsa.shared(k, v), gates, SPARSE, chunk=chunk, implementation=implementation
+            phi, q, nsa.shared(k, v), gates, SPARSE, implementation=implementation
         )
 
     return {
@@ -319,7 +319,7 @@ def tpu_gib(chip: str, length: int, kind: str) -> str:
     device = topologies.get_topology_desc(TPUS[chip].topology, platform="tpu").devices[0]
     place, mesh = SingleDeviceSharding(device), Mesh(np.array([device]), ("chip",))
     shapes = inputs(Args(heads=64, kv_heads=4, head_dim=128), length, jnp.bfloat16)
-    both = directions(functions(chunk=64)[kind])["forward and backward"]  # as nsa is cut on a TPU
+    both = directions(functions()[kind])["forward and backward"]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells the kernels their chip
         lowered = jax.jit(both, in_shardings=place, out_shardings=place).lower(*shapes)
     try:

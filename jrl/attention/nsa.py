@@ -32,7 +32,7 @@ from jrl.attention.visibility import NO_QUERY, Rule, check_shapes, segments
 
 Array = jax.Array
 Implementation = Literal["xla", "pallas_tpu"]
-CHUNK = 64  # queries whose scores with compressed blocks are there at once
+CHUNK = 16  # queries whose scores with compressed blocks are there at once
 WIDE_SCORES = 2**28  # or, where more at once is faster, so many scores
 
 

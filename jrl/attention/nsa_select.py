@@ -33,9 +33,9 @@ class Sizes(NamedTuple):
         chunk: queries whose pairs are kept at once, at least.
     """
 
-    rows: int = 64
-    scores: int = 2**16
-    chunk: int = 512
+    rows: int = 128
+    scores: int = 2**18
+    chunk: int = 2048
 
 
 WIDE = Sizes(256, 2**24, 4096)
