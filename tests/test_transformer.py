@@ -122,6 +122,25 @@ def test_axes_name_every_parameter(kind, key):
     jax.tree.map(lambda p, n: None if p.ndim == len(n) else pytest.fail(f"{p.shape} {n}"), params, names)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "experts"])
+def test_a_prompt_at_once_is_its_tokens_one_by_one(kind, key):
+    """Padded on the left, with what follows it."""
+    config = KINDS[kind]
+    params, tokens = start(config, key)
+    valid, begin = jnp.arange(27)[None] >= jnp.array([[0], [6]]), jnp.array([0, 6])
+    step = jax.jit(lambda cache, token, t: transformer.decode(params, token, cache, t, config, start=begin))
+    at_once = jax.jit(lambda cache: transformer.prefill(params, tokens[:, :18], cache, config, valid=valid[:, :18]))
+    one_by_one = transformer.init_cache(config, 2, 27)
+    for t in range(18):
+        logits, one_by_one = step(one_by_one, tokens[:, t], t)
+    found, cache = at_once(transformer.init_cache(config, 2, 27))
+    close(found, logits)
+    for t in range(18, 27):
+        logits, one_by_one = step(one_by_one, tokens[:, t], t)
+        found, cache = step(cache, tokens[:, t], t)
+        close(found, logits)
+
+
 @pytest.mark.parametrize("kind", ["dense", "mla", "nsa"])
 def test_a_prompt_longer_than_its_cache_is_refused(kind, key):
     config = KINDS[kind]

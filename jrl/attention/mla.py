@@ -144,6 +144,11 @@ def write(cache: Cache, latent: Array, key: Array, position: Array) -> Cache:
     return Cache(kv.put(cache.latent, latent, position), kv.put(cache.key, key, position))
 
 
+def fill(cache: Cache, latent: Array, key: Array) -> Cache:
+    """The cache after a whole sequence from position 0: latents ``[B, T, r]``, shared keys ``[B, T, rope]``."""
+    return Cache(kv.put_all(cache.latent, latent), kv.put_all(cache.key, key))
+
+
 def decode_step(
     params: Any,
     nope: Array,

@@ -45,15 +45,15 @@ class Mixer(NamedTuple):
         sequence: ``(layer, y [B, T, dim], tokens, config) -> [B, T, H, width]``.
         init_cache: ``(config, batch, capacity, dtype) -> cache`` of a layer.
         step: ``(layer, y [B, dim], cache, position, start, config) -> ([B, H, width], cache)``.
-        prefill: ``(layer, y, tokens, cache, config) -> ([B, T, H, width], cache)``: a whole sequence, kept in an empty cache; None
-            where that takes a step for each token.
+        prefill: ``(layer, y, tokens, cache, config) -> ([B, T, H, width], cache)``: a whole sequence, kept in an empty cache; its
+            padding is a segment.
     """
 
     leaves: Callable[[Any], dict[str, Any]]
     sequence: Callable[[Any, Array, Tokens, Any], Array]
     init_cache: Callable[[Any, int, int, Any], Any]
     step: Callable[[Any, Array, Any, Array, Array | int, Any], tuple[Array, Any]]
-    prefill: Callable[[Any, Array, Tokens, Any, Any], tuple[Array, Any]] | None = None
+    prefill: Callable[[Any, Array, Tokens, Any, Any], tuple[Array, Any]]
 
 
 # Queries, keys and values of each token
@@ -179,15 +179,25 @@ def _sparse_sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array
     if tokens.valid is not None:
         raise ValueError("valid: native sparse attention takes padding as a segment of its own, in segment_ids")
     q, k, v = _placed(layer, y, tokens, config)
-    gates, implementation = branch_gates(layer, y), config.implementation
+    return _sparse_attend(layer, y, q, _streams(k, v), tokens, config)
+
+
+def _sparse_prefill(layer: Any, y: Array, tokens: Tokens, cache: Any, config: Any) -> tuple[Array, Any]:
+    q, k, v = _placed(layer, y, tokens, config)
+    streams = _streams(k, v)
+    cache = nsa_cache.fill(layer["compress"], cache, streams, config.sparse)
+    return _sparse_attend(layer, y, q, streams, tokens, config), cache
+
+
+def _sparse_attend(layer: Any, y: Array, q: Array, streams: nsa.Streams, tokens: Tokens, config: Any) -> Array:
     return nsa.attend(
         layer["compress"],
         q,
-        _streams(k, v),
-        gates,
+        streams,
+        branch_gates(layer, y),
         config.sparse,
         segment_ids=tokens.segment_ids,
-        implementation=implementation,
+        implementation=config.implementation,
     )
 
 
@@ -215,6 +225,11 @@ def _latent_leaves(config: Any) -> dict[str, Any]:
 def _latent_sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array:
     return mla.attend(layer["latent"], y, config.latent, positions=tokens.position, segment_ids=tokens.segment_ids,
                       valid=tokens.valid, implementation=config.implementation)  # fmt: skip
+
+
+def _latent_prefill(layer: Any, y: Array, tokens: Tokens, cache: Any, config: Any) -> tuple[Array, Any]:
+    kept = mla.latents(layer["latent"], y, tokens.position, config.latent)
+    return _latent_sequence(layer, y, tokens, config), mla.fill(cache, *kept)
 
 
 def _latent_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
@@ -288,13 +303,23 @@ def _rwkv_out(layer: Any, mixed: Array, gate: Array, config: Any) -> Array:
 def _rwkv_sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array:
     if tokens.valid is not None:
         raise ValueError("valid: rwkv takes padding as a segment of its own, in segment_ids")
+    return _rwkv_whole(layer, y, tokens, config)[0]
+
+
+def _rwkv_prefill(layer: Any, y: Array, tokens: Tokens, cache: Any, config: Any) -> tuple[Array, Any]:
+    mixed, state = _rwkv_whole(layer, y, tokens, config)
+    return mixed, Recurrent(state, y[:, -1].astype(cache.before.dtype))
+
+
+def _rwkv_whole(layer: Any, y: Array, tokens: Tokens, config: Any) -> tuple[Array, Array]:
+    """Heads, and the state after the last token."""
     first = jnp.zeros(y.shape[:2], bool).at[:, 0].set(True)
     if (ids := tokens.segment_ids) is not None:
         first = first.at[:, 1:].set(ids[:, 1:] != ids[:, :-1])
     before = jnp.where(first[..., None], 0, jnp.pad(y[:, :-1], [(0, 0), (1, 0), (0, 0)]))
     r, k, v, log_w, gate = _rwkv_inputs(layer, y, before)
-    mixed, _ = rwkv.mix(r, k, v, log_w, layer["bonus"], first=first)
-    return _rwkv_out(layer, mixed, gate, config)
+    mixed, state = rwkv.mix(r, k, v, log_w, layer["bonus"], first=first)
+    return _rwkv_out(layer, mixed, gate, config), state
 
 
 def _rwkv_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
@@ -315,7 +340,7 @@ _DENSE = Mixer(projections, _sequence, _init_cache, _step, _prefill)
 MIXERS = {
     "dense": _DENSE,
     "window": _DENSE,
-    "nsa": Mixer(_sparse_leaves, _sparse_sequence, _sparse_cache, _sparse_step),
-    "mla": Mixer(_latent_leaves, _latent_sequence, _latent_cache, _latent_step),
-    "rwkv": Mixer(_rwkv_leaves, _rwkv_sequence, _rwkv_cache, _rwkv_step),
+    "nsa": Mixer(_sparse_leaves, _sparse_sequence, _sparse_cache, _sparse_step, _sparse_prefill),
+    "mla": Mixer(_latent_leaves, _latent_sequence, _latent_cache, _latent_step, _latent_prefill),
+    "rwkv": Mixer(_rwkv_leaves, _rwkv_sequence, _rwkv_cache, _rwkv_step, _rwkv_prefill),
 }

@@ -336,16 +336,12 @@ def prefill(params: Any, tokens: Array, cache: Any, config: Config, *, valid: Ar
         raise ValueError(f"prefill: {length} tokens do not fit in a cache for {room}")
     valid = jnp.ones(tokens.shape, bool) if valid is None else valid
     start = (length - valid.sum(1)).astype(jnp.int32)
-    if MIXERS[config.attention].prefill is None:
-        one = lambda cache, x: decode(params, x[0], cache, x[1], config, start=start)[::-1]  # noqa: E731
-        cache, answers = jax.lax.scan(one, cache, (tokens.T, jnp.arange(length)))
-        return answers[-1], cache
     place = Tokens(jnp.arange(length)[None] - start[:, None], valid.astype(jnp.int32), None)
 
     def run(x: Array, both: tuple[Any, Any], config: Config) -> tuple[Array, Any]:
         layer, cache = both
         y = rms_norm(x, layer["attention_norm"], config.norm_eps)
-        mixed, cache = MIXERS[config.attention].prefill(layer, y, place, cache, config)  # type: ignore[misc]
+        mixed, cache = MIXERS[config.attention].prefill(layer, y, place, cache, config)
         x = x + out(layer, mixed)
         return x + ffn(layer, x, config), cache
 
