@@ -174,7 +174,7 @@ _GENTLE = grpo.Hyper(learning_rate=1e-4, supervised_learning_rate=2e-3, close_we
 # From scratch a policy must keep exploring; after a supervised start it need not.
 GRPO: dict[str, TaskPreset] = {
     "modular_addition": TaskPreset(
-        400,
+        500,
         grpo.Config(model=_SMALL, **_STEPS),
         grpo.Hyper(learning_rate=1e-3, close_weight=0.5, entropy_weight=0.1, kl_weight=0.0),
     ),
