@@ -213,6 +213,21 @@ def test_a_window_as_long_as_the_sequence_is_dense_attention():
     close(out, attention.attend(q, streams.k_window, streams.v_window), 1e-5)
 
 
+def test_as_a_gpu_computes_it_it_is_the_same(monkeypatch):
+    params, q, streams, gates = sparse(2, 41, 4, 2, 8, 8, SMALL)
+    both = (
+        lambda p, q, s: (  # noqa: E731
+            nsa.attend(p, q, s, gates, SMALL),
+            attention.attend(q, *streams[:2], implementation="xla"),
+        )
+    )
+    loss = lambda *a: sum((x**2).sum() for x in both(*a))  # noqa: E731
+    small = jax.jit(both)(params, q, streams), jax.jit(jax.grad(loss))(params, q, streams)
+    monkeypatch.setattr(platforms, "wide", lambda: True)
+    jax.clear_caches()
+    close(small, (jax.jit(both)(params, q, streams), jax.jit(jax.grad(loss))(params, q, streams)), 1e-5)
+
+
 def test_sparse_attention_does_not_see_the_future():
     params, q, streams, gates = sparse(1, 50, 4, 2, 8, 8, SMALL)
     later = lambda x: x.at[:, 30:].set(5.0)  # noqa: E731
