@@ -215,12 +215,11 @@ def test_a_window_as_long_as_the_sequence_is_dense_attention():
 
 def test_as_a_gpu_computes_it_it_is_the_same(monkeypatch):
     params, q, streams, gates = sparse(2, 41, 4, 2, 8, 8, SMALL)
-    both = (
-        lambda p, q, s: (  # noqa: E731
-            nsa.attend(p, q, s, gates, SMALL),
-            attention.attend(q, *streams[:2], implementation="xla"),
-        )
-    )
+
+    def both(params, q, streams):
+        dense = attention.attend(q, *streams[:2], implementation="xla")
+        return nsa.attend(params, q, streams, gates, SMALL), dense
+
     loss = lambda *a: sum((x**2).sum() for x in both(*a))  # noqa: E731
     small = jax.jit(both)(params, q, streams), jax.jit(jax.grad(loss))(params, q, streams)
     monkeypatch.setattr(platforms, "wide", lambda: True)
