@@ -9,6 +9,7 @@ without experts before layers with them are a stack of their own, ``params["firs
     logits, cache = decode(params, token, cache, position, config)         one token [B] after another, the same numbers
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
@@ -338,17 +339,10 @@ def prefill(params: Any, tokens: Array, cache: Any, config: Config, *, valid: Ar
     start = (length - valid.sum(1)).astype(jnp.int32)
     place = Tokens(jnp.arange(length)[None] - start[:, None], valid.astype(jnp.int32), None)
 
-    def run(x: Array, both: tuple[Any, Any], config: Config) -> tuple[Array, Any]:
-        layer, cache = both
-        y = rms_norm(x, layer["attention_norm"], config.norm_eps)
-        mixed, cache = MIXERS[config.attention].prefill(layer, y, place, cache, config)
-        x = x + out(layer, mixed)
-        return x + ffn(layer, x, config), cache
-
-    x, caches = params["embedding"][tokens], {}
-    for name, shape in stacks(config).items():
-        x, caches[name] = jax.lax.scan(partial(run, config=shape), x, (params[name], cache[name]))
-    return logits(params, rms_norm(x[:, -1], params["norm"], config.norm_eps), config), caches
+    whole = MIXERS[config.attention].prefill
+    mix = lambda layer, y, cache, config: whole(layer, y, place, cache, config)  # noqa: E731
+    x, cache = _with_caches(params, params["embedding"][tokens], cache, config, mix)
+    return logits(params, rms_norm(x[:, -1], params["norm"], config.norm_eps), config), cache
 
 
 def init_cache(config: Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
@@ -389,15 +383,24 @@ def decode_blocks(
     """All layers for one vector ``[B, dim]`` of each row."""
     if not config.causal:
         raise ValueError("a decoder with causal=False has no decode step: its tokens see those that follow")
+    step = MIXERS[config.attention].step
+    mix = lambda layer, y, cache, config: step(layer, y, cache, position, start, config)  # noqa: E731
+    x, cache = _with_caches(params, x, cache, config, mix)
+    return rms_norm(x, params["norm"], config.norm_eps), cache
+
+
+def _with_caches(
+    params: Any, x: Array, cache: Any, config: Config, mix: Callable[..., tuple[Array, Any]]
+) -> tuple[Array, Any]:
+    """All layers, each with its cache; ``mix`` is ``(layer, normalized x, cache, config) -> (heads, cache)``."""
 
     def run(x: Array, both: tuple[Any, Any], config: Config) -> tuple[Array, Any]:
         layer, cache = both
-        y = rms_norm(x, layer["attention_norm"], config.norm_eps)
-        mixed, cache = MIXERS[config.attention].step(layer, y, cache, position, start, config)
+        mixed, cache = mix(layer, rms_norm(x, layer["attention_norm"], config.norm_eps), cache, config)
         x = x + out(layer, mixed)
         return x + ffn(layer, x, config), cache
 
     caches = {}
     for name, shape in stacks(config).items():
         x, caches[name] = jax.lax.scan(partial(run, config=shape), x, (params[name], cache[name]))
-    return rms_norm(x, params["norm"], config.norm_eps), caches
+    return x, caches
