@@ -51,7 +51,7 @@ class Args:
 
 
 def network(kind: str, length: int) -> nets.Config:
-    """About the same size each: 64 units, and 4 heads where there is attention."""
+    """About the same size each: 64 units, and 4 query heads with 1 key head where there is attention."""
     if kind == "none":
         return nets.Config(hidden=(64, 64))
     if kind == "gru":

@@ -167,8 +167,9 @@ _STEPS: dict[str, Any] = {"num_prompts": 32, "group_size": 8, "num_epochs": 2, "
 # Adam's first steps are as long as any, and would undo some of what was learned under supervision.
 _WARM = optim.OptimizerConfig("adamw", warmup=0.2)
 
-# Where most answers are right already, what is left to learn is faint beside the noise of a step.
 _STARTED = grpo.Config(model=_DEEPER, supervised=600, optimizer=_WARM, **_STEPS)
+
+# Where most answers are right already, what is left to learn is faint beside the noise of a step.
 _GENTLE = grpo.Hyper(learning_rate=1e-4, supervised_learning_rate=2e-3, close_weight=0.5, kl_weight=0.001)
 
 # From scratch a policy must keep exploring; after a supervised start it need not.
@@ -180,7 +181,7 @@ GRPO: dict[str, TaskPreset] = {
     ),
     "countdown": TaskPreset(
         500,
-        grpo.Config(model=_DEEPER, supervised=400, optimizer=_WARM, **_STEPS),
+        replace(_STARTED, supervised=400),
         grpo.Hyper(learning_rate=3e-4, entropy_weight=0.01, kl_weight=0.001),
     ),
     "addition": TaskPreset(60, replace(_STARTED, supervised=1200), _GENTLE),

@@ -247,11 +247,8 @@ def attend(
     segment_ids = segments("token", batch, length, segment_ids, None, NO_QUERY)
     start = jnp.zeros_like(t) if segment_ids is None else segment_starts(segment_ids)
     chosen = choose(implementation, q, streams, config)
-    rule = Rule(window=config.window)
-    if implementation is None and not platforms.why_not_cudnn(q, *streams[4:], rule, segment_ids is not None):
-        near = platforms.cudnn(q, *streams[4:], rule, scale)
-    else:
-        near = _window(q, streams, segment_ids, rule, scale, chosen, interpret)
+    cudnn = implementation is None
+    near = _window(q, streams, segment_ids, Rule(window=config.window), scale, chosen, interpret, cudnn)
     return mix(
         params,
         q,
@@ -282,9 +279,11 @@ def choose(name: Implementation | None, q: Array, streams: Streams, config: Conf
     return "xla" if reason else "pallas_tpu"
 
 
-def _window(q, streams, segment_ids, rule, scale, implementation, interpret):
-    """The window branch, by splash attention beside the kernels where it fits."""
+def _window(q, streams, segment_ids, rule, scale, implementation, interpret, cudnn):
+    """The window branch, by splash attention beside the kernels where it fits; by cuDNN where that may and can."""
     k, v = streams.k_window, streams.v_window
+    if cudnn and not platforms.why_not_cudnn(q, k, v, rule, segment_ids is not None):
+        return platforms.cudnn(q, k, v, rule, scale)
     if implementation == "xla" or platforms.why_not_splash(q, k, v, rule):
         return flash(q, k, v, segment_ids, segment_ids, rule, scale)
     return platforms.splash(q, k, v, segment_ids, segment_ids, rule, scale, interpret)
