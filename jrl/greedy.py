@@ -21,6 +21,16 @@ def best_value(q: Array, obs: Any) -> Array:
     return jnp.where(jnp.isneginf(best), 0.0, best)
 
 
+def pick(x: Array, action: Array) -> Array:
+    """What belongs to each action: ``x[i, action[i]]`` of ``x [..., A]`` or ``[..., A, atoms]``, for ``action [...]``.
+
+    A sum in which all others are 0, since the gradient of a gather is a scatter, which is slow on every platform.
+    """
+    chosen = action[..., None] == jnp.arange(x.shape[action.ndim])
+    chosen = chosen.reshape(*chosen.shape, *(1,) * (x.ndim - chosen.ndim))
+    return jnp.sum(jnp.where(chosen, x, 0), axis=action.ndim)
+
+
 def exploration_noise(key: Array, shape: tuple[int, ...], num_actions: int) -> tuple[Array, Array]:
     """What ``epsilon_greedy`` needs of chance: uniform ``shape`` and ``[*shape, A]``, from one draw."""
     uniform = jax.random.uniform(key, (*shape, num_actions + 1))

@@ -1,10 +1,49 @@
-"""CPU cores as JAX devices."""
+"""The machine: its platform, its memory, and its CPU cores as JAX devices."""
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 MOST = 8  # more host devices than this bring little: the programs are small
+
+
+_platform: str | None = None
+
+
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": what programs are traced for. JAX's default backend, except within ``traced_for``."""
+    return _platform or jax.default_backend()
+
+
+@contextlib.contextmanager
+def traced_for(name: str) -> Iterator[None]:
+    """Trace programs for a platform that is not here, to compile them ahead of time."""
+    global _platform
+    before, _platform = _platform, name
+    try:
+        yield
+    finally:
+        _platform = before
+
+
+def hopper() -> bool:
+    """Whether programs are traced for an NVIDIA Hopper GPU (H100, H200), which ``traced_for("gpu")`` means."""
+    if _platform is not None:
+        return _platform == "gpu"
+    return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+
+
+def compiler_options() -> dict[str, Any]:
+    """Options with which JAX compiles a whole update for this machine, as ``jax.jit(f, compiler_options=...)`` takes them.
+
+    On a GPU the kernels of an update that do not need each other run at the same time.
+    """
+    if platform() != "gpu" or jax.__version_info__ < (0, 11):
+        return {}
+    return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
 
 def use_cpu_cores() -> None:

@@ -14,9 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jrl import loops
 from jrl.checks import same_shape
 
 Array = jax.Array
+UNROLL = 16  # steps of a return that are one kernel on a GPU
 
 
 def td_error(v_tm1: Array, r_t: Array, discount_t: Array, v_t: Array) -> Array:
@@ -44,7 +46,7 @@ def lambda_returns(r_t: Array, discount_t: Array, v_t: Array, continue_t: Array,
         g = r + discount * ((1 - lambda_c) * v + lambda_c * g_next)
         return g, g
 
-    _, returns = jax.lax.scan(step, v_t[-1], (r_t, discount_t, v_t, lambda_t), reverse=True)
+    _, returns = loops.scan(step, v_t[-1], (r_t, discount_t, v_t, lambda_t), reverse=True, gpu_unroll=UNROLL)
     return returns
 
 
@@ -173,7 +175,9 @@ def retrace(
         return g, g
 
     last = r_t[-1] + discount_t[-1] * v_t[-1]
-    _, returns = jax.lax.scan(step, last, (r_t[:-1], discount_t[:-1], v_t[:-1], c_t, q_t), reverse=True)
+    _, returns = loops.scan(
+        step, last, (r_t[:-1], discount_t[:-1], v_t[:-1], c_t, q_t), reverse=True, gpu_unroll=UNROLL
+    )
     return jnp.concatenate([returns, last[None]])
 
 
@@ -184,5 +188,5 @@ def _discounted_sum(x_t: Array, decay_t: Array) -> Array:
         y = x[0] + x[1] * y_next
         return y, y
 
-    _, sums = jax.lax.scan(step, jnp.zeros_like(x_t[0]), (x_t, decay_t), reverse=True)
+    _, sums = loops.scan(step, jnp.zeros_like(x_t[0]), (x_t, decay_t), reverse=True, gpu_unroll=UNROLL)
     return sums

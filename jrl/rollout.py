@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl import loops
 from jrl.envs.types import Environment
 
 Array = jax.Array
+UNROLL = 4  # steps in one body on a GPU: fewer launches; more of them take longer to compile than they save
 
 
 class Actors(NamedTuple):
@@ -68,31 +70,38 @@ def collect(
     step_keys, reset_keys = jax.random.split(key, (2, num_steps, num_envs))
     resets = jax.vmap(jax.vmap(env.reset))(reset_keys)
 
-    def step(carry: tuple[Actors, Episodes], x: Any) -> tuple[tuple[Actors, Episodes], Steps]:
+    def step(carry: tuple[Actors, Episodes], x: Any) -> tuple[tuple[Actors, Episodes], Any]:
         now, episodes = carry
         noise_t, keys, (reset_obs, reset_state) = x
         memory, action, extras = act(now.memory, now.obs, now.first, noise_t)
         next_obs, env_state, reward, terminated, truncated = jax.vmap(env.step)(keys, now.env_state, action)
         ended = terminated | truncated
-        returns, lengths = now.episode_return + reward, now.episode_length + 1
+        total, length = now.episode_return + reward, now.episode_length + 1
         episodes = Episodes(
-            episodes.ended + jnp.sum(ended, dtype=jnp.float32),
-            episodes.return_sum + jnp.sum(jnp.where(ended, returns, 0.0)),
-            episodes.length_sum + jnp.sum(jnp.where(ended, lengths, 0), dtype=jnp.float32),
+            episodes.ended + ended,
+            episodes.return_sum + jnp.where(ended, total, 0.0),
+            episodes.length_sum + jnp.where(ended, length, 0),
         )
-        later = Actors(
+        following = Actors(
             env_state=_where(ended, reset_state, env_state),
             obs=_where(ended, reset_obs, next_obs),
             first=ended,
             memory=memory,
-            episode_return=jnp.where(ended, 0.0, returns),
-            episode_length=jnp.where(ended, 0, lengths),
+            episode_return=jnp.where(ended, 0.0, total),
+            episode_length=jnp.where(ended, 0, length),
         )
-        return (later, episodes), Steps(now.obs, now.first, reward, terminated, truncated, next_obs, extras)
+        return (following, episodes), (reward, terminated, truncated, next_obs, extras)
 
-    nothing = Episodes(*(jnp.float32(0),) * 3)
-    (actors, episodes), steps = jax.lax.scan(step, (actors, nothing), (noise, step_keys, resets))
-    return actors, steps, episodes
+    nothing = Episodes(*(jnp.zeros(num_envs, jnp.float32),) * 3)
+    (following, episodes), out = loops.scan(step, (actors, nothing), (noise, step_keys, resets), gpu_unroll=UNROLL)
+    reward, terminated, truncated, next_obs, extras = out
+    # What was seen follows from the rest, so that the loop need not write it.
+    ended = (terminated | truncated)[:-1]
+    first = jnp.concatenate([actors.first[None], ended])
+    seen = jax.tree.map(lambda reset, x: _where(ended, reset[:-1], x[:-1]), resets[0], next_obs)
+    obs = jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), actors.obs, seen)
+    steps = Steps(obs, first, reward, terminated, truncated, next_obs, extras)
+    return following, steps, jax.tree.map(jnp.sum, episodes)
 
 
 def following_values(
@@ -124,10 +133,10 @@ def following_values(
 
 
 def _where(condition: Array, x: Any, y: Any) -> Any:
-    """``jnp.where`` over trees, with ``condition [B]`` broadcast to each leaf ``[B, ...]``."""
+    """``jnp.where`` over trees, with ``condition`` broadcast to each leaf, whose first axes it has."""
 
     def leaf(a: Array, b: Array) -> Array:
-        return jnp.where(condition.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+        return jnp.where(condition.reshape(*condition.shape, *(1,) * (a.ndim - condition.ndim)), a, b)
 
     return jax.tree.map(leaf, x, y)
 

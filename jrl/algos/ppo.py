@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks, distributions, losses, nets, normalize, optim, precision, returns, rollout
+from jrl import checks, distributions, loops, losses, nets, normalize, optim, precision, returns, rollout
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
 from jrl.distributions import Distribution
 from jrl.envs.types import Box, Discrete, Environment, MaskedObs, MultiDiscrete, Space, observation_spec
@@ -209,9 +209,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             seen = normalize.observations(state.obs_stats, obs)
             later, outputs = network.step(state.params, memory, seen, first)
             action = distribution.from_noise(outputs.policy, noise)
-            log_prob = distribution.log_prob(outputs.policy, action)
-            kept = outputs.policy if config.loss == "penalty" else ()
-            return later, to_env(env.action_space, action), (action, log_prob, kept)
+            return later, to_env(env.action_space, action), (action, outputs.policy)
 
         return act
 
@@ -230,8 +228,10 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         target = advantage + outputs.value
         if config.standardize_advantages == "batch":
             advantage = losses.standardize(advantage)
-        action, log_prob, policy = steps.extras
-        batch = Batch(obs, steps.first, action, log_prob, policy, outputs.value, advantage, target)
+        action, policy = steps.extras
+        log_prob = distribution.log_prob(policy, action)
+        kept = policy if config.loss == "penalty" else ()
+        batch = Batch(obs, steps.first, action, log_prob, kept, outputs.value, advantage, target)
         return batch if recurrent else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
 
     def value_of(state: State, memories: Any) -> Any:
@@ -266,7 +266,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
                 metrics = jax.tree.map(lambda m: jnp.where(go, m, 0.0), metrics)
             return (*stepped, go), metrics
 
-        (params, opt_state, _), metrics = jax.lax.scan(
+        (params, opt_state, _), metrics = loops.scan(
             minibatch, (state.params, state.opt_state, jnp.bool_(True)), orders
         )
         taken = metrics.pop("minibatches").sum()

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, nets, optim, precision, returns, rollout
+from jrl import checks, loops, nets, optim, precision, returns, rollout
 from jrl.algorithm import Algorithm, Metrics, exploration, learning_rate_factor, optimizer
 from jrl.envs.types import Environment, observation_spec
-from jrl.greedy import best_value, epsilon_greedy, exploration_noise, mask
+from jrl.greedy import best_value, epsilon_greedy, exploration_noise, mask, pick
 
 Array = jax.Array
 
@@ -196,14 +196,14 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             step = optim.minimize(tx, lambda p: loss(p, start, part), *carry)
             return (step.params, step.opt_state), step.extra | {"grad_norm": step.grad_norm}
 
-        (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), orders)
+        (params, opt_state), metrics = loops.scan(minibatch, (state.params, state.opt_state), orders)
         means = jax.tree.map(jnp.mean, metrics)
         return params, opt_state, means | {"root_loss": jnp.sqrt(means["loss"]), "epsilon": exploration(state)}
 
     def loss(params: Any, memory: Any, batch: Batch) -> tuple[Array, Metrics]:
         """The mean squared error of the values of the actions taken; half of it is descended, as the paper does."""
         _, q = network.unroll(params, memory, batch.obs, batch.first)
-        taken = jnp.take_along_axis(q, batch.action[..., None], axis=-1)[..., 0]
+        taken = pick(q, batch.action)
         mse = jnp.mean((taken - batch.target) ** 2)
         return 0.5 * mse, {"loss": mse, "q": taken.mean()}
 
