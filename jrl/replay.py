@@ -221,36 +221,38 @@ class _Store:
         )
 
     def add(self, buffer: Buffer, step: Step) -> Buffer:
+        """A row in each environment, and a second one with the last observation of those that were truncated alone."""
         kind = jnp.where(step.terminated, TERMINATED, jnp.where(step.truncated, TRUNCATED, MID)).astype(jnp.uint8)
-        envs = jnp.arange(self.num_envs)
-        buffer = self._write(buffer, envs, step.obs, step.action, step.reward, kind)
-        # A second row, for those that were truncated alone: the others write nowhere.
-        rows = jnp.where(step.truncated & ~step.terminated, envs, self.num_envs)
-        nothing = jnp.zeros(self.num_envs, jnp.int32)
-        final = jnp.full(self.num_envs, FINAL, jnp.uint8)
-        return self._write(buffer, rows, step.next_obs, nothing, nothing.astype(jnp.float32), final)
+        cut = step.truncated & ~step.terminated
+        envs, nowhere = jnp.arange(self.num_envs), jnp.full(self.num_envs, self.num_envs)
+        rows = jnp.concatenate([envs, jnp.where(cut, envs, nowhere)])
+        at = jnp.concatenate([buffer.written, buffer.written + 1]) % self.length
 
-    def _write(self, buffer: Buffer, rows: Array, obs: Any, action: Array, reward: Array, kind: Array) -> Buffer:
-        """One row in each environment that ``rows`` names."""
-        at = buffer.written % self.length
-        put = lambda store, x: store.at[rows, at].set(x, mode="drop")  # noqa: E731
-        if self.num_frames > 1:
-            obs = obs[..., -self.frame_spec.shape[-1] :]  # the newest frame
-        later = buffer._replace(
-            obs=jax.tree.map(put, buffer.obs, obs),
-            action=put(buffer.action, action),
-            reward=put(buffer.reward, reward),
-            kind=put(buffer.kind, kind),
-            written=buffer.written.at[rows].add(1, mode="drop"),
+        def put(store: Array, x: Array, final: Array) -> Array:
+            return store.at[rows, at].set(jnp.concatenate([x, final]), mode="drop")
+
+        def newest(obs: Any) -> Any:
+            return obs[..., -self.frame_spec.shape[-1] :] if self.num_frames > 1 else obs
+
+        before = buffer.written
+        buffer = buffer._replace(
+            obs=jax.tree.map(put, buffer.obs, newest(step.obs), newest(step.next_obs)),
+            action=put(buffer.action, step.action, jnp.zeros_like(step.action)),
+            reward=put(buffer.reward, step.reward, jnp.zeros_like(step.reward)),
+            kind=put(buffer.kind, kind, jnp.full_like(kind, FINAL)),
         )
-        return later._replace(tree=self._open_and_close(later, rows, at)) if self.prioritized else later
+        if self.prioritized:
+            tree = self._open_and_close(buffer, envs, before)
+            tree = self._open_and_close(buffer._replace(tree=tree), rows[self.num_envs :], before + 1)
+            buffer = buffer._replace(tree=tree)
+        return buffer._replace(written=before + 1 + cut)
 
-    def _open_and_close(self, buffer: Buffer, rows: Array, at: Array) -> Array:
-        """The tree after a row was written at ``at``: the row that now has followers enough can be drawn, the one that lost
-        what must be there before it no more."""
-        envs = jnp.arange(self.num_envs)
+    def _open_and_close(self, buffer: Buffer, rows: Array, before: Array) -> Array:
+        """The tree after one row more than ``before`` was written in the environments of ``rows``: the row that now has followers
+        enough can be drawn, the one that lost what must be there before it no more."""
+        envs, at = jnp.arange(self.num_envs), before % self.length
         opened, closed = (at - (self.needs - 1)) % self.length, (at + self.before) % self.length
-        drawable = (buffer.written >= self.needs) & (buffer.kind[envs, opened] != FINAL)
+        drawable = (before + 1 >= self.needs) & (buffer.kind[envs, opened] != FINAL)
         leaf = lambda row: jnp.where(rows < self.num_envs, envs * self.length + row, self.leaves)  # noqa: E731
         tree = set_leaves(buffer.tree, leaf(closed), jnp.zeros(self.num_envs))
         return set_leaves(tree, leaf(opened), jnp.where(drawable, buffer.largest, 0.0))

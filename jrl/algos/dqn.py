@@ -25,7 +25,7 @@ from jrl import checks, losses, nets, optim, precision, replay, rollout
 from jrl.algorithm import Algorithm, Metrics, exploration, importance_exponent, learning_rate_factor, optimizer
 from jrl.envs import wrappers
 from jrl.envs.types import Discrete, Environment, observation_spec
-from jrl.greedy import epsilon_greedy, exploration_noise, mask
+from jrl.greedy import epsilon_greedy, exploration_noise, mask, pick
 
 Array = jax.Array
 
@@ -372,8 +372,3 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     per_update = config.num_envs * config.num_steps
     remake = lambda config: make(unstacked, config, hyper)  # noqa: E731
     return Algorithm(init, update, act, per_update, "dqn", env, config, hyper, True, remake)
-
-
-def pick(x: Array, action: Array) -> Array:
-    """``x[i, action[i]]`` of ``[N, A]`` or ``[N, A, atoms]``."""
-    return x[jnp.arange(action.shape[0]), action]

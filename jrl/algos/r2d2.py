@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jrl import checks, losses, nets, optim, precision, replay, returns, rollout
 from jrl.algorithm import Algorithm, Metrics, exploration, importance_exponent, learning_rate_factor, optimizer
 from jrl.envs.types import Discrete, Environment, observation_spec
-from jrl.greedy import epsilon_greedy, exploration_noise, mask
+from jrl.greedy import epsilon_greedy, exploration_noise, mask, pick
 
 Array = jax.Array
 
@@ -234,7 +234,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
         def loss(params: Any) -> tuple[Array, tuple[Metrics, Array]]:
             _, q = network.unroll(params, burn_in(params, seq, before), *part)
-            taken = jnp.take_along_axis(q[:-1], seq.action[after][:-1, :, None], axis=-1)[..., 0]
+            taken = pick(q[:-1], seq.action[after][:-1])
             error = jnp.where(learnable, target - taken, 0.0)
             count = jnp.maximum(learnable.sum(), 1)
             total = 0.5 * jnp.sum(seq.weight * error**2) / count
@@ -265,7 +265,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         q = network.unroll(state.target_params, target, *part)[1]
         chooser = network.unroll(state.params, online, *part)[1] if config.double else q
         best = jnp.argmax(mask(chooser, obs), axis=-1)
-        following = jnp.take_along_axis(q, best[..., None], axis=-1)[1:, :, 0]
+        following = pick(q, best)[1:]
         kind, reward = (x[config.burn_in : -1] for x in (seq.kind, seq.reward))
         if config.rescale:
             following = losses.unsquash(following)
