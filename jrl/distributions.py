@@ -172,10 +172,15 @@ def tanh_normal(num_dims: int) -> Distribution:
     def entropy(params: NormalParams) -> Array:
         mean, std = _f32(params.mean), jnp.exp(_f32(params.log_std))
         std = jnp.broadcast_to(std, mean.shape)
-        u = mean[..., None] + std[..., None] * nodes.reshape((1,) * mean.ndim + (-1,))
-        return base.entropy(params) + jnp.sum(log_slope(u) @ weights, axis=-1)
+        u = mean[..., None] + std[..., None] * _last(nodes, mean.ndim + 1)
+        return base.entropy(params) + jnp.sum(log_slope(u) * _last(weights, u.ndim), axis=(-2, -1))
 
     return Distribution(base.noise, from_noise, mode, log_prob, entropy, base.kl)
+
+
+def _last(x: Array, rank: int) -> Array:
+    """A vector as the last axis of an array of this rank."""
+    return x.reshape(*(1,) * (rank - 1), -1)
 
 
 def _f32(x: Array) -> Array:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jrl import checks
+from jrl.precision import exact
 
 Array = jax.Array
 
@@ -97,12 +98,14 @@ def discounts(mdp: MDP, gamma: Array | float) -> Array:
     return gamma * (1.0 - mdp.terminal)
 
 
+@exact
 def action_values(mdp: MDP, v: Array, gamma: Array | float) -> Array:
     """``q(s,a) = sum_s' p(s'|s,a) [r(s,a,s') + gamma v(s')]``, ``[S, A]`` (eq. 4.6); 0 in terminal states."""
     backed_up = mdp.reward + (discounts(mdp, gamma) * v)[None, None]
     return jnp.einsum("sat,sat->sa", mdp.transition, backed_up) * ~mdp.terminal[:, None]
 
 
+@exact
 def chain(mdp: MDP, policy: Array) -> tuple[Array, Array]:
     """The Markov chain of a policy ``[S, A]``: transitions ``[S, S]`` and expected rewards ``[S]``."""
     checks.same_shape("mdp.chain", policy=policy, legal=mdp.legal)
@@ -110,6 +113,7 @@ def chain(mdp: MDP, policy: Array) -> tuple[Array, Array]:
     return moves, jnp.einsum("sa,sat,sat->s", policy, mdp.transition, mdp.reward) * ~mdp.terminal
 
 
+@exact
 def evaluate_policy(mdp: MDP, policy: Array, gamma: Array | float) -> Array:
     """``v_pi`` ``[S]`` by solving the Bellman equation; with ``gamma = 1`` every state must reach a terminal one."""
     moves, reward = chain(mdp, policy)
@@ -128,6 +132,7 @@ def greedy_policy(mdp: MDP, q: Array) -> Array:
     return jax.nn.one_hot(best, q.shape[1])
 
 
+@exact
 def value_iteration(mdp: MDP, gamma: Array | float, tolerance: float = 1e-6, max_sweeps: int = 100_000) -> Array:
     """``v_*`` ``[S]``: sweeps of eq. 4.10 until none changes a value by more than ``tolerance``.
 
@@ -154,6 +159,7 @@ def value_iteration(mdp: MDP, gamma: Array | float, tolerance: float = 1e-6, max
     return jnp.where(gamma < 1, exact, swept)
 
 
+@exact
 def policy_iteration(mdp: MDP, gamma: Array | float, max_rounds: int = 1000) -> tuple[Array, Array]:
     """An optimal policy ``[S, A]`` and ``v_*`` ``[S]``: evaluate, act greedily, until nothing changes (section 4.3).
 
@@ -179,6 +185,7 @@ def policy_iteration(mdp: MDP, gamma: Array | float, max_rounds: int = 1000) -> 
     return policy, evaluate_policy(mdp, policy, gamma)
 
 
+@exact
 def state_distribution(mdp: MDP, policy: Array) -> Array:
     """How often each state is acted in, in the long run with restarts, ``[S]``; the chain must be irreducible."""
     moves, _ = chain(mdp, policy)
@@ -190,6 +197,7 @@ def state_distribution(mdp: MDP, policy: Array) -> Array:
     return jnp.linalg.lstsq(equations, wanted)[0] * ~mdp.terminal
 
 
+@exact
 def td_fixed_point(mdp: MDP, policy: Array, gamma: Array | float, features: Array, weighting: Array) -> Array:
     """Weights ``[d]`` at which the expected TD(0) update is 0 (eq. 9.12-9.14): features ``[S, d]``, weighting ``[S]``."""
     moves, reward = chain(mdp, policy)

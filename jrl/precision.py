@@ -7,6 +7,7 @@ returns, losses, optimizer moments, normalizer statistics) is computed in float3
 How parameters of half width are stepped (rounding, master copies, loss scaling) is in ``jrl.rounding``.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -109,6 +110,21 @@ def _over_function(policy: Policy, function: Callable[..., Any]) -> Callable[...
     def run(params: Any, *inputs: Any, **options: Any) -> Any:
         outputs = function(cast(params, policy.compute), *cast(inputs, policy.compute), **options)
         return cast(outputs, policy.output)
+
+    return run
+
+
+def exact(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its products of float32 matrices computed in float32, on every platform.
+
+    By default a GPU rounds their operands to TF32, which has 10 bits of fraction, and a TPU to bfloat16, which has 7: good enough for
+    a network, too coarse for an exact answer.
+    """
+
+    @functools.wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **options)
 
     return run
 

@@ -26,6 +26,11 @@ def rank_promotion(request):
         yield
 
 
+if jax.default_backend() == "gpu":
+    # Comparisons here are of float32; by default a GPU rounds the operands of its products to TF32.
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """A process that kept every program would grow to gigabytes, and slow down."""

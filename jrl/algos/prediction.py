@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl import checks, returns
+from jrl.precision import exact
 
 Array = jax.Array
 Trace = Literal["accumulating", "replacing", "dutch"]
@@ -35,6 +36,7 @@ class Stream(NamedTuple):
 Path = tuple[Array, Array]  # the weights after the last transition [d], and after each [T, d]
 
 
+@exact
 def td(w: Array, stream: Stream, alpha: Array | float) -> Path:
     """TD(0) (6.2, 9.7): ``w += alpha (r + discount v(s') - v(s)) x``."""
 
@@ -46,6 +48,7 @@ def td(w: Array, stream: Stream, alpha: Array | float) -> Path:
     return jax.lax.scan(step, w, stream)
 
 
+@exact
 def n_step_td(w: Array, stream: Stream, alpha: Array | float, n: int) -> Path:
     """n-step TD (7.2): the target sums n rewards, fewer at the end of an episode, and bootstraps from the weights of then.
 
@@ -62,11 +65,13 @@ def n_step_td(w: Array, stream: Stream, alpha: Array | float, n: int) -> Path:
     return jax.lax.scan(step, w, (stream.x_tm1, reward, discount, stream.x_t[last]))
 
 
+@exact
 def monte_carlo(w: Array, stream: Stream, alpha: Array | float) -> Path:
     """Every-visit constant-alpha Monte Carlo (6.1): the target is the return; an unfinished one bootstraps at the end."""
     return n_step_td(w, stream, alpha, len(stream.r_t))
 
 
+@exact
 def td_lambda(
     w: Array, stream: Stream, alpha: Array | float, lambda_: Array | float, trace: Trace = "accumulating"
 ) -> Path:
@@ -102,6 +107,7 @@ def td_lambda(
     return w, path
 
 
+@exact
 def lambda_return(w: Array, stream: Stream, alpha: Array | float, lambda_: Array | float) -> Array:
     """The offline lambda-return algorithm (12.4) on one episode, the forward view: the weights after it, ``[d]``.
 
@@ -117,6 +123,7 @@ def lambda_return(w: Array, stream: Stream, alpha: Array | float, lambda_: Array
     return jax.lax.scan(step, w, (stream.x_tm1, target))[0]
 
 
+@exact
 def gradient_td(
     w: Array,
     stream: Stream,

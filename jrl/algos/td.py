@@ -31,6 +31,7 @@ from jrl.algos.prediction import n_step_td as n_step_td
 from jrl.algos.prediction import td as td
 from jrl.algos.prediction import td_lambda as td_lambda
 from jrl.envs.types import Discrete, Environment, MaskedObs, observation_spec
+from jrl.precision import exact
 from jrl.rollout import mean_or_nan
 
 Array = jax.Array
@@ -205,6 +206,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return choose(key, state.q, x, legal, state.hyper.epsilon), ()
 
     remake = lambda config: make(env, config, hyper)  # noqa: E731
+    init, update, act = exact(init), exact(update), exact(act)  # action values of tables are no place to round
     return Algorithm(init, update, act, config.num_steps, "td", env, config, hyper, False, remake)
 
 
