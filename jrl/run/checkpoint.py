@@ -9,6 +9,7 @@ import json
 import logging
 import sys
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ class RunError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints in a folder, named by the number of updates done. Saves run in the background."""
+    """The checkpoints in a folder, named by the number of updates done. Saves run in the background, one at a time."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp  # takes seconds to import
@@ -31,6 +32,8 @@ class Checkpoints:
         self._ocp = ocp
         self._config = json.loads(json.dumps(config))  # as a checkpoint gives it back
         self.folder = folder.absolute()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
         self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
     def latest(self) -> int | None:
@@ -38,16 +41,23 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, updates: int, state: Any) -> None:
-        """Begin to save host arrays (of ``layout.fetch``); waits for the save before it. Raises ``RunError`` on a full disk."""
+        """Begin to save host arrays (of ``layout.fetch``), which the caller leaves alone; waits for the save before it.
+
+        Raises ``RunError`` if that one met a full disk.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._save, updates, state)
+
+    def _save(self, updates: int, state: Any) -> None:
+        if self._manager.latest_step() == updates:
+            return
         leaves = named_leaves(state)
         manifest = {"config": self._config, "arrays": {name: _describe(x) for name, x in leaves.items()}}
-        with disk_errors(self.folder):
-            if self._manager.latest_step() == updates:
-                return
-            args = self._ocp.args.Composite(
-                state=self._ocp.args.StandardSave(leaves), manifest=self._ocp.args.JsonSave(manifest)
-            )
-            self._manager.save(updates, args=args)
+        args = self._ocp.args.Composite(
+            state=self._ocp.args.StandardSave(leaves), manifest=self._ocp.args.JsonSave(manifest)
+        )
+        self._manager.save(updates, args=args)
+        self._manager.wait_until_finished()
 
     def restore(self, updates: int, template: Any) -> Any:
         """The state at ``updates`` in the structure of ``template``, host arrays.
@@ -79,10 +89,13 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Until what was begun is on disk. Raises ``RunError`` on a full disk."""
-        with disk_errors(self.folder):
-            self._manager.wait_until_finished()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with disk_errors(self.folder):
+                pending.result()
 
     def close(self) -> None:
+        self._thread.shutdown()
         self._manager.close()
 
 

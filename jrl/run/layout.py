@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 CPU_GROUP = 8
 
@@ -33,7 +33,9 @@ class Layout(NamedTuple):
         return Mesh(np.array(self.devices), ("members",), axis_types=(AxisType.Auto,))
 
     @property
-    def sharding(self) -> NamedSharding:
+    def sharding(self) -> Sharding:
+        if len(self.devices) == 1:
+            return SingleDeviceSharding(self.devices[0])
         return NamedSharding(self.mesh, PartitionSpec("members"))
 
 
@@ -86,9 +88,16 @@ def over_members(layout: Layout, function: Callable[..., Any]) -> Callable[..., 
 
 def put(layout: Layout, tree: Any) -> Any:
     """Place ``[num_slots, ...]`` on the layout's devices."""
-    if len(layout.devices) == 1:
-        return jax.device_put(tree, layout.devices[0])
     return jax.device_put(tree, layout.sharding)
+
+
+def shapes(layout: Layout, tree: Any) -> Any:
+    """The shapes of ``[num_slots, ...]`` on the layout's devices, of arrays or shapes with any leading axis."""
+
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((layout.num_slots, *x.shape[1:]), x.dtype, sharding=layout.sharding)
+
+    return jax.tree.map(leaf, tree)
 
 
 def fetch(layout: Layout, tree: Any) -> Any:

@@ -1,4 +1,9 @@
-"""Metrics on disk as they come: a CSV of all members for people, TensorBoard events of the aggregates for the viewer."""
+"""Metrics on disk as they come: a table of all members, and TensorBoard events of the aggregates for the viewer.
+
+The table of up to CSV_MEMBERS members is ``metrics.csv``, for people; that of more is the folder ``metrics`` of Parquet files, a file for
+each time that metrics were written, which pandas, polars and DuckDB read as one table. Both hold what was written when the process
+is killed.
+"""
 
 import csv
 import time
@@ -12,21 +17,21 @@ import numpy as np
 from jrl.run.checkpoint import disk_errors
 from jrl.run.stats import iqm
 
+CSV_MEMBERS = 256
+Labels = list[dict[str, Any]]
+
 
 class Log:
-    """Appends rows to ``metrics.csv`` and to event files; the columns are fixed by the first rows.
+    """Appends rows to the table of metrics and to event files; the columns are fixed by the first rows.
 
     ``labels`` are the constant columns of each member: its seed, and in a sweep the values of its cell.
     """
 
-    def __init__(
-        self, folder: Path, labels: list[dict[str, Any]], resume_at: int | None, env_steps_per_update: int
-    ) -> None:
-        self._path = folder / "metrics.csv"
+    def __init__(self, folder: Path, labels: Labels, resume_at: int | None, env_steps_per_update: int) -> None:
+        self._table = table(folder, labels)
         self._labels = labels
         if resume_at is not None:
-            truncate(self._path, resume_at)
-        self._file = self._path.open("a", newline="")
+            self._table.truncate(resume_at)
         purge = None if resume_at is None else resume_at * env_steps_per_update + 1
         self._events = Events(folder / "events", purge)
 
@@ -35,22 +40,15 @@ class Log:
     ) -> None:
         """Rows of several updates: ``updates`` and ``env_steps`` ``[rows]``, metrics ``[members, rows]``.
 
-        The CSV takes all members, the events aggregate those that are not ``bad``.
+        The table takes all members, the events aggregate those that are not ``bad``.
         """
-        with disk_errors(self._path):
-            writer = csv.writer(self._file)
-            if self._file.tell() == 0:
-                writer.writerow(["update", "env_steps", *self._labels[0], *metrics])
-            columns = [np.char.mod("%.9g", x).tolist() for x in metrics.values()]
-            for row, (update, steps) in enumerate(zip(updates.tolist(), env_steps.tolist(), strict=True)):
-                for member, label in enumerate(self._labels):
-                    writer.writerow([update, steps, *label.values(), *(c[member][row] for c in columns)])
-            self._file.flush()
+        with disk_errors(self._table.path):
+            self._table.write(updates, env_steps, metrics)
             self._write_events(env_steps, metrics, bad)
 
     def write_evaluation(self, env_steps: int, summaries: dict[str, dict[str, Any]]) -> None:
         """IQMs of an evaluation, by label, as events."""
-        with disk_errors(self._path):
+        with disk_errors(self._table.path):
             for label, summary in summaries.items():
                 if summary["iqm"] is not None:
                     self._events.write(f"evaluation/{label}", summary["iqm"], env_steps)
@@ -58,11 +56,10 @@ class Log:
 
     def close(self) -> None:
         """Flush and close; a full disk was reported when it happened."""
-        for stream in (self._file, self._events):
-            try:
-                stream.close()
-            except OSError:
-                pass
+        try:
+            self._events.close()
+        except OSError:
+            pass
 
     def _write_events(self, env_steps: np.ndarray, metrics: dict[str, np.ndarray], bad: Container[int]) -> None:
         cells: dict[str, list[int]] = {}
@@ -109,26 +106,100 @@ class Events:
         self._writer.close()
 
 
-def truncate(path: Path, updates: int) -> None:
-    """Drop the rows after ``updates``, and a half-written last row: they are about to be made again."""
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    kept = [row for row in rows[1:] if len(row) == len(rows[0]) and row[0].isdecimal() and int(row[0]) <= updates]
-    fresh = path.with_suffix(".tmp")
-    with fresh.open("w", newline="") as file:
-        csv.writer(file).writerows([*rows[:1], *kept])
-    fresh.replace(path)
+def table(folder: Path, labels: Labels) -> "CsvTable | ParquetTable":
+    """The table of a run's metrics, whose members have these labels."""
+    few = len(labels) <= CSV_MEMBERS
+    return CsvTable(folder / "metrics.csv", labels) if few else ParquetTable(folder / "metrics", labels)
 
 
-def read(path: Path, num_members: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """``metrics.csv`` as ``(env_steps [rows], metrics {name: [members, rows]})``."""
-    with path.open(newline="") as file:
-        header = next(csv.reader(file))
-        skip = header.index("seed") + 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an empty file is an empty array
-            table = np.loadtxt(file, delimiter=",", quotechar='"', usecols=[1, *range(skip, len(header))], ndmin=2)
-    table = table.reshape(-1, num_members, len(header) - skip + 1)
-    return table[:, 0, 0].astype(int), {name: table[:, :, i + 1].T for i, name in enumerate(header[skip:])}
+class CsvTable:
+    """A row for each update and member in one text file."""
+
+    def __init__(self, path: Path, labels: Labels) -> None:
+        self.path, self._labels = path, labels
+
+    def write(self, updates: np.ndarray, env_steps: np.ndarray, metrics: dict[str, np.ndarray]) -> None:
+        """Append the rows of several updates, in one write."""
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            if file.tell() == 0:
+                writer.writerow(["update", "env_steps", *self._labels[0], *metrics])
+            columns = [np.char.mod("%.9g", x).tolist() for x in metrics.values()]
+            for row, (update, steps) in enumerate(zip(updates.tolist(), env_steps.tolist(), strict=True)):
+                for member, label in enumerate(self._labels):
+                    writer.writerow([update, steps, *label.values(), *(c[member][row] for c in columns)])
+
+    def truncate(self, updates: int) -> None:
+        """Drop the rows after ``updates``, and a half-written last row: they are about to be made again."""
+        if not self.path.exists():
+            return
+        with self.path.open(newline="") as file:
+            rows = list(csv.reader(file))
+        kept = [row for row in rows[1:] if len(row) == len(rows[0]) and row[0].isdecimal() and int(row[0]) <= updates]
+        fresh = self.path.with_suffix(".tmp")
+        with fresh.open("w", newline="") as file:
+            csv.writer(file).writerows([*rows[:1], *kept])
+        fresh.replace(self.path)
+
+    def read(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """``(env_steps [rows], metrics {name: [members, rows]})``."""
+        with self.path.open(newline="") as file:
+            header = next(csv.reader(file))
+            skip = header.index("seed") + 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # an empty file is an empty array
+                rows = np.loadtxt(file, delimiter=",", quotechar='"', usecols=[1, *range(skip, len(header))], ndmin=2)
+        rows = rows.reshape(-1, len(self._labels), len(header) - skip + 1)
+        return rows[:, 0, 0].astype(int), {name: rows[:, :, i + 1].T for i, name in enumerate(header[skip:])}
+
+
+class ParquetTable:
+    """The same rows in a folder of Parquet files, each named by its first update."""
+
+    def __init__(self, path: Path, labels: Labels) -> None:
+        import pyarrow  # takes a while to import
+        import pyarrow.compute
+        import pyarrow.parquet
+
+        self.path, self._labels, self._arrow = path, labels, pyarrow
+
+    def write(self, updates: np.ndarray, env_steps: np.ndarray, metrics: dict[str, np.ndarray]) -> None:
+        """One more file, whole or not at all."""
+        self.path.mkdir(exist_ok=True)
+        members = len(self._labels)
+        columns = {"update": np.repeat(updates, members), "env_steps": np.repeat(env_steps, members)}
+        for name in self._labels[0]:
+            columns[name] = np.tile([label[name] for label in self._labels], len(updates))
+        columns |= {name: values.T.ravel().astype(np.float32) for name, values in metrics.items()}
+        self._replace(self.path / f"{int(updates[0]):09d}.parquet", self._arrow.table(columns))
+
+    def truncate(self, updates: int) -> None:
+        """Drop the rows after ``updates``, and a half-written file: they are about to be made again."""
+        for path in self.path.glob("*.tmp"):
+            path.unlink()
+        for path in self._files():
+            rows = self._arrow.parquet.read_table(path)
+            kept = rows.filter(self._arrow.compute.field("update") <= updates)
+            if not len(kept):
+                path.unlink()
+            elif len(kept) < len(rows):
+                self._replace(path, kept)
+
+    def read(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """``(env_steps [rows], metrics {name: [members, rows]})``."""
+        files = [self._arrow.parquet.read_table(path) for path in self._files()]
+        if not files:
+            return np.zeros(0, int), {}
+        rows = self._arrow.concat_tables(files)
+        names = [name for name in rows.column_names if name not in ("update", "env_steps", *self._labels[0])]
+        members = len(self._labels)
+        env_steps = rows["env_steps"].to_numpy()[::members]
+        return env_steps, {name: rows[name].to_numpy().reshape(-1, members).T for name in names}
+
+    def _files(self) -> list[Path]:
+        return sorted(self.path.glob("*.parquet"))
+
+    def _replace(self, path: Path, rows: Any) -> None:
+        fresh = path.with_suffix(".tmp")
+        self._arrow.parquet.write_table(rows, fresh)
+        fresh.replace(path)

@@ -1,8 +1,10 @@
 """The run loop: chunks of compiled updates, with everything that has to happen on the host between them."""
 
+import functools
 import json
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks
+from jrl import checks, host
 from jrl.algorithm import Algorithm, over_members
 from jrl.run import checkpoint, folders, layout, log, memory, program, report, stats
 from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
@@ -19,7 +21,6 @@ from jrl.run.interrupt import StopOnSignal
 from jrl.run.layout import Layout
 from jrl.run.progress import Progress
 
-MAX_ROWS = 1024  # rows of metrics that a chunk can hold on the device
 CHUNK_SECONDS = 1.0
 EVAL_SEED = 20_000_003  # evaluation keys: apart from training's, the same for every seed and run
 
@@ -167,32 +168,43 @@ class _Run:
     # Setting up
 
     def compile(self, chosen: Layout, automatic: bool) -> None:
-        """Initialize all members, and compile the chunk; where it does not fit the device, in smaller groups."""
+        """Initialize all members while the chunk compiles; where that does not fit the device, it is for smaller groups."""
         begin = time.perf_counter()
         self.layout = chosen
+        self.max_rows = program.max_rows(chosen.num_members)
         init = over_members(self.algo).init
 
         def start(pair: Any) -> Any:
             return init(*pair, self.total)
 
         pairs = layout.put(chosen, layout.pad(chosen, (self.members.keys, self.members.hypers)))
-        self.state = jax.jit(layout.over_members(chosen, start))(pairs)
+        lowered = jax.jit(layout.over_members(chosen, start)).lower(pairs)
+        with ThreadPoolExecutor(1) as pool:
+            initialized = pool.submit(lambda: lowered.compile()(pairs))
+            self._compile_chunk(lowered.out_info, automatic)
+            self.state = initialized.result()
+        if self.layout != chosen:
+            real = jax.tree.map(lambda x: x[: chosen.num_members], self.state)
+            self.state = layout.put(self.layout, layout.pad(self.layout, real))
+        self.compile_seconds = time.perf_counter() - begin
+
+    def _compile_chunk(self, shapes: Any, automatic: bool) -> None:
+        """Compile the chunk for states of these shapes, in smaller groups until it fits."""
         while True:
-            chunk = layout.over_members(self.layout, program.chunk(self.algo, self.every, MAX_ROWS))
+            chunk = layout.over_members(self.layout, program.chunk(self.algo, self.every, self.max_rows))
+            states = layout.shapes(self.layout, shapes)
             smallest = not automatic or self.layout.group_size == 1
             try:
-                self.chunk = jax.jit(chunk, donate_argnums=0).lower(self.state, jnp.int32(1)).compile()
+                lowered = jax.jit(chunk, donate_argnums=0).lower(states, jnp.int32(1))
+                self.chunk = lowered.compile(compiler_options=host.compiler_options())
                 if smallest or self._fits():
-                    break
+                    return
             except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
                 if smallest or "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-            smaller = max(1, self.layout.group_size // 2) * len(chosen.devices)
-            self.layout = layout.choose(chosen.num_members, list(chosen.devices), smaller)
-            self.state = layout.put(
-                self.layout, layout.pad(self.layout, jax.tree.map(lambda x: x[: chosen.num_members], self.state))
-            )
-        self.compile_seconds = time.perf_counter() - begin
+            devices = list(self.layout.devices)
+            smaller = max(1, self.layout.group_size // 2) * len(devices)
+            self.layout = layout.choose(self.layout.num_members, devices, smaller)
 
     def _fits(self) -> bool:
         device = self.layout.devices[0]
@@ -231,7 +243,7 @@ class _Run:
             self.progress.say(f"{self.folder}: {where}")
 
     def _reread(self) -> None:
-        env_steps, metrics = log.read(self.folder / "metrics.csv", len(self.members.labels))
+        env_steps, metrics = log.table(self.folder, self.members.labels).read()
         self.history.append({k: v.astype(np.float32) for k, v in metrics.items()} | {"env_steps": env_steps})
         for name, values in metrics.items():
             if name not in program.PER_EPISODE:
@@ -252,6 +264,8 @@ class _Run:
 
     def loop(self, eval_every: int | None) -> bool:
         """Train to the end; returns false if a signal stopped it, with everything saved."""
+        if self.eval_episodes and self.layout.devices[0].platform != "cpu":
+            self._evaluators  # noqa: B018  (a CPU is busy training: there they are compiled when they are needed)
         pending: tuple[int, int, Any] | None = None
         seconds_per_update, saved_at = 0.0, time.perf_counter()
         with StopOnSignal() as stop:
@@ -294,7 +308,7 @@ class _Run:
     def _chunk_length(self, seconds_per_update: float, eval_every: int | None) -> int:
         """Updates that take about a second: whole rows, not past the next evaluation or the end."""
         rows = int(CHUNK_SECONDS / seconds_per_update / self.every) if seconds_per_update else 1
-        n = self.every * min(max(rows, 1), MAX_ROWS)
+        n = self.every * min(max(rows, 1), self.max_rows)
         if eval_every is not None:
             to_evaluation = eval_every - self.done % eval_every
             n = min(n, -(-to_evaluation // self.every) * self.every)
@@ -302,11 +316,12 @@ class _Run:
 
     def _consume(self, start: int, n: int, rows: program.Rows) -> None:
         """Take in the metrics of a chunk: report NaNs, write them down, move the progress bar."""
-        rows = layout.fetch(self.layout, rows)
+        num_rows = -(-n // self.every)
+        filled = min(self.max_rows, 1 << (num_rows - 1).bit_length())  # a power of two: few programs
+        rows = layout.fetch(self.layout, program.first_rows(rows, filled))
         for member in np.flatnonzero(rows.first_bad >= 0).tolist():
             if member not in self.bad:
                 self._report_nan(member, start + int(rows.first_bad[member]) + 1)
-        num_rows = -(-n // self.every)
         counts = np.minimum(self.every, n - self.every * np.arange(num_rows))
         metrics = _averages({k: v[:, :num_rows] for k, v in rows.sums.items()}, counts)
         updates = start + np.minimum(self.every * (1 + np.arange(num_rows)), n)
@@ -333,14 +348,26 @@ class _Run:
 
     # Evaluating and finishing
 
+    @functools.cached_property
+    def _evaluators(self) -> dict[str, Future]:
+        """The programs of greedy and of sampled evaluation, compiled in the background from the first use of this on."""
+        states = layout.shapes(self.layout, self.state)
+
+        def compiled(greedy: bool) -> Any:
+            def one(state: Any, key: jax.Array) -> Any:
+                return evaluate(self.algo, state, key, self.eval_episodes, greedy)
+
+            members = layout.over_members(self.layout, jax.vmap(one, in_axes=(0, None)))
+            return jax.jit(members).lower(states, jax.random.key(EVAL_SEED)).compile()
+
+        pool = ThreadPoolExecutor(2)
+        return {"greedy": pool.submit(compiled, True), "sampled": pool.submit(compiled, False)}
+
     def _evaluate(self) -> dict[str, Any]:
         """Greedy and sampled evaluation of every member, as summaries by cell."""
         per_mode = {}
-        for mode, greedy in (("greedy", True), ("sampled", False)):
-            if not hasattr(self, f"_{mode}"):
-                one = lambda s, k, greedy=greedy: evaluate(self.algo, s, k, self.eval_episodes, greedy)  # noqa: E731
-                setattr(self, f"_{mode}", jax.jit(layout.over_members(self.layout, jax.vmap(one, in_axes=(0, None)))))
-            out = layout.fetch(self.layout, getattr(self, f"_{mode}")(self.state, jax.random.key(EVAL_SEED)))
+        for mode, program_of in self._evaluators.items():
+            out = layout.fetch(self.layout, program_of.result()(self.state, jax.random.key(EVAL_SEED)))
             means = out.returns.mean(1).astype(float)
             means[list(self.bad)] = np.nan
             per_mode[mode] = means.reshape(len(self.members.cells), -1)

@@ -1,4 +1,4 @@
-"""Learning curves: IQM over seeds with its 95% band, every seed faint behind it."""
+"""Learning curves: IQM over seeds with its 95% band, the seeds faint behind it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +9,7 @@ import numpy as np
 from jrl.run.stats import interval, iqm
 
 POINTS = 100
+FAINT = 200  # seeds that are drawn one by one
 
 
 def curve(returns: np.ndarray, episodes: np.ndarray, env_steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -72,8 +73,10 @@ def _draw_line(axes: Any, color: str, label: str, x: np.ndarray, y: np.ndarray, 
     if not len(x):
         return
     if alone:
-        axes.plot(x, y.T, color=color, alpha=0.15, linewidth=0.8)
-    low, high = (np.where(np.isfinite(bound), bound, iqm(y)) for bound in interval(y, samples=300))
+        axes.plot(x, y[:FAINT].T, color=color, alpha=0.15, linewidth=0.8)
+    low, high = (
+        np.where(np.isfinite(bound), bound, iqm(y)) for bound in interval(y, samples=300 if len(y) <= FAINT else 100)
+    )
     axes.plot(
         x,
         iqm(y),

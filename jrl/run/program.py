@@ -1,10 +1,12 @@
 """The compiled programs of a run."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrl.algorithm import Algorithm, Metrics, State
 
@@ -45,6 +47,11 @@ class Rows(NamedTuple):
     first_bad: Array
 
 
+def max_rows(num_members: int) -> int:
+    """Rows of metrics that a chunk can hold on the device: fewer for thousands of members."""
+    return max(64, min(1024, 2**18 // num_members))
+
+
 def chunk(algo: Algorithm, log_every: int, max_rows: int) -> Callable[[State, Array], tuple[State, Rows]]:
     """``(states, n) -> (states, rows)``: ``n`` updates of a group of members, ``log_every`` of them summed into each row.
 
@@ -54,23 +61,30 @@ def chunk(algo: Algorithm, log_every: int, max_rows: int) -> Callable[[State, Ar
 
     def run(states: State, n: Array) -> tuple[State, Rows]:
         num_members = jax.tree.leaves(states)[0].shape[0]
-        shapes = jax.eval_shape(update, states)[1]
-        sums = jax.tree.map(lambda m: jnp.zeros((max_rows, num_members), jnp.float32), shapes)
+        names = list(jax.eval_shape(update, states)[1])
+        checked = np.array([name not in PER_EPISODE for name in names])[:, None]
 
         def body(i: Array, carry: Any) -> Any:
             states, sums, bad = carry
             states, metrics = update(states)
-            wrong = ~jnp.all(jnp.stack([jnp.isfinite(m) for k, m in metrics.items() if k not in PER_EPISODE]), axis=0)
+            wrong = ~jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in names])) | ~checked, axis=0)
             bad = jnp.where((bad < 0) & wrong, i, bad)
-            row = i // log_every
-            sums = jax.tree.map(lambda total, m: total.at[row].add(m), sums, _weigh(metrics))
-            return states, sums, bad
+            weighed = _weigh(metrics)
+            return states, sums.at[i // log_every].add(jnp.stack([weighed[name] for name in names])), bad
 
+        # All metrics stand in one array, so that an update writes once.
+        sums = jnp.zeros((max_rows, len(names), num_members), jnp.float32)
         start = (states, sums, jnp.full(num_members, -1, jnp.int32))
         states, sums, bad = jax.lax.fori_loop(0, n, body, start)
-        return states, Rows(jax.tree.map(lambda x: x.T, sums), bad)
+        return states, Rows({name: sums[:, i].T for i, name in enumerate(names)}, bad)
 
     return run
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def first_rows(rows: Rows, num_rows: int) -> Rows:
+    """The rows that a chunk has filled, before they are copied to the host."""
+    return rows._replace(sums={name: x[:, :num_rows] for name, x in rows.sums.items()})
 
 
 def _weigh(metrics: Metrics) -> Metrics:
