@@ -3,6 +3,7 @@
 import math
 import zlib
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.envs.types import Discrete, Space
+from jrl.nets import fused
 from jrl.nets.initializers import orthogonal
 from jrl.nets.torso import (
     Activation,
@@ -67,7 +69,15 @@ def action_values(config: ValueConfig, obs_spec: Any, space: Space, atoms: int =
     if not isinstance(space, Discrete):
         raise ValueError(f"action values need discrete actions; got {space}")
     shape = observation_shape(config, obs_spec)
-    return as_network(ActionValues(config, len(shape), space.n, atoms), config, obs_spec, empty_memory(config))
+    network = as_network(ActionValues(config, len(shape), space.n, atoms), config, obs_spec, empty_memory(config))
+    plain = not config.dueling and not config.noisy and atoms == 1
+    fits = plain and fused.fits(config, shape) and space.n <= fused.MOST_OUTPUTS
+    return fused.over(network, len(shape), partial(fused_values, config)) if fits else network
+
+
+def fused_values(config: ValueConfig, params: Any, x: Array, mask: Array | None) -> Array:
+    """What ``ActionValues`` computes, by the fused kernel."""
+    return fused.towers(config, [params["torso"]], [params["values"]], x)[0]
 
 
 class ActionValues(nn.Module):

@@ -1,6 +1,7 @@
 """Actor-critic networks: a torso, an optional GRU, and heads for policy and value."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from jrl.distributions import MASKED, NormalParams
 from jrl.envs.types import Box, Discrete, MultiDiscrete, Space
+from jrl.nets import fused
 from jrl.nets.initializers import orthogonal
 from jrl.nets.torso import (
     Features,
@@ -59,7 +61,22 @@ def actor_critic(config: Config, obs_spec: Any, space: Space) -> Network:
     module = ActorCritic(config, len(shape), space)
     towers = 1 if config.shared else 2
     memory = tuple(empty_memory(config) for _ in range(towers)) if config.remembers else ()
-    return as_network(module, config, obs_spec, memory)
+    network = as_network(module, config, obs_spec, memory)
+    fits = fused.fits(config, shape) and policy_width(space) < fused.MOST_OUTPUTS
+    return fused.over(network, len(shape), partial(fused_outputs, config, space)) if fits else network
+
+
+def fused_outputs(config: Config, space: Space, params: Any, x: Array, mask: Array | None) -> Outputs:
+    """What ``ActorCritic`` computes, by the fused kernel."""
+    policy, value = params["policy"]["out"], params["value"]
+    if config.shared:
+        heads = jax.tree.map(lambda p, v: jnp.concatenate([p, v], axis=-1), policy, value)
+        [out] = fused.towers(config, [params["shared"]], [heads], x)
+        logits, value = out[..., :-1], out[..., -1]
+    else:
+        logits, value = fused.towers(config, [params["actor"], params["critic"]], [policy, value], x)
+        value = value[..., 0]
+    return Outputs(policy_params(space, logits, params["policy"].get("log_std"), mask), value)
 
 
 class ActorCritic(nn.Module):
@@ -92,15 +109,28 @@ class Policy(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None) -> Any:
-        match self.space:
-            case Discrete(n):
-                width = n
-            case MultiDiscrete(nvec):
-                width = sum(nvec)
-            case Box(low):
-                width = len(low)
+        width = policy_width(self.space)
         out = nn.Dense(width, kernel_init=orthogonal(0.01), dot_general=wide_dot, name="out")(x)
+        log_std = None
         if isinstance(self.space, Box):
             log_std = self.param("log_std", nn.initializers.constant(self.log_std), (width,))
-            return NormalParams(out, jnp.broadcast_to(log_std, out.shape).astype(out.dtype))
-        return out if mask is None else jnp.where(mask, out, max(MASKED, float(jnp.finfo(out.dtype).min)))
+        return policy_params(self.space, out, log_std, mask)
+
+
+def policy_width(space: Space) -> int:
+    """How many numbers the head of a policy gives, besides a standard deviation."""
+    match space:
+        case Discrete(n):
+            return n
+        case MultiDiscrete(nvec):
+            return sum(nvec)
+        case Box(low):
+            return len(low)
+
+
+def policy_params(space: Space, out: Array, log_std: Array | None, mask: Array | None) -> Any:
+    """The parameters of the distribution over actions, of the head's answer."""
+    if isinstance(space, Box):
+        assert log_std is not None
+        return NormalParams(out, jnp.broadcast_to(log_std, out.shape).astype(out.dtype))
+    return out if mask is None else jnp.where(mask, out, max(MASKED, float(jnp.finfo(out.dtype).min)))
