@@ -8,6 +8,7 @@ What is finished in the folder is not trained again. It leaves precision.png and
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ import jax
 import numpy as np
 import tyro
 
-from jrl import algorithm, checks, envs, precision, run
+from jrl import algorithm, checks, envs, host, precision, run
 from jrl.algorithm import Algorithm
 from jrl.algos import ppo
 from jrl.algos.presets import Preset, ppo_preset
 from jrl.run import cli, memory, plot, report, stats
 
+EXACT = "float32 exact"  # products of matrices in float32 too: a GPU rounds their operands to TF32, a TPU to bfloat16, unless told
 # The policy, how parameters are stepped, and the dtype of the optimizer's moments.
 VARIANTS = {
     "float32": ("float32", "nearest", "float32"),
+    EXACT: ("float32", "nearest", "float32"),
     "bfloat16": ("bfloat16", "nearest", "float32"),
     "float16 scaled": ("float16", "nearest", "float32"),
     "pure bfloat16": ("pure_bfloat16", "nearest", "float32"),
@@ -41,7 +44,8 @@ class Args:
 
     Attributes:
         env: environment, with its preset.
-        variants: which to compare; the first is what the others are compared with.
+        variants: which to compare; the first is what the others are compared with. "float32 exact" is the default's speed without
+            the rounding of products that GPUs and TPUs do, and the same as float32 on a CPU.
         env_steps: budget of each seed; default from the preset.
         num_seeds: seeds of each variant.
         seed: the key that every seed's key is split from.
@@ -52,7 +56,7 @@ class Args:
     """
 
     env: str = "CartPole-v1"
-    variants: tuple[str, ...] = tuple(VARIANTS)
+    variants: tuple[str, ...] = tuple(name for name in VARIANTS if name != EXACT)
     env_steps: int | None = None
     num_seeds: int = 16
     seed: int = 0
@@ -68,7 +72,8 @@ def variant(preset: Preset, env: envs.Environment, name: str, width: int | None 
     config = replace(preset.config, optimizer=optimizer)
     if width is not None:
         config = replace(config, network=replace(config.network, hidden=(width, width)))
-    return precision.apply(policy, ppo.make(env, config, preset.hyper))
+    algo = precision.apply(policy, ppo.make(env, config, preset.hyper))
+    return algo._replace(update=precision.exact(algo.update)) if name == EXACT else algo
 
 
 def compare(args: Args, preset: Preset, folder: Path) -> None:
@@ -122,20 +127,35 @@ def compare_speed(args: Args, preset: Preset, widths: tuple[int, ...], folder: P
     """Print environment steps a second of each variant by the width of the hidden layers, learning included."""
     env = envs.make(args.env)
     rows: list[dict[str, Any]] = []
+    jobs = 1 if jax.default_backend() == "cpu" else host.num_cores() // 2
+    with ThreadPoolExecutor(max(1, jobs)) as pool:  # compilers work beside each other, what they made is timed alone
+        made = {
+            (width, name): pool.submit(compiled, variant(preset, env, name, width), args.num_seeds)
+            for width in widths
+            for name in args.variants
+        }
+        wait(made.values())
     for width in widths:
-        speeds = {n: steps_per_second(variant(preset, env, n, width), args.num_seeds, args.seed) for n in args.variants}
+        speeds = {n: steps_per_second(*made.pop((width, n)).result(), args.num_seeds, args.seed) for n in args.variants}
         for name, speed in speeds.items():
             ratio = f"{speed / speeds[args.variants[0]]:.2f}"
             rows.append({"width": width, "variant": name, "steps/s": f"{speed:,.0f}", "speed": ratio})
     report.print_table(folder / "speed.csv", rows)
 
 
-def steps_per_second(algo: Algorithm, num_seeds: int, seed: int) -> float:
-    """Environment steps of all seeds a second: the median over updates of at least a second."""
+def compiled(algo: Algorithm, num_seeds: int) -> tuple[Algorithm, Any]:
+    """The algorithm over seeds, and its update compiled."""
     algo = algorithm.over_seeds(algo)
+    states = jax.eval_shape(algo.init, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_seeds)))
+    lowered = jax.jit(algo.update, donate_argnums=0).lower(states)
+    return algo, lowered.compile(compiler_options=host.compiler_options())
+
+
+def steps_per_second(algo: Algorithm, update: Any, num_seeds: int, seed: int) -> float:
+    """Environment steps of all seeds a second: the median over updates of at least a second."""
     state = jax.jit(algo.init)(jax.random.split(jax.random.key(seed), num_seeds))
-    update = jax.jit(algo.update, donate_argnums=0)
-    state = jax.block_until_ready(update(state)[0])
+    for _ in range(2):  # a GPU records the second call, and repeats it from then on
+        state = jax.block_until_ready(update(state)[0])
     seconds: list[float] = []
     while len(seconds) < 3 or sum(seconds) < 1.0:
         begin = time.perf_counter()

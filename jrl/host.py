@@ -37,13 +37,31 @@ def hopper() -> bool:
 
 
 def compiler_options() -> dict[str, Any]:
-    """Options with which JAX compiles a whole update for this machine, as ``jax.jit(f, compiler_options=...)`` takes them.
+    """Options with which to compile a whole update for this machine: ``jax.jit(f, compiler_options=host.compiler_options())``.
 
-    On a GPU the kernels of an update that do not need each other run at the same time.
+    On a GPU the kernels that do not need each other then run at the same time. No number changes.
     """
-    if platform() != "gpu" or jax.__version_info__ < (0, 11):
+    return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"} if _takes_options() else {}
+
+
+def chunk_compiler_options() -> dict[str, Any]:
+    """Options for a program that repeats an update so often as an argument says, as the run loop's chunks do.
+
+    On a GPU the whole update, its loops included, is then recorded once and launched as one graph. A loop over updates of a length
+    that is known before would be recorded whole, which takes longer than it saves.
+    """
+    if not _takes_options():
         return {}
-    return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+    recorded = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+    return compiler_options() | {
+        "xla_gpu_enable_command_buffer": recorded,
+        "xla_gpu_graph_min_graph_size": 2,
+        "xla_gpu_command_buffer_unroll_loops": True,
+    }
+
+
+def _takes_options() -> bool:
+    return platform() == "gpu" and jax.__version_info__ >= (0, 11)
 
 
 def use_cpu_cores() -> None:

@@ -1,93 +1,46 @@
 """Environment steps a second, learning included, side by side with the peers that install from the package index.
 
-    bash scripts/bench                                    PPO on CartPole-v1 at 1, 8, 32 and 128 seeds, against rejax
+    bash scripts/bench                                    PPO on CartPole-v1 against rejax: at 1, 8, 32 and 128 seeds on a CPU,
+                                                          at 1, 32, 256 and 2048 on a GPU
     bash scripts/bench --algo dqn --seeds 1 8 32          DQN: 10 envs, a gradient step on 128 transitions every 10 steps
     bash scripts/bench --algo dqn --seeds 1 4 --num-envs 1 --batch-size 256 --capacity 131072 --budget 8000
                                                           DQN at rejax's own setting
+    bash scripts/bench --algo pqn --seeds 1 8             PQN: 32 envs x 64 steps, 4 epochs x 16 minibatches
     bash scripts/bench --env Breakout-MinAtar --seeds 1 4 --num-envs 64
     bash scripts/bench --algo grpo                        tokens a second of a language model: see bench_grpo.py
 
-Both run the same setting. PPO: 128 steps, 4 epochs of 4 minibatches, two towers of 64 tanh units. DQN: double, one step in each
-environment, then one gradient step; 64 x 64 relu units. All in float32 with Adam. Each is compiled once, then timed; the figure
-is the best of --repeats, and the order alternates, since a shared machine drifts. Peers live in an environment of their
-own, .venv-peers, made by the first run.
+Both run the same setting: float32, Adam with a constant learning rate, gradients clipped by value as rejax does. PPO: 128 steps, 4
+epochs of 4 minibatches, two towers of 64 tanh units. DQN: double, one step in each environment, then one gradient step; 64 x 64
+relu units. PQN: 64 x 64 relu units with layer normalization. Every program is a process of its own: it compiles, waits, and is
+timed when it is told to, alone on the machine; the figure is the best of --repeats. "run.train" is the run loop with a folder, metrics, checkpoints and
+evaluation, over a run of --loop-steps for each seed; its last column is what it takes besides compiling and training.
+Peers live in an environment of their own, .venv-peers, made by the first run.
 """
 
 import json
+import os
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several programs wait on one GPU
 
 import bench_grpo
+import jax
 import tyro
 
-ROOT = Path(__file__).parents[1]
-PEERS = ROOT / ".venv-peers"
+from jrl.host import num_cores
 
-# What a program measures: it is given its settings, and prints steps a second and seconds of compiling.
-JRL = """
-import sys, json, time, jax, jax.numpy as jnp
-s = json.loads(sys.argv[1])
-import jrl
-from jrl import envs, nets
-from jrl.algos import dqn, ppo
-from jrl.run import layout, program
-env = envs.make(s["env"])
-if s["algo"] == "ppo":
-    algo = ppo.make(env, ppo.Config(num_envs=s["num_envs"], network=nets.Config(torso="mlp")))
-else:
-    algo = dqn.make(env, dqn.Config(num_envs=s["num_envs"], batch_size=s["batch_size"], capacity=s["capacity"],
-                                    learning_starts=0, target_every=s["target_every"],
-                                    network=nets.ValueConfig(torso="mlp", hidden=(64, 64), norm="none")))
-updates = max(1, s["budget"] // algo.env_steps_per_update // s["num_seeds"])
-begin = time.perf_counter()
-lay = layout.choose(s["num_seeds"], jax.devices(), None)
-keys = layout.put(lay, layout.pad(lay, jax.random.split(jax.random.key(0), s["num_seeds"])))
-state = jax.jit(layout.over_members(lay, jax.vmap(lambda k: algo.init(k, None, 10**6))))(keys)
-chunk = jax.jit(layout.over_members(lay, program.chunk(algo, max(1, updates // 1000), 1024)), donate_argnums=0)
-n = jnp.int32(updates)
-chunk = chunk.lower(state, n).compile()
-compile_seconds = time.perf_counter() - begin
-state, rows = jax.block_until_ready(chunk(state, n))
-seconds = []
-for _ in range(s["repeats"]):
-    begin = time.perf_counter()
-    state, rows = jax.block_until_ready(chunk(state, n))
-    seconds.append(time.perf_counter() - begin)
-print(json.dumps([updates * algo.env_steps_per_update * s["num_seeds"] / min(seconds), compile_seconds]))
-"""
-
-REJAX = """
-import sys, json, time, jax
-s = json.loads(sys.argv[1])
-from rejax import DQN, PPO
-per_update = s["num_envs"] * (128 if s["algo"] == "ppo" else 1)
-steps = max(1, s["budget"] // per_update // s["num_seeds"]) * per_update
-common = dict(env=s["env"], num_envs=s["num_envs"], total_timesteps=steps, eval_freq=steps, skip_initial_evaluation=True,
-              learning_rate=2.5e-4)
-if s["algo"] == "ppo":
-    algo = PPO.create(num_steps=128, num_epochs=4, num_minibatches=4, max_grad_norm=0.5,
-                      agent_kwargs={"activation": "tanh", "hidden_layer_sizes": (64, 64)}, **common)
-else:
-    algo = DQN.create(batch_size=s["batch_size"], buffer_size=s["capacity"], fill_buffer=0, num_epochs=1, ddqn=True,
-                      target_update_freq=s["target_every"] * s["num_envs"], max_grad_norm=10.0,
-                      agent_kwargs={"activation": "relu"}, **common)
-algo = algo.replace(eval_callback=lambda *args: ())  # training alone is timed
-keys = jax.random.split(jax.random.key(0), s["num_seeds"])
-begin = time.perf_counter()
-train = jax.jit(jax.vmap(algo.train)).lower(keys).compile()
-compile_seconds = time.perf_counter() - begin
-jax.block_until_ready(train(keys))
-seconds = []
-for _ in range(s["repeats"]):
-    begin = time.perf_counter()
-    jax.block_until_ready(train(keys))
-    seconds.append(time.perf_counter() - begin)
-print(json.dumps([steps * s["num_seeds"] / min(seconds), compile_seconds]))
-"""
+HERE = Path(__file__).parent
+PEERS = HERE.parent / ".venv-peers"
+DETAILS = {
+    "ppo": "{num_envs} envs x 128 steps, 4 epochs x 4 minibatches, two 64x64 tanh towers",
+    "dqn": "{num_envs} envs x one step, a gradient step on {batch_size} of {capacity:,} transitions, 64x64 relu",
+    "pqn": "{num_envs} envs x 64 steps, 4 epochs x 16 minibatches, 64x64 relu with layer normalization",
+}
 
 
 @dataclass(frozen=True)
@@ -95,54 +48,109 @@ class Args:
     """Measure speed against the peers.
 
     Attributes:
-        algo: ppo, dqn, or grpo, which has no peer that trains seeds side by side.
-        env: environment; peers must have it under the same id.
-        seeds: numbers of seeds; 1, 8, 32 and 128, for GRPO 1 and 8, if not given.
-        num_envs: environments of each seed; 4 for PPO and 10 for DQN if not given.
-        batch_size: transitions in a minibatch of DQN.
-        capacity: of DQN's replay.
-        target_every: updates between copies into DQN's target network.
-        budget: environment steps of one measurement, over all seeds.
-        repeats: measurements, of which the best counts.
-        peers: which peers: rejax.
+        algo: ppo, dqn, pqn, or grpo, which has no peer that trains seeds side by side.
+        env: Environment; peers must have it under the same id.
+        seeds: Numbers of seeds; 1, 8, 32 and 128, on a GPU 1, 32, 256 and 2048, for GRPO 1 and 8, if not given.
+        num_envs: Environments of each seed; 4 for PPO, 10 for DQN and 32 for PQN if not given.
+        batch_size: Transitions in a minibatch of DQN.
+        capacity: Transitions in the replay of DQN.
+        target_every: Updates between copies into the target network of DQN.
+        budget: Environment steps of one measurement, over all seeds; 1 million on a CPU if not given, on a GPU what takes about a second.
+        loop_steps: Environment steps of each seed in a run of the run loop, which is then measured too; 0 for none.
+        repeats: Measurements, of which the best counts.
+        peers: Which peers, of rejax.
+        peer_wheels: Folder with the wheels of the peers and what they need beside JAX, where there is no package index.
+        jobs: Programs that compile beside each other; 1 on a CPU if not given, on a GPU half as many as there are cores.
     """
 
-    algo: Literal["ppo", "dqn", "grpo"] = "ppo"
+    algo: Literal["ppo", "dqn", "pqn", "grpo"] = "ppo"
     env: str = "CartPole-v1"
     seeds: tuple[int, ...] | None = None
     num_envs: int | None = None
     batch_size: int = 128
     capacity: int = 10_000
     target_every: int = 50
-    budget: int = 1_000_000
+    budget: int | None = None
+    loop_steps: int = 0
     repeats: int = 3
     peers: tuple[str, ...] = ("rejax",)
-
-    def setting(self) -> dict:
-        """What every program is given, but the number of seeds."""
-        default = {"ppo": 4, "dqn": 10}[self.algo]
-        return asdict(self) | {"num_envs": default if self.num_envs is None else self.num_envs}
+    peer_wheels: Path | None = None
+    jobs: int | None = None
 
 
-def measure(python: str, code: str, args: Args, num_seeds: int) -> tuple[float, float]:
-    """Steps a second and compile seconds of one program, in a process of its own. Raises ``SystemExit`` if it fails."""
-    setting = json.dumps(args.setting() | {"num_seeds": num_seeds})
-    done = subprocess.run([python, "-c", code, setting], capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(f"error: a measurement failed: {done.stderr.strip().splitlines()[-1]}")
-    speed, compiling = json.loads(done.stdout.strip().splitlines()[-1])
-    return speed, compiling
+class Program:
+    """A program to be measured, in a process that compiles at once and is timed when told to."""
+
+    def __init__(self, name: str, python: str, setting: dict[str, Any], path: str | None = None) -> None:
+        self.name, self.num_seeds = name, setting["num_seeds"]
+        script = HERE / ("bench_rejax.py" if name == "rejax" else "bench_jrl.py")
+        environment = os.environ | ({} if path is None else {"PYTHONPATH": path})
+        command = [python, str(script), json.dumps(setting | {"program": name})]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+    def wait_until_compiled(self) -> None:
+        self._read()
+
+    def time(self) -> dict[str, Any]:
+        """What it measured. Raises ``SystemExit`` if it failed."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return json.loads(self._read())
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None and self.process.stderr is not None
+        line = self.process.stdout.readline()
+        if not line:
+            text = self.process.stderr.read().strip().splitlines()
+            raise SystemExit(
+                f"error: {self.name} at {self.num_seeds} seeds failed: {text[-1] if text else 'no output'}"
+            )
+        return line
 
 
-def peer_python() -> str:
-    """The interpreter of the peers' environment, made if it is missing."""
+def measurements(args: Args, seeds: tuple[int, ...]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Each program's ``(seeds, name, figures)``; the order alternates, since a shared machine drifts."""
+    path, python = None, ""
+    if args.peers:
+        python, path = peer_python(args.peer_wheels)
+    default = {"ppo": 4, "dqn": 10, "pqn": 32}[args.algo]
+    setting = asdict(args) | {"num_envs": default if args.num_envs is None else args.num_envs, "peer_wheels": None}
+    waiting = []
+    for i, num_seeds in enumerate(seeds):
+        of_jrl = ["jrl", *(["run.train"] if args.loop_steps else [])]
+        programs = [*((name, sys.executable, None) for name in of_jrl), *((name, python, path) for name in args.peers)]
+        for name, interpreter, where in programs if i % 2 == 0 else reversed(programs):
+            waiting.append((name, interpreter, setting | {"num_seeds": num_seeds}, where))
+    jobs = args.jobs or (1 if jax.default_backend() == "cpu" else max(1, num_cores() // 2))
+    for start in range(0, len(waiting), jobs):
+        together = [Program(*each) for each in waiting[start : start + jobs]]
+        for program in together:
+            program.wait_until_compiled()
+        for program in together:
+            print(f"{program.num_seeds} seeds, {program.name}", file=sys.stderr, flush=True)
+            yield program.num_seeds, program.name, program.time()
+
+
+def peer_python(wheels: Path | None) -> tuple[str, str | None]:
+    """The interpreter of the peers' environment, made if it is missing, and the path of modules that it needs besides."""
+    if wheels is not None:
+        site = PEERS / "site"
+        files = [str(path) for path in sorted(wheels.glob("*.whl"))]
+        if not files:
+            raise SystemExit(f"error: there are no wheels in {wheels}")
+        install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target"]
+        subprocess.run([*install, str(site), *files], check=True)
+        return sys.executable, str(site)
     python = PEERS / "bin/python"
     if not (PEERS / ".ready").exists():
         print(f"Setting up {PEERS} (a minute or two, once)", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", PEERS], check=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "rejax==0.1.3", "gymnax<1"], check=True)
+        accelerator = [] if jax.default_backend() == "cpu" else [f"jax[cuda13]=={jax.__version__}"]
+        subprocess.run([python, "-m", "pip", "install", "-q", "rejax==0.1.3", "gymnax<1", *accelerator], check=True)
         (PEERS / ".ready").touch()
-    return str(python)
+    return str(python), None
 
 
 def main(args: Args) -> None:
@@ -150,24 +158,31 @@ def main(args: Args) -> None:
         return bench_grpo.main(bench_grpo.Args(seeds=args.seeds or (1, 8), repeats=args.repeats))
     if not set(args.peers) <= {"rejax"}:
         raise SystemExit(f"error: peers must be of rejax; got {', '.join(args.peers)}")
-    programs = [("jrl", sys.executable, JRL)] + [(p, peer_python(), REJAX) for p in args.peers]
-    what = args.setting()
-    details = {
-        "ppo": "128 steps, 4 epochs x 4 minibatches, two 64x64 tanh towers",
-        "dqn": "one step, a gradient step on {batch_size} of {capacity:,} transitions, 64x64 relu".format(**what),
-    }
-    print(f"{args.algo.upper()} on {args.env}, {what['num_envs']} envs x {details[args.algo]}")
-    print("| seeds | program | env steps/s | jrl over it | compile s |\n| --- | --- | --- | --- | --- |")
-    for i, num_seeds in enumerate(args.seeds or (1, 8, 32, 128)):
-        found = {}
-        for name, python, code in programs if i % 2 == 0 else reversed(programs):
-            begin = time.monotonic()
-            found[name] = measure(python, code, args, num_seeds)
-            print(f"{num_seeds} seeds, {name}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
-        for name, (speed, compiling) in sorted(found.items()):
-            print(
-                f"| {num_seeds} | {name} | {speed:,.0f} | {found['jrl'][0] / speed:.2f} | {compiling:.1f} |", flush=True
-            )
+    on_cpu = jax.default_backend() == "cpu"
+    seeds = args.seeds or ((1, 8, 32, 128) if on_cpu else (1, 32, 256, 2048))
+    num_envs = args.num_envs or {"ppo": 4, "dqn": 10, "pqn": 32}[args.algo]
+    setting = DETAILS[args.algo].format(**asdict(args) | {"num_envs": num_envs})
+    print(f"{args.algo.upper()} on {args.env}, {setting}; {jax.devices()[0].device_kind}, JAX {jax.__version__}\n")
+    header = ("seeds", "program", "env steps/s", "jrl over it", "compile s", "GiB", "kernels an update", "besides s")
+    print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header), flush=True)
+    jrl: dict[int, float] = {}
+    held: dict[int, list[tuple[str, dict[str, Any]]]] = {}
+    for num_seeds, name, figures in measurements(args, seeds):
+        held.setdefault(num_seeds, []).append((name, figures))
+        if name == "jrl":
+            jrl[num_seeds] = figures["speed"]
+        if num_seeds in jrl:  # what was measured before jrl waits for it
+            for other, those in held.pop(num_seeds):
+                print(row(num_seeds, other, those, jrl[num_seeds]), flush=True)
+
+
+def row(num_seeds: int, name: str, figures: dict[str, Any], of_jrl: float) -> str:
+    """One line of the table."""
+    ratio = f"{of_jrl / figures['speed']:.2f}"
+    rest = [f"{figures['compile']:.1f}"]
+    for key, form in (("gib", ".2f"), ("kernels", ",.0f"), ("besides", ".1f")):
+        rest.append(format(figures[key], form) if figures.get(key) is not None else "-")
+    return f"| {num_seeds} | {name} | {figures['speed']:,.0f} | {ratio} | " + " | ".join(rest) + " |"
 
 
 if __name__ == "__main__":

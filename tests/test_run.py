@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import trim_mean
 
 from jrl import envs, nets, optim, run
 from jrl.algos import ppo
@@ -237,6 +238,9 @@ def test_evaluation_keys_are_shared_over_seeds():
 
 def test_iqm_and_interval():
     assert stats.iqm([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5
+    x = np.random.default_rng(0).normal(size=(9, 3))
+    np.testing.assert_allclose(stats.iqm(x, axis=1), trim_mean(x, 0.25, axis=1))
+    np.testing.assert_array_equal(np.isnan(stats.iqm(np.where(x == x.max(), np.nan, x))), (x == x.max()).any(0))
     low, high = stats.interval(np.arange(40.0))
     assert 10 < low < 19.5 < high < 29
     summary = stats.summarize([1.0, float("nan"), 3.0])

@@ -42,7 +42,7 @@ PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 def load(ref, layout):
     """Read global memory straight into registers."""
-    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  (of an older JAX)
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
 
 
 def down_columns(vector, width=64):
@@ -295,7 +295,8 @@ def backward_kernel(
 
     inputs = 0 if has_product(first) else first[0].shape[1]
     start = vectors(inputs), *vectors(1), zeros((64, 64), MATRIX), *vectors(1), vectors(dout.shape[1])
-    sums = lax.fori_loop(*tiles_of(chunk, chunks, tiles), add_tile, start)
+    first_tile, next_chunk = tiles_of(chunk, chunks, tiles)
+    sums = lax.fori_loop(first_tile, next_chunk, add_tile, start)
     dW1_columns, db1_sum, dW2_sum, db2_sum, dW3_columns = sums
     dfirst[1][agent, chunk] = db1_sum
     dW2[agent, chunk] = dW2_sum

@@ -68,10 +68,17 @@ class Log:
                 cells.setdefault(label.get("cell", ""), []).append(member)
         for cell, members in cells.items():
             for name, values in metrics.items():
-                for steps, x in zip(env_steps.tolist(), values[members].T, strict=True):
-                    if np.isfinite(x).any():
-                        self._events.write(f"training/{name} {cell}".strip(), float(iqm(x[np.isfinite(x)])), steps)
+                for steps, x in zip(env_steps.tolist(), _iqm_of_finite(values[members]), strict=True):
+                    if np.isfinite(x):
+                        self._events.write(f"training/{name} {cell}".strip(), float(x), steps)
         self._events.flush()
+
+
+def _iqm_of_finite(values: np.ndarray) -> np.ndarray:
+    """The IQM over the members whose number is finite, of ``[members, rows]``; NaN where there is none."""
+    if np.isfinite(values).all():
+        return iqm(values)
+    return np.array([iqm(x[np.isfinite(x)]) if np.isfinite(x).any() else np.nan for x in values.T])
 
 
 class Events:

@@ -196,7 +196,7 @@ class _Run:
             smallest = not automatic or self.layout.group_size == 1
             try:
                 lowered = jax.jit(chunk, donate_argnums=0).lower(states, jnp.int32(1))
-                self.chunk = lowered.compile(compiler_options=host.compiler_options())
+                self.chunk = lowered.compile(compiler_options=host.chunk_compiler_options())
                 if smallest or self._fits():
                     return
             except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
@@ -274,6 +274,8 @@ class _Run:
                     n = self._chunk_length(seconds_per_update, eval_every)
                     begin = time.perf_counter()
                     self.state, rows = self.chunk(self.state, jnp.int32(n))
+                    # Cut now: the device would do it only after the next chunk, and the host wait for that.
+                    rows = program.first_rows(rows, self._filled(n))
                     if pending is not None:
                         self._consume(*pending)  # while the device works
                     jax.block_until_ready(rows)
@@ -314,11 +316,15 @@ class _Run:
             n = min(n, -(-to_evaluation // self.every) * self.every)
         return min(n, self.total - self.done)
 
+    def _filled(self, n: int) -> int:
+        """How many rows of a chunk of ``n`` updates to copy: those that are filled, rounded up so that few programs do it."""
+        num_rows = -(-n // self.every)
+        return min(self.max_rows, 1 << (num_rows - 1).bit_length())
+
     def _consume(self, start: int, n: int, rows: program.Rows) -> None:
         """Take in the metrics of a chunk: report NaNs, write them down, move the progress bar."""
         num_rows = -(-n // self.every)
-        filled = min(self.max_rows, 1 << (num_rows - 1).bit_length())  # a power of two: few programs
-        rows = layout.fetch(self.layout, program.first_rows(rows, filled))
+        rows = layout.fetch(self.layout, rows)
         for member in np.flatnonzero(rows.first_bad >= 0).tolist():
             if member not in self.bad:
                 self._report_nan(member, start + int(rows.first_bad[member]) + 1)

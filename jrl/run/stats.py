@@ -3,12 +3,17 @@
 from typing import Any
 
 import numpy as np
-from scipy.stats import trim_mean
 
 
 def iqm(x: Any, axis: int = 0) -> np.ndarray:
-    """Interquartile mean along ``axis``: the mean of the middle half."""
-    return trim_mean(np.asarray(x, float), 0.25, axis=axis)
+    """Interquartile mean along ``axis``: the mean of the middle half, NaN where one number is.
+
+    It is ``scipy.stats.trim_mean(x, 0.25)``, without its checks, which for thousands of seeds take ten times as long as the mean.
+    """
+    x = np.moveaxis(np.asarray(x, float), axis, 0)
+    cut = len(x) // 4
+    middle = np.partition(x, (cut, len(x) - cut - 1), axis=0)[cut : len(x) - cut].mean(0)
+    return np.where(np.isnan(x).any(0), np.nan, middle)
 
 
 def interval(x: Any, level: float = 0.95, samples: int = 2000) -> tuple[np.ndarray, np.ndarray]:

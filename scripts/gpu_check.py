@@ -1,0 +1,108 @@
+"""Compile an algorithm's whole update for an NVIDIA H100 ahead of time, without a GPU, and print what it will need and launch.
+
+    bash scripts/gpu_check                      PPO, DQN, R2D2 and PQN at 32 and 2048 seeds
+    bash scripts/gpu_check --algos ppo --env Breakout-MinAtar --seeds 64
+
+For each program: GiB of memory, the kernels that one update launches, and its largest loops as trips x kernels. A launch costs
+a microsecond or two, which up to some hundreds of small agents is all the time there is. It says that the program compiles
+and what it needs, not that it ran.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax._src.xla_bridge as xla_bridge
+import numpy as np
+import tyro
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jrl import checks, envs, host
+from jrl.algorithm import Algorithm, over_seeds
+from jrl.algos import dqn, ppo, pqn, presets, r2d2
+from jrl.run.kernels import launches
+
+ALGOS = {
+    "ppo": (ppo, presets.ppo_preset),
+    "dqn": (dqn, presets.dqn_preset),
+    "r2d2": (r2d2, presets.r2d2_preset),
+    "pqn": (pqn, presets.pqn_preset),
+}
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compile the update of algorithms for an H100.
+
+    Attributes:
+        algos: Algorithms, of ppo, dqn, r2d2, pqn.
+        seeds: Numbers of seeds in one program.
+        env: Environment, with its preset.
+    """
+
+    algos: tuple[str, ...] = tuple(ALGOS)
+    seeds: tuple[int, ...] = (32, 2048)
+    env: str = "CartPole-v1"
+
+
+def h100() -> NamedSharding:
+    """The placement of a program on one H100 that is not there."""
+    canonical = xla_bridge.canonicalize_platform
+
+    def without_a_device(platform: str) -> str:  # JAX asks for a live GPU here, which its compiler does not need
+        try:
+            return canonical(platform)
+        except RuntimeError:
+            return "cuda" if platform in ("gpu", "cuda") else platform
+
+    xla_bridge.canonicalize_platform = without_a_device
+    target = (Path(__file__).parent / "h100_target.txt").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    mesh = Mesh(np.array(topology.devices).reshape(-1), ("gpu",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def compile_update(algo: Algorithm, num_seeds: int, place: NamedSharding) -> Any:
+    """The update of ``num_seeds`` seeds, compiled."""
+    algo = over_seeds(algo)
+    state = jax.eval_shape(algo.init, jax.eval_shape(lambda: jax.random.split(jax.random.key(0), num_seeds)))
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    return jax.jit(algo.update, donate_argnums=0, out_shardings=place).lower(placed).compile()
+
+
+def table(name: str, args: Args, place: NamedSharding) -> None:
+    """One algorithm's programs, a row for each number of seeds."""
+    module, preset_of = ALGOS[name]
+    preset = preset_of("auto", args.env)
+    algo = module.make(envs.make(args.env), preset.config, preset.hyper)
+    print(f"\n{name.upper()} on {algo.env.name}: one update, compiled for an H100\n")
+    print("| seeds | GiB | kernels | largest loops, trips x kernels | compile s |\n| --- | --- | --- | --- | --- |")
+    for num_seeds in args.seeds:
+        begin = time.perf_counter()
+        compiled = compile_update(algo, num_seeds, place)
+        seconds = time.perf_counter() - begin
+        used, found = compiled.memory_analysis(), launches(compiled)
+        gib = (used.temp_size_in_bytes + used.argument_size_in_bytes) / 2**30
+        loops = ", ".join(f"{loop.trips or '?'} x {loop.kernels}" for loop in found.loops[:3])
+        print(f"| {num_seeds} | {gib:.3f} | {found.total:,} | {loops} | {seconds:.0f} |", flush=True)
+
+
+def main(args: Args) -> None:
+    try:
+        for name in args.algos:
+            checks.one_of("algos", name, tuple(ALGOS))
+        for count in args.seeds:
+            checks.positive_int("seeds", count)
+        place = h100()
+        with host.traced_for("gpu"):
+            for name in args.algos:
+                table(name, args, place)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
