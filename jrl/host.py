@@ -14,7 +14,7 @@ _platform: str | None = None
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": what programs are traced for. JAX's default backend, except within ``traced_for``."""
+    """What programs are traced for, ``cpu``, ``gpu`` or ``tpu``: JAX's default backend, except within ``traced_for``."""
     return _platform or jax.default_backend()
 
 

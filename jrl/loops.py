@@ -28,16 +28,15 @@ def scan(
     """``jax.lax.scan``; on a GPU with outputs written together, and ``gpu_unroll`` steps in one body."""
     if host.platform() != "gpu":
         return jax.lax.scan(step, carry, xs, length, reverse)
-    first = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[0], x), xs)
-    shapes = jax.eval_shape(step, carry, first)[1]
-    packing = _Packing.of(shapes)
+    packings = []  # how the outputs are packed is known once the step is traced
 
     def packed_step(carry: Any, x: Any) -> tuple[Any, Any]:
         carry, y = step(carry, x)
-        return carry, packing.pack(y)
+        packings.append(_Packing.of(y))
+        return carry, packings[-1].pack(y)
 
     carry, packed = jax.lax.scan(packed_step, carry, xs, length, reverse, unroll=gpu_unroll)
-    return carry, packing.unpack(packed)
+    return carry, packings[-1].unpack(packed)
 
 
 class _Packing(NamedTuple):
@@ -50,7 +49,8 @@ class _Packing(NamedTuple):
 
     @classmethod
     def of(cls, tree: Any) -> "_Packing":
-        shapes, treedef = jax.tree.flatten(tree)
+        leaves, treedef = jax.tree.flatten(tree)
+        shapes = [jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves]
         together: dict[str, list[int]] = {}
         alone = []
         for i, x in enumerate(shapes):
@@ -64,7 +64,7 @@ class _Packing(NamedTuple):
     def pack(self, tree: Any) -> tuple[dict[str, Array], list[Array]]:
         leaves = jax.tree.leaves(tree)
         words = {
-            word: jnp.concatenate([_bits(leaves[i], word).ravel() for i in those])
+            word: jnp.concatenate([_bits(jnp.asarray(leaves[i]), word).ravel() for i in those])
             for word, those in self.together.items()
         }
         return words, [leaves[i] for i in self.alone]

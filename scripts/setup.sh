@@ -35,6 +35,8 @@ setup() {
   case $accel in cpu|tpu|cuda12|cuda13) ;; *) fail "JRL_ACCEL must be cpu, tpu, cuda12 or cuda13; got '$accel'" ;; esac
   if [ "$accel" = cpu ]; then
     export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu} TPU_SKIP_MDS_QUERY=1
+  else  # keep what was compiled, and which kernels were found to be the fastest, for the next process
+    export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
   fi
 
   if [ -n "${JRL_PYTHON:-}" ]; then

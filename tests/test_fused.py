@@ -133,6 +133,14 @@ def test_other_networks_are_left_to_xla(config):
     assert "mlp_" not in str(program) and "dot_general" in str(program)
 
 
+def test_the_kernels_can_be_turned_off(monkeypatch):
+    monkeypatch.setenv("JRL_KERNELS", "xla")
+    assert not fused.available()
+    monkeypatch.setenv("JRL_KERNELS", "triton")
+    with pytest.raises(ValueError, match="JRL_KERNELS must be one of auto, xla; got 'triton'"):
+        fused.available()
+
+
 def test_half_width_is_left_to_xla():
     network = nets.actor_critic(nets.Config(), jax.ShapeDtypeStruct((4,), jnp.float32), envs.Discrete(2))
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), network.init(jax.random.key(0)))

@@ -4,10 +4,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 
-from jrl import envs, mdp, returns, run
+from jrl import distributions, envs, mdp, returns, run
 from jrl.algos import td
 from jrl.envs import tabular
 from jrl.envs.types import observation_spec
@@ -520,3 +521,38 @@ def test_a_walled_in_cell_spoils_no_answer():
 def test_numbers_that_cannot_be_are_refused(bad, why):
     with pytest.raises(ValueError, match=why):
         mdp.make(**({"transition": jnp.full((2, 1, 2), 0.5), "reward": jnp.zeros((2, 1))} | bad))
+
+
+# Precision
+
+
+def rounded_products(function, *args):
+    """How many products of matrices a GPU or a TPU would round."""
+    precisions = [
+        eqn.params["precision"]
+        for eqn, _ in jaxprs.equations(jaxprs.of(function, *args))
+        if "dot" in eqn.primitive.name
+    ]
+    return len(precisions), sum(p != (jax.lax.Precision.HIGHEST,) * 2 for p in precisions)
+
+
+def test_exact_answers_and_tabular_values_are_products_in_float32():
+    process = tabular.random_walk(5)
+    policy, features = mdp.uniform_policy(process), jnp.ones((7, 2))
+    algo = td.make(envs.make("RandomWalk", num_states=5), td.Config(method="q_learning"))
+    state = algo.init(jax.random.key(0))
+    stream = random_stream(jax.random.key(0))
+    cases = [
+        (mdp.evaluate_policy, process, policy, 0.9),
+        (mdp.value_iteration, process, 0.9),
+        (lambda p, f: mdp.td_fixed_point(p, policy, 0.9, f, jnp.ones(7)), process, features),
+        (algo.update, state),
+        (lambda s: td.td(jnp.zeros(4), s, 0.1), stream),
+        (lambda s: td.lambda_return(jnp.zeros(4), s, 0.1, 0.5), stream),
+    ]
+    for function, *args in cases:
+        products, rounded = rounded_products(function, *args)
+        assert products and not rounded
+    entropy = distributions.tanh_normal(2).entropy
+    params = distributions.NormalParams(jnp.ones((3, 2)), jnp.zeros((3, 2)))
+    assert rounded_products(entropy, params)[0] == 0

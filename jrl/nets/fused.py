@@ -7,6 +7,7 @@ those of the flax modules in full float32, to rounding.
 """
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl import host
+from jrl import checks, host
 from jrl.envs.types import MaskedObs
 from jrl.nets.types import Network
 
@@ -24,8 +25,13 @@ MOST_OUTPUTS = 16
 
 
 def available() -> bool:
-    """Whether programs are traced for a machine that has the kernels."""
-    return host.hopper() and jax.__version_info__ >= NEEDS_JAX
+    """Whether programs are traced for a machine that has the kernels, and ``JRL_KERNELS=xla`` does not turn them off.
+
+    Raises ``ValueError`` for another value of that variable than ``auto`` and ``xla``.
+    """
+    wanted = os.environ.get("JRL_KERNELS", "auto")
+    checks.one_of("JRL_KERNELS", wanted, ("auto", "xla"))
+    return wanted == "auto" and host.hopper() and jax.__version_info__ >= NEEDS_JAX
 
 
 def fits(config: Any, obs_shape: tuple[int, ...]) -> bool:
