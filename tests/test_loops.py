@@ -60,8 +60,12 @@ def test_a_packed_scan_carries_keys_and_is_vmapped(as_on_a_gpu):
     keys = jax.random.split(jax.random.key(0), 3)
     wanted = jax.vmap(lambda k: jax.lax.scan(step, k, length=4))(keys)
     given = jax.vmap(lambda k: loops.scan(step, k, length=4))(keys)
-    data = lambda tree: jax.tree.map(lambda x: jax.random.key_data(x) if x.dtype == keys.dtype else x, tree)  # noqa: E731
-    jax.tree.map(np.testing.assert_array_equal, data(given), data(wanted))
+
+    def same(x, y):
+        x, y = (jax.random.key_data(k) if k.dtype == keys.dtype else k for k in (x, y))
+        np.testing.assert_array_equal(x, y)
+
+    jax.tree.map(same, given, wanted)
 
 
 def test_the_gradient_of_a_packed_scan(as_on_a_gpu):
@@ -85,7 +89,10 @@ def test_an_update_traced_for_a_gpu_gives_the_same(monkeypatch):
         given, gpu_metrics = jax.jit(algo.update)(state)
     jax.clear_caches()
     assert metrics["episodes"].min() >= 2
-    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)  # noqa: E731
+
+    def close(x, y):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
     jax.tree.map(close, (given.params, given.actors, gpu_metrics), (wanted.params, wanted.actors, metrics))
 
 
