@@ -27,7 +27,6 @@ EXACT = "float32 exact"  # products of matrices in float32 too: a GPU rounds the
 # The policy, how parameters are stepped, and the dtype of the optimizer's moments.
 VARIANTS = {
     "float32": ("float32", "nearest", "float32"),
-    EXACT: ("float32", "nearest", "float32"),
     "bfloat16": ("bfloat16", "nearest", "float32"),
     "float16 scaled": ("float16", "nearest", "float32"),
     "pure bfloat16": ("pure_bfloat16", "nearest", "float32"),
@@ -35,6 +34,7 @@ VARIANTS = {
     "pure bfloat16 kahan": ("pure_bfloat16", "kahan", "float32"),
     "pure bfloat16 master": ("pure_bfloat16", "master", "float32"),
     "all bfloat16 stochastic": ("pure_bfloat16", "stochastic", "bfloat16"),
+    EXACT: ("float32", "nearest", "float32"),
 }
 
 
