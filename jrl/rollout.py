@@ -70,7 +70,7 @@ def collect(
     step_keys, reset_keys = jax.random.split(key, (2, num_steps, num_envs))
     resets = jax.vmap(jax.vmap(env.reset))(reset_keys)
 
-    def step(carry: tuple[Actors, Episodes], x: Any) -> tuple[tuple[Actors, Episodes], Any]:
+    def step(carry: tuple[Actors, Episodes], x: Any) -> tuple[tuple[Actors, Episodes], Steps]:
         now, episodes = carry
         noise_t, keys, (reset_obs, reset_state) = x
         memory, action, extras = act(now.memory, now.obs, now.first, noise_t)
@@ -90,17 +90,11 @@ def collect(
             episode_return=jnp.where(ended, 0.0, total),
             episode_length=jnp.where(ended, 0, length),
         )
-        return (following, episodes), (reward, terminated, truncated, next_obs, extras)
+        return (following, episodes), Steps(now.obs, now.first, reward, terminated, truncated, next_obs, extras)
 
     nothing = Episodes(*(jnp.zeros(num_envs, jnp.float32),) * 3)
-    (following, episodes), out = loops.scan(step, (actors, nothing), (noise, step_keys, resets), gpu_unroll=UNROLL)
-    reward, terminated, truncated, next_obs, extras = out
-    # What was seen follows from the rest, so that the loop need not write it.
-    ended = (terminated | truncated)[:-1]
-    first = jnp.concatenate([actors.first[None], ended])
-    seen = jax.tree.map(lambda reset, x: _where(ended, reset[:-1], x[:-1]), resets[0], next_obs)
-    obs = jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), actors.obs, seen)
-    steps = Steps(obs, first, reward, terminated, truncated, next_obs, extras)
+    xs = (noise, step_keys, resets)
+    (following, episodes), steps = loops.scan(step, (actors, nothing), xs, gpu_unroll=UNROLL)
     return following, steps, jax.tree.map(jnp.sum, episodes)
 
 
@@ -133,10 +127,10 @@ def following_values(
 
 
 def _where(condition: Array, x: Any, y: Any) -> Any:
-    """``jnp.where`` over trees, with ``condition`` broadcast to each leaf, whose first axes it has."""
+    """``jnp.where`` over trees, with ``condition [B]`` broadcast to each leaf ``[B, ...]``."""
 
     def leaf(a: Array, b: Array) -> Array:
-        return jnp.where(condition.reshape(*condition.shape, *(1,) * (a.ndim - condition.ndim)), a, b)
+        return jnp.where(condition.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
 
     return jax.tree.map(leaf, x, y)
 
