@@ -36,6 +36,7 @@ from jrl.host import num_cores
 
 HERE = Path(__file__).parent
 PEERS = HERE.parent / ".venv-peers"
+NUM_ENVS = {"ppo": 4, "dqn": 10, "pqn": 32}
 DETAILS = {
     "ppo": "{num_envs} envs x 128 steps, 4 epochs x 4 minibatches, two 64x64 tanh towers",
     "dqn": "{num_envs} envs x one step, a gradient step on {batch_size} of {capacity:,} transitions, 64x64 relu",
@@ -77,6 +78,11 @@ class Args:
     peer_wheels: Path | None = None
     jobs: int | None = None
 
+    def setting(self) -> dict[str, Any]:
+        """What every program is given, but the number of seeds."""
+        num_envs = NUM_ENVS[self.algo] if self.num_envs is None else self.num_envs
+        return asdict(self) | {"num_envs": num_envs, "peer_wheels": None}
+
 
 class Program:
     """A program to be measured, in a process that compiles at once and is timed when told to."""
@@ -115,14 +121,12 @@ def measurements(args: Args, seeds: tuple[int, ...]) -> Iterator[tuple[int, str,
     path, python = None, ""
     if args.peers:
         python, path = peer_python(args.peer_wheels)
-    default = {"ppo": 4, "dqn": 10, "pqn": 32}[args.algo]
-    setting = asdict(args) | {"num_envs": default if args.num_envs is None else args.num_envs, "peer_wheels": None}
     waiting = []
     for i, num_seeds in enumerate(seeds):
         of_jrl = ["jrl", *(["run.train"] if args.loop_steps else [])]
         programs = [*((name, sys.executable, None) for name in of_jrl), *((name, python, path) for name in args.peers)]
         for name, interpreter, where in programs if i % 2 == 0 else reversed(programs):
-            waiting.append((name, interpreter, setting | {"num_seeds": num_seeds}, where))
+            waiting.append((name, interpreter, args.setting() | {"num_seeds": num_seeds}, where))
     jobs = args.jobs or (1 if jax.default_backend() == "cpu" else max(1, num_cores() // 2))
     for start in range(0, len(waiting), jobs):
         together = [Program(*each) for each in waiting[start : start + jobs]]
@@ -160,8 +164,7 @@ def main(args: Args) -> None:
         raise SystemExit(f"error: peers must be of rejax; got {', '.join(args.peers)}")
     on_cpu = jax.default_backend() == "cpu"
     seeds = args.seeds or ((1, 8, 32, 128) if on_cpu else (1, 32, 256, 2048))
-    num_envs = args.num_envs or {"ppo": 4, "dqn": 10, "pqn": 32}[args.algo]
-    setting = DETAILS[args.algo].format(**asdict(args) | {"num_envs": num_envs})
+    setting = DETAILS[args.algo].format(**args.setting())
     print(f"{args.algo.upper()} on {args.env}, {setting}; {jax.devices()[0].device_kind}, JAX {jax.__version__}\n")
     header = ("seeds", "program", "env steps/s", "jrl over it", "compile s", "GiB", "kernels an update", "besides s")
     print("| " + " | ".join(header) + " |\n|" + " --- |" * len(header), flush=True)

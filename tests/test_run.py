@@ -19,7 +19,7 @@ from scipy.stats import trim_mean
 
 from jrl import envs, nets, optim, run
 from jrl.algos import ppo
-from jrl.run import layout, program, stats
+from jrl.run import cli, layout, log, program, stats
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
@@ -172,6 +172,18 @@ def test_a_run_folder(tmp_path):
     ]
     assert [e["env_steps"] for e in json.loads((folder / "evaluations.json").read_text())] == [32, 64, 80]
     assert result.metrics["loss"].shape == (2, 3)
+
+
+def test_a_run_of_many_members_keeps_its_rows_in_parquet(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(log, "CSV_MEMBERS", 1)
+    algo = ppo.make(envs.make("Probe-action"), TINY)
+    args = {"num_seeds": 2, "run_dir": tmp_path / "run", "progress": False, "eval_episodes": 1}
+    first = run.train(algo, jax.random.key(0), 10 * algo.env_steps_per_update, **args)
+    again = run.train(algo, jax.random.key(0), 10 * algo.env_steps_per_update, resume=True, **args)
+    assert not (tmp_path / "run/metrics.csv").exists() and list((tmp_path / "run/metrics").glob("*.parquet"))
+    jax.tree.map(np.testing.assert_array_equal, again.metrics, first.metrics)
+    cli.report(first)
+    assert capsys.readouterr().out.rstrip().endswith("curve.png  summary.json  metrics")
 
 
 def test_rows_are_means_of_updates():

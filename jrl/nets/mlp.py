@@ -13,6 +13,13 @@ from jrl.nets.mlp_kernel import backward, backward_from_product, forward, forwar
 MOST_INPUTS = 32  # for wider x, XLA makes the first product
 
 
+def batch_all(size, batched, args):
+    """Give every argument the leading axis that some have."""
+    return [
+        a if is_batched else jnp.broadcast_to(a, (size, *a.shape)) for a, is_batched in zip(args, batched, strict=True)
+    ]
+
+
 @functools.cache
 def forward_over_agents(function, activation, row_axis):
     """A forward function under vmap: one launch. Rows of one network become more rows of it; networks more networks.
@@ -26,15 +33,12 @@ def forward_over_agents(function, activation, row_axis):
 
     @merged.def_vmap
     def _(size, batched, first, *weights):
-        first = first if batched[0] else jnp.broadcast_to(first, (size, *first.shape))
+        [first] = batch_all(size, batched[:1], [first])
         if not any(batched[1:]):
             first = jnp.moveaxis(first, 0, row_axis)
             out = merged(first.reshape(*first.shape[:row_axis], -1, *first.shape[row_axis + 2 :]), *weights)
             return jnp.moveaxis(out.reshape(out.shape[0], size, -1, out.shape[2]), 1, 0), True
-        weights = [
-            w if is_batched else jnp.broadcast_to(w, (size, *w.shape))
-            for w, is_batched in zip(weights, batched[1:], strict=True)
-        ]
+        weights = batch_all(size, batched[1:], weights)
         out = merged(*(a.reshape(-1, *a.shape[2:]) for a in (first, *weights)))
         return out.reshape(size, -1, *out.shape[1:]), True
 
@@ -51,11 +55,7 @@ def backward_over_agents(function, activation):
 
     @merged.def_vmap
     def _(size, batched, *args):
-        args = [
-            a if is_batched else jnp.broadcast_to(a, (size, *a.shape))
-            for a, is_batched in zip(args, batched, strict=True)
-        ]
-        result = merged(*(a.reshape(-1, *a.shape[2:]) for a in args))
+        result = merged(*(a.reshape(-1, *a.shape[2:]) for a in batch_all(size, batched, args)))
         result = jax.tree.map(lambda a: a.reshape(size, -1, *a.shape[1:]), result)
         return result, jax.tree.map(lambda _: True, result)
 

@@ -148,7 +148,10 @@ def report(result: Result) -> None:
     if result.run_dir is not None:
         if not result.finished:
             print(f"  interrupted and saved; go on with --resume --run-dir {result.run_dir}")
-        print(f"  {result.run_dir}/curve.png  summary.json  metrics.csv")
+        metrics = (
+            "metrics" if (result.run_dir / "metrics").is_dir() else "metrics.csv"
+        )  # of thousands of seeds a folder
+        print(f"  {result.run_dir}/curve.png  summary.json  {metrics}")
 
 
 def _score(scores: dict[str, Any]) -> str:
