@@ -29,6 +29,26 @@ def positive_int(field: str, value: Any, at_least: int = 1) -> None:
         raise ValueError(f"{field} must be an integer of at least {at_least}; got {value!r}")
 
 
+def instances(function: str, **arguments: tuple[Any, type]) -> None:
+    """Raise ``ValueError`` naming the function unless each argument, given as ``name=(value, type)``, is of its type."""
+    for name, (value, kind) in arguments.items():
+        if not isinstance(value, kind):
+            wanted = f"{kind.__module__}.{kind.__qualname__}"
+            given = type(value)
+            raise ValueError(
+                f"{function}: {name} must be a {wanted}; got {repr(value)[:40]}, a {given.__module__}.{given.__qualname__}"
+            )
+
+
+def traced(owner: str, name: str, function: Callable, *args: Any) -> Any:
+    """Shapes of what a user's function returns. Raises ``ValueError`` naming its owner and its name where it fails."""
+    try:
+        return jax.eval_shape(function, *args)
+    except Exception as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{owner}: {name} cannot be traced: {line}") from error
+
+
 def not_empty(**fields: Sized) -> None:
     """Raise ``ValueError`` for a field that holds nothing."""
     for name, value in fields.items():

@@ -2,30 +2,64 @@
 
 import importlib.util
 import inspect
+import symtable
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def load(path: Path, what: str) -> ModuleType:
-    """The module. Raises ``ValueError`` if there is no such file, which the message calls ``what``, or it is no Python file."""
+def load(path: Path, what: str) -> SimpleNamespace:
+    """What the file itself defines: the names that it binds by ``def``, ``class`` or ``=``. Imported names do not count.
+
+    Raises ``ValueError`` if there is no such file, which the message calls ``what``, or it cannot be run.
+    """
     if not path.is_file():
         raise ValueError(f"no such {what}: {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"user_file:{path.resolve()}", path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} must be a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.modules[spec.name] = module  # where dataclasses and pickle look for it
+    try:
+        spec.loader.exec_module(module)
+        names = symtable.symtable(path.read_text(), str(path), "exec").get_symbols()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path} cannot be run: {_where(error, path)}{type(error).__name__}: {error}") from error
+    return SimpleNamespace(**{s.get_name(): getattr(module, s.get_name()) for s in names if _is_own(s, module)})
+
+
+def _is_own(symbol: symtable.Symbol, module: Any) -> bool:
+    return symbol.is_assigned() and hasattr(module, symbol.get_name())
+
+
+def _where(error: BaseException, path: Path) -> str:
+    """The line of the file at which an error was raised."""
+    trace, line = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return "" if line is None else f"line {line}: "
 
 
 def call(name: str, factory: Callable[..., T], settings: Mapping[str, Any]) -> T:
-    """``factory(**settings)``. Raises ``ValueError`` for a setting that it does not take."""
+    """``factory(**settings)``. Raises ``ValueError`` for a setting that it does not take, or one that it needs."""
     known = inspect.signature(factory).parameters
     unknown = [setting for setting in settings if setting not in known]
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
         raise ValueError(f"{name} has no setting {unknown[0]!r}; it has: {', '.join(known) or 'none'}")
+    missing = [p.name for p in known.values() if _is_needed(p) and p.name not in settings]
+    if missing:
+        raise ValueError(f"{name} needs the settings {', '.join(missing)}")
     return factory(**settings)
+
+
+def _is_needed(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind not in (
+        parameter.VAR_KEYWORD,
+        parameter.VAR_POSITIONAL,
+    )

@@ -1,14 +1,17 @@
 """Environments: the protocol, gymnax behind it, wrappers, your own, and what is refused."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jrl import envs
+from jrl.algos import dqn, ppo, pqn, r2d2, td
+from jrl.envs import Discrete, Environment, probes, strict, wrappers
 from jrl.envs import gymnax as ours
-from jrl.envs import probes, wrappers
-from jrl.envs.types import Discrete, Environment, example_action, strict
+from jrl.envs.types import example_action
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
@@ -143,6 +146,15 @@ def test_an_environment_in_a_file(tmp_path, key):
     "edit, message",
     [
         (("action_space = Discrete(2)", ""), "must define action_space"),
+        (
+            ("def reset", "from jrl.envs.probes import value as reset\ndef start"),
+            "must define reset .*imported names do not count",
+        ),
+        (("def reset", "oops oops"), "mine.py cannot be run: SyntaxError"),
+        (
+            ("import jax, jax.numpy as jnp", "import jax, jax.numpy as jnp\n1 / 0"),
+            "mine.py cannot be run: line 3: ZeroDivisionError",
+        ),
         (("jnp.full(3, t, float)", "jnp.zeros(4)"), r"observation of shape \(4,\), reset one of shape \(3,\)"),
         (("return jnp.full(3, t, float), t,", "return jnp.full(3, t, float), (t, t),"), "another state structure"),
         (
@@ -158,6 +170,182 @@ def test_a_broken_environment_is_refused(tmp_path, edit, message):
     path.write_text(OWN.replace(*edit))
     with pytest.raises(ValueError, match=message):
         envs.make(str(path))
+
+
+@pytest.mark.parametrize("imported", ["from jrl.envs import *", "from gymnax import *", "from jrl.envs import make"])
+def test_what_a_file_imports_is_not_taken_for_its_own(imported, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(f"{imported}\n{OWN}")
+    assert envs.make(path).name == "mine"
+
+
+def test_a_file_may_define_dataclasses_and_a_make_of_its_own(tmp_path):
+    path = tmp_path / "mine.py"
+    header = "from __future__ import annotations\nimport dataclasses\n"
+    own_make = """
+@dataclasses.dataclass
+class Length:
+    steps: int = 7
+def make(steps: int):
+    from jrl.envs import Environment
+    return Environment("made", reset, step, action_space, Length(steps).steps)
+"""
+    path.write_text(header + OWN + own_make)
+    assert envs.make(path, steps=5).time_limit == 5
+    with pytest.raises(ValueError, match=r"mine\.py has no setting .length.; it has: steps"):
+        envs.make(path, length=5)
+    with pytest.raises(ValueError, match=r"mine\.py needs the settings steps"):
+        envs.make(path)
+
+
+# What an environment may return
+
+
+def walk(obs=(0.0, 0.0), state=(0.0, 0), move=0.1, ending=(1.0, False, False), space=Discrete(2)):
+    """A point that moves by ``move`` a step, written carelessly."""
+
+    def step(key, state, action):
+        position, t = state
+        return jnp.asarray(obs) + position, (position + move, t + 1), *ending
+
+    return Environment("walk", lambda key: (jnp.asarray(obs), state), step, space)
+
+
+def test_python_numbers_are_promoted_to_what_the_steps_need(key):
+    env = strict(walk(state=(0, 0)))
+    _, state = env.reset(key)
+    assert [x.dtype for x in state] == [jnp.float32, jnp.int32]
+    for _ in range(3):
+        _, state, *_ = env.step(key, state, 0)
+    np.testing.assert_allclose(state[0], 0.3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "careless, message",
+    [
+        ({"obs": np.zeros(2, np.int32)}, "step returns observation of dtype float32, reset one of dtype int32"),
+        ({"state": (jnp.zeros((), bool), 0)}, r"step returns state\[0\] of dtype float32, reset one of dtype bool"),
+        ({"state": (0.0, jnp.uint8(0)), "move": 1}, None),
+        ({"ending": (1.0, False, {"discount": 1.0})}, "gymnax's order .* does not tell terminated from truncated"),
+        ({"ending": (1.0, False, False, {})}, "step must return .*; got 6 values; gymnax's order"),
+        ({"ending": (1.0, 0.0, False)}, "terminated must be bool, .*; got dtype float32"),
+        ({"ending": (1.0, False, 1)}, "truncated must be bool"),
+        ({"ending": (None, False, False)}, "a scalar reward among them; got NoneType"),
+        ({"ending": (1j, False, False)}, "the reward must be real"),
+    ],
+)
+def test_what_would_be_cast_or_misread_in_silence_is_refused(careless, message):
+    if message is None:
+        strict(walk(**careless))
+    else:
+        with pytest.raises(ValueError, match=message):
+            strict(walk(**careless))
+
+
+@pytest.mark.parametrize(
+    "space, arguments, message",
+    [
+        (envs.Box, ((1.0,), (0.0,)), "low must be at most high; got 1 and 0 at position 0"),
+        (envs.Box, ((1.0,), (2.0, 3.0)), "low and high must have one length; got 1 and 2"),
+        (envs.Box, (-1.0, 1.0), "low must be a vector"),
+        (envs.Box, ((np.nan,), (1.0,)), "low must be at most high; got nan and 1"),
+        (envs.Box, ((np.inf,), (np.inf,)), "low must be at most high"),
+        (envs.Discrete, (0,), "the number of choices must be an integer of at least 1; got 0"),
+        (envs.Discrete, (2.5,), "must be an integer of at least 1; got 2.5"),
+        (envs.MultiDiscrete, ((3, 0),), "must be an integer of at least 1; got 0"),
+        (envs.MultiDiscrete, ((),), "must be a vector"),
+    ],
+)
+def test_spaces_that_cannot_be_are_refused(space, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        space(*arguments)
+
+
+def test_spaces_of_gymnasium_are_converted():
+    from gymnasium import spaces
+
+    for theirs, ours_ in (
+        (spaces.Discrete(3), envs.Discrete(3)),
+        (spaces.MultiDiscrete([2, 3]), envs.MultiDiscrete((2, 3))),
+        (spaces.MultiBinary(2), envs.MultiDiscrete((2, 2))),
+        (spaces.Box(-1, 2, (2,)), envs.Box((-1.0, -1.0), (2.0, 2.0))),
+    ):
+        assert strict(walk(space=theirs)).action_space == ours_
+    for theirs, message in (
+        (spaces.Discrete(3, start=1), "choices must start at 0"),
+        (spaces.Box(-1, 1, ()), "low must be a vector"),
+        (spaces.Tuple([spaces.Discrete(2)]), "action_space must be Discrete, MultiDiscrete or Box"),
+        (None, "action_space must be Discrete, MultiDiscrete or Box"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            strict(walk(space=theirs))
+
+
+@pytest.mark.parametrize(
+    "mask, space, message",
+    [
+        (np.ones(1, bool), Discrete(2), r"must be bool of shape \(2,\).*; got bool of shape \(1,\)"),
+        (np.ones(3, bool), Discrete(2), r"must be bool of shape \(2,\)"),
+        (np.ones(2, np.float32), Discrete(2), r"must be bool of shape \(2,\).*; got float32"),
+        (np.ones(2, bool), envs.MultiDiscrete((2, 3)), r"must be bool of shape \(5,\)"),
+        (np.ones(2, bool), envs.Box((0.0,), (1.0,)), "a mask is for discrete actions"),
+    ],
+)
+def test_masks_that_do_not_fit_the_actions_are_refused(mask, space, message):
+    obs = envs.MaskedObs(jnp.zeros(2), jnp.asarray(mask))
+    env = Environment("masked", lambda key: (obs, 0), lambda k, s, a: (obs, s, 1.0, False, False), space)
+    with pytest.raises(ValueError, match=message):
+        strict(env)
+    if isinstance(space, Discrete):
+        several = envs.MaskedObs({"a": jnp.zeros(2)}, jnp.ones(2, bool))
+        with pytest.raises(ValueError, match="the observation beside a mask must be one array; got dict"):
+            strict(
+                Environment("dict", lambda key: (several, 0), lambda k, s, a: (several, s, 1.0, False, False), space)
+            )
+
+
+@pytest.mark.parametrize(
+    "space, first, then",
+    [
+        (Discrete(2), [True, False], [False, False]),
+        (envs.MultiDiscrete((2, 2)), [True, False, False, True], [True, True, False, False]),
+    ],
+)
+def test_a_state_without_a_legal_action_is_terminal(space, first, then, key):
+    def observe(mask):
+        return envs.MaskedObs(jnp.zeros(1), jnp.array(mask))
+
+    env = strict(
+        Environment(
+            "stuck", lambda k: (observe(first), 0), lambda k, s, a: (observe(then), s, 1.0, False, False), space
+        )
+    )
+    assert env.step(key, env.reset(key)[1], example_action(space))[3]
+    alive = strict(env._replace(step=lambda k, s, a: (observe(first), s, 1.0, False, False)))
+    assert not alive.step(key, alive.reset(key)[1], example_action(space))[3]
+
+
+@pytest.mark.parametrize("module", [ppo, dqn, pqn, r2d2, td])
+def test_arguments_of_the_wrong_kind_are_refused_in_one_line(module):
+    name = module.__name__.split(".")[-1]
+    env = envs.make("Probe-action")
+    with pytest.raises(ValueError, match="an environment must have reset, step, action_space; got 'CartPole-v1'"):
+        module.make("CartPole-v1")
+    with pytest.raises(
+        ValueError, match=rf"^{name}.make: config must be a jrl.algos.{name}.Config; got 'fast', a builtins.str$"
+    ):
+        module.make(env, "fast")
+    with pytest.raises(ValueError, match=rf"{name}.make: hyper must be a jrl.algos.{name}.Hyper; got {{}}"):
+        module.make(env, module.Config(), {})
+    with pytest.raises(ValueError, match="an environment's name must be text; got 3"):
+        envs.make(3)
+
+
+def test_any_record_of_the_protocol_is_an_environment(key):
+    mine = types.SimpleNamespace(reset=lambda k: (jnp.zeros(2), 0), action_space=Discrete(2), name="mine")
+    mine.step = lambda k, s, a: (jnp.zeros(2), s + 1, 1, s > 3, False)
+    algo = ppo.make(mine)
+    assert algo.env.name == "mine" and algo.env.step(key, algo.env.reset(key)[1], 0)[2].dtype == jnp.float32
 
 
 def test_register():

@@ -103,3 +103,35 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32(spec, config, key):
     program = jaxprs.equations(jaxprs.of(net.unroll, params, start, obs, first))
     products = [e for e, _ in program if e.primitive.name in ("dot_general", "conv_general_dilated")]
     assert products and all(v.aval.dtype == jnp.bfloat16 for e in products for v in e.invars)
+
+
+NETWORKS = {
+    "actor-critic": lambda spec, **kw: nets.actor_critic(nets.Config(**kw), spec, Discrete(3)),
+    "values": lambda spec, **kw: nets.action_values(nets.ValueConfig(**kw), spec, Discrete(3)),
+}
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("torso", ["conv", "mlp"])
+def test_images_of_bytes_are_shares_of_255(make, torso, key):
+    shape = (8, 8, 3)
+    of_bytes, of_floats = (make(jax.ShapeDtypeStruct(shape, dtype), torso=torso) for dtype in (jnp.uint8, jnp.float32))
+    params, first = of_floats.init(key), jnp.zeros(2, bool)
+    image = jax.random.randint(key, (2, *shape), 0, 256).astype(jnp.uint8)
+    given, wanted = (
+        net.step(params, net.memory, x, first)[1] for net, x in ((of_bytes, image), (of_floats, image / 255))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), given, wanted)
+    half = precision.apply("pure_bfloat16", of_bytes)
+    assert jax.tree.leaves(half.step(half.init(key), half.memory, image, first)[1])[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_observations_that_would_be_misread_are_refused(make):
+    with pytest.raises(ValueError, match=r"\(3, 64, 64\) look like \[channels, height, width\]"):
+        make(jax.ShapeDtypeStruct((3, 64, 64), jnp.float32))
+    with pytest.raises(ValueError, match=r"single integers, .*: make them one-hot"):
+        make(jax.ShapeDtypeStruct((), jnp.int32))
+    with pytest.raises(ValueError, match="observations must be one array"):
+        make(MaskedObs({"a": jax.ShapeDtypeStruct((2,), jnp.float32)}, jax.ShapeDtypeStruct((3,), bool)))
+    make(jax.ShapeDtypeStruct((3, 64, 64), jnp.float32), torso="mlp", hidden=(4,))

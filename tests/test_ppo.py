@@ -140,7 +140,7 @@ def test_continuous_actions(continuous, key):
     def step(key, goal, action):
         return goal, goal, -jnp.abs(action[0] - goal[0]), True, False
 
-    env = envs.types.strict(envs.Environment("Reach", reset, step, envs.Box((-3.0,), (3.0,)), 1))
+    env = envs.strict(envs.Environment("Reach", reset, step, envs.Box((-3.0,), (3.0,)), 1))
     algo = ppo.make(env, with_(FAST, continuous=continuous), HYPER._replace(entropy_weight=0.0))
     state, _ = jax.jit(run.train_fn(algo, 200 * algo.env_steps_per_update))(key)
     assert run.evaluate(algo, state, key, 64).returns.mean() > -0.15
@@ -188,7 +188,7 @@ def test_the_first_ratio_is_one(key):
 @pytest.mark.parametrize("limit", [3, 100])
 def test_advantages_use_the_value_before_each_reset(gru, limit, key, monkeypatch):
     """The few values that PPO computes again equal those of every observation before its reset, computed one by one."""
-    env = envs.types.strict(envs.wrappers.time_limit(envs.make("Pendulum-v1"), limit))
+    env = envs.strict(envs.wrappers.time_limit(envs.make("Pendulum-v1"), limit))
     config = with_(TINY, network=nets.Config(hidden=(8,), gru=gru), num_minibatches=1, standardize_advantages="none")
     algo = ppo.make(env, config)
     network = nets.actor_critic(config.network, envs.observation_spec(env), env.action_space)
@@ -340,7 +340,7 @@ def test_early_truncations_all_bootstrap(key):
     step = lambda key, t, action: (jnp.ones(1), t + 1, 1.0, False, t % 2 == 1)  # noqa: E731
     losses = []
     for limit in (None, 2, 1000):
-        env = envs.types.strict(
+        env = envs.strict(
             envs.Environment("Early", lambda key: (jnp.zeros(1), jnp.int32(0)), step, envs.Discrete(2), limit)
         )
         algo = ppo.make(env, TINY)

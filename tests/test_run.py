@@ -233,7 +233,7 @@ def test_evaluation_counts_whole_episodes_once(key):
         t, length = state
         return jnp.zeros(1), (t + 1, length), 1.0, t + 1 >= length, False
 
-    env = envs.types.strict(envs.Environment("Lengths", reset, step, envs.Discrete(2)))
+    env = envs.strict(envs.Environment("Lengths", reset, step, envs.Discrete(2)))
     algo = ppo.make(env, TINY)
     out = jax.jit(lambda s, k: run.evaluate(algo, s, k, 2000))(algo.init(key), key)
     assert set(np.unique(out.returns)) == {1.0, 9.0} and out.finished.all()

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jrl import checks, losses, nets, optim, precision, replay, rollout
 from jrl.algorithm import Algorithm, Metrics, exploration, importance_exponent, learning_rate_factor, optimizer
 from jrl.envs import wrappers
+from jrl.envs.strict import strict
 from jrl.envs.types import Discrete, Environment, observation_spec
 from jrl.greedy import epsilon_greedy, exploration_noise, mask, pick
 
@@ -194,9 +195,11 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
     Raises ``ValueError`` for a setting out of range, one that does not fit the environment, or a replay larger than memory.
     """
+    checks.instances("dqn.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
+    env = strict(env)
     unstacked = env
-    env = wrappers.frame_stack(env, config.num_frames) if config.num_frames > 1 else env
+    env = strict(wrappers.frame_stack(env, config.num_frames)) if config.num_frames > 1 else env
     atoms = 1 if config.distribution == "mean" else config.atoms
     obs_spec = observation_spec(env)
     network = nets.action_values(config.network, obs_spec, env.action_space, atoms)

@@ -450,6 +450,7 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
 
     Raises ``ValueError`` for a setting out of range or one that does not fit the task.
     """
+    checks.instances("grpo.make", task=(task, Task), config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     model = language_model(task, config.model, config.precision)
     learning = learner(model, config, length=task.answer_length, end=END, pad=PAD)

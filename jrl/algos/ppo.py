@@ -24,6 +24,7 @@ import numpy as np
 from jrl import checks, distributions, loops, losses, nets, normalize, optim, precision, returns, rollout
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
 from jrl.distributions import Distribution
+from jrl.envs.strict import strict
 from jrl.envs.types import Box, Discrete, Environment, MaskedObs, MultiDiscrete, Space, observation_spec
 
 Array = jax.Array
@@ -160,7 +161,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
     Raises ``ValueError`` for a setting out of range or one that does not fit the environment.
     """
+    checks.instances("ppo.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
+    env = strict(env)
     obs_spec = observation_spec(env)
     network = nets.actor_critic(config.network, obs_spec, env.action_space)
     network = precision.float32_outputs(precision.apply(config.precision, network))

@@ -143,6 +143,7 @@ def make(
 
     Raises ``ValueError`` for a setting out of range or one that does not fit the task.
     """
+    checks.instances("ppo_lm.make", task=(task, Task), config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     model = language_model(task, config.model, config.precision)
     defaults = hyper

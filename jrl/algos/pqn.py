@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from jrl import checks, loops, nets, optim, precision, returns, rollout
 from jrl.algorithm import Algorithm, Metrics, exploration, learning_rate_factor, optimizer
+from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
 from jrl.greedy import best_value, epsilon_greedy, exploration_noise, mask, pick
 
@@ -123,7 +124,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
     Raises ``ValueError`` for a setting out of range or one that does not fit the environment.
     """
+    checks.instances("pqn.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
+    env = strict(env)
     network = nets.action_values(config.network, observation_spec(env), env.action_space)
     network = precision.float32_outputs(precision.apply(config.precision, network))
     recurrent = config.network.remembers

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from jrl import checks, losses, nets, optim, precision, replay, returns, rollout
 from jrl.algorithm import Algorithm, Metrics, exploration, importance_exponent, learning_rate_factor, optimizer
+from jrl.envs.strict import strict
 from jrl.envs.types import Discrete, Environment, observation_spec
 from jrl.greedy import epsilon_greedy, exploration_noise, mask, pick
 
@@ -148,7 +149,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
     Raises ``ValueError`` for a setting out of range, one that does not fit the environment, or a replay larger than memory.
     """
+    checks.instances("r2d2.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
+    env = strict(env)
     obs_spec = observation_spec(env)
     network = nets.action_values(config.network, obs_spec, env.action_space)
     network = precision.float32_outputs(precision.apply(config.precision, network))

@@ -75,6 +75,7 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
 
     Raises ``ValueError`` for a setting out of range or one that does not fit the task.
     """
+    checks.instances("sft.make", task=(task, Task), config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     model = language_model(task, config.model, config.precision)
     defaults = hyper

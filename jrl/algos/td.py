@@ -30,6 +30,7 @@ from jrl.algos.prediction import monte_carlo as monte_carlo
 from jrl.algos.prediction import n_step_td as n_step_td
 from jrl.algos.prediction import td as td
 from jrl.algos.prediction import td_lambda as td_lambda
+from jrl.envs.strict import strict
 from jrl.envs.types import Discrete, Environment, MaskedObs, observation_spec
 from jrl.precision import exact
 from jrl.rollout import mean_or_nan
@@ -129,7 +130,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     ``envs.tabular.environment(mdp)`` makes one of any finite process. Raises ``ValueError`` for another environment or a
     number out of range.
     """
+    checks.instances("td.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
+    env = strict(env)
     spec = observation_spec(env)
     shape = spec.obs if isinstance(spec, MaskedObs) else spec
     if not isinstance(env.action_space, Discrete):

@@ -8,16 +8,9 @@ from typing import Any
 from jrl import user_file
 from jrl.envs import gymnax, probes, tabular, wrappers
 from jrl.envs.recall import recall
-from jrl.envs.types import (
-    Box,
-    Discrete,
-    Environment,
-    MaskedObs,
-    MultiDiscrete,
-    Space,
-    observation_spec,
-    strict,
-)
+from jrl.envs.spaces import Box, Discrete, MultiDiscrete, Space
+from jrl.envs.strict import strict
+from jrl.envs.types import Environment, MaskedObs, observation_spec
 
 __all__ = [
     "Box",
@@ -50,12 +43,15 @@ def names() -> list[str]:
     return [*gymnax.IDS, *_registered]
 
 
-def make(name: str, **params: Any) -> Environment:
+def make(name: str | Path, **params: Any) -> Environment:
     """An environment by name, or from a Python file that defines ``reset``, ``step`` and ``action_space``.
 
     ``params`` go to the environment (gymnax: fields of its ``EnvParams``). The result is checked by abstract evaluation.
     Raises ``ValueError`` for an unknown name, file or parameter, or for functions that break the protocol.
     """
+    if not isinstance(name, str | Path):
+        raise ValueError(f"an environment's name must be text; got {name!r}")
+    name = str(name)
     if name.endswith(".py"):
         return strict(_from_file(Path(name), params))
     if name in gymnax.IDS:
@@ -64,20 +60,19 @@ def make(name: str, **params: Any) -> Environment:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
         raise ValueError(f"unknown environment {name!r}; {hint} (or a path to a .py file)")
-    try:
-        return strict(_registered[name](**params))
-    except TypeError as error:
-        raise ValueError(f"{name}: {error}") from error
+    return strict(user_file.call(name, _registered[name], params))
 
 
 def _from_file(path: Path, params: dict[str, Any]) -> Environment:
     """``make(**params) -> Environment`` of the file if it has one, else its ``reset``, ``step`` and ``action_space``."""
     module = user_file.load(path, "environment file")
     if hasattr(module, "make"):
-        return module.make(**params)
+        return user_file.call(str(path), module.make, params)
     missing = [field for field in ("reset", "step", "action_space") if not hasattr(module, field)]
     if missing:
-        raise ValueError(f"{path} must define {', '.join(missing)} (or make() -> Environment)")
+        raise ValueError(
+            f"{path} must define {', '.join(missing)} (or make() -> Environment); imported names do not count"
+        )
     if params:
         raise ValueError(f"{path} takes no parameters, since it has no make(); got {', '.join(params)}")
     limit = getattr(module, "time_limit", None)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl.envs.types import Environment, example_action, observation_spec
+from jrl.envs.types import Environment, MaskedObs, example_action, observation_spec
 
 Array = jax.Array
 
@@ -81,7 +81,9 @@ def time_feature(env: Environment) -> Environment:
         raise ValueError(f"time_feature: {env.name} has no time limit; wrap it in time_limit first")
     limit = env.time_limit
 
-    def add(obs: Array, t: Array) -> Array:
+    def add(obs: Any, t: Array) -> Any:
+        if isinstance(obs, MaskedObs):
+            return obs._replace(obs=add(obs.obs, t))
         return jnp.concatenate([obs.astype(jnp.float32).ravel(), (t / limit).astype(jnp.float32)[None]])
 
     def reset(key: Array) -> tuple[Any, Any]:

@@ -37,7 +37,7 @@ class ValueConfig(TorsoConfig):
 
     Attributes:
         torso: mlp flattens the observation; conv and vit (a vision transformer) expect ``[height, width, channels]``; auto
-            takes conv for such observations, else mlp.
+            takes conv for such observations, else mlp. Images of uint8 are divided by 255; other integers are taken as they are.
         hidden: widths of the dense layers (for conv and vit, those after it).
         channels: widths of the 3x3 convolutions.
         patch: height and width of vit's patches; observations are padded with zeros to whole ones.
@@ -90,7 +90,7 @@ class ActionValues(nn.Module):
 
     @nn.compact
     def __call__(self, memory: Any, obs: Any, first: Array) -> tuple[Any, Array]:
-        x, _ = split_mask(self, obs)
+        x, _ = split_mask(self, obs, self.obs_rank)
         dueling = self.config.dueling and bool(self.config.hidden)
         torso = replace(self.config, hidden=self.config.hidden[:-1]) if dueling else self.config
         x = Features(torso, self.obs_rank, name="torso")(x)

@@ -33,7 +33,7 @@ class Config(TorsoConfig):
 
     Attributes:
         torso: mlp flattens the observation; conv and vit (a vision transformer) expect ``[height, width, channels]``; auto
-            takes conv for such observations, else mlp.
+            takes conv for such observations, else mlp. Images of uint8 are divided by 255; other integers are taken as they are.
         hidden: widths of the dense layers (for conv and vit, those after it).
         channels: widths of the 3x3 convolutions.
         patch: height and width of vit's patches; observations are padded with zeros to whole ones.
@@ -88,7 +88,7 @@ class ActorCritic(nn.Module):
 
     @nn.compact
     def __call__(self, memory: Any, obs: Any, first: Array) -> tuple[Any, Outputs]:
-        x, mask = split_mask(self, obs)
+        x, mask = split_mask(self, obs, self.obs_rank)
         names = ["shared"] if self.config.shared else ["actor", "critic"]
         features, memories = [], []
         for i, name in enumerate(names):

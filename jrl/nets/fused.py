@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jrl import checks, host
 from jrl.envs.types import MaskedObs
+from jrl.nets.torso import is_image, shares
 from jrl.nets.types import Network
 
 Array = jax.Array
@@ -48,7 +49,8 @@ def over(network: Network, obs_rank: int, compute: Callable[[Any, Array, Array |
         if not available() or any(p.dtype != jnp.float32 for p in jax.tree.leaves(params)):
             return plain(params, memory, obs, first)
         x, mask = obs if isinstance(obs, MaskedObs) else (obs, None)
-        x = x.astype(jnp.float32).reshape(*x.shape[: x.ndim - obs_rank], -1)
+        x = shares(x) if is_image(x, obs_rank) else x.astype(jnp.float32)
+        x = x.reshape(*x.shape[: x.ndim - obs_rank], -1)
         return memory, compute(params["params"], x, mask)
 
     return network._replace(step=partial(outputs, network.step), unroll=partial(outputs, network.unroll))

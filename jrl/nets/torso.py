@@ -28,7 +28,7 @@ class TorsoConfig:
 
     Attributes:
         torso: mlp flattens the observation; conv and vit (a vision transformer) expect ``[height, width, channels]``; auto
-            takes conv for such observations, else mlp.
+            takes conv for such observations, else mlp. Images of uint8 are divided by 255; other integers are taken as they are.
         hidden: widths of the dense layers (for conv and vit, those after it).
         channels: widths of the 3x3 convolutions.
         patch: height and width of vit's patches; observations are padded with zeros to whole ones.
@@ -87,10 +87,25 @@ class TorsoConfig:
 
 
 def observation_shape(config: TorsoConfig, obs_spec: Any) -> tuple[int, ...]:
-    """Shape of one observation. Raises ``ValueError`` if it is no array, or not an image where a conv torso is asked for."""
-    shape = obs_spec.obs.shape if isinstance(obs_spec, MaskedObs) else getattr(obs_spec, "shape", None)
+    """Shape of one observation.
+
+    Raises ``ValueError`` if it is no array or a lone integer, not an image where a conv torso is asked for, or an image whose channels
+    come first.
+    """
+    spec = obs_spec.obs if isinstance(obs_spec, MaskedObs) else obs_spec
+    shape = getattr(spec, "shape", None)
     if shape is None:
         raise ValueError("observations must be one array, or MaskedObs(obs, mask)")
+    if shape == () and jnp.issubdtype(spec.dtype, jnp.integer):
+        raise ValueError(
+            "observations are single integers, which a network would take for quantities: make them one-hot, "
+            "jax.nn.one_hot(obs, n)"
+        )
+    if config.torso != "mlp" and len(shape) == 3 and shape[0] in (1, 3, 4) and min(shape[1:]) >= 8:
+        raise ValueError(
+            f"observations {shape} look like [channels, height, width]; a conv torso expects [height, width, channels]: "
+            "move the first axis to the end (jnp.moveaxis), or take network.torso=mlp"
+        )
     if config.torso in ("conv", "vit") and len(shape) != 3:
         raise ValueError(f"network.torso={config.torso} needs observations [height, width, channels], got {shape}")
     convolves = config.torso == "conv" or (config.torso == "auto" and len(shape) == 3)
@@ -102,15 +117,27 @@ def observation_shape(config: TorsoConfig, obs_spec: Any) -> tuple[int, ...]:
     return shape
 
 
-def split_mask(module: nn.Module, obs: Any) -> tuple[Array, Array | None]:
+def split_mask(module: nn.Module, obs: Any, obs_rank: int) -> tuple[Array, Array | None]:
     """The observation as floats, and its mask. Integers and booleans are computed in the dtype of the parameters."""
     obs, mask = obs if isinstance(obs, MaskedObs) else (obs, None)
     params = jax.tree.leaves(module.variables.get("params", {}))
     dtype = params[0].dtype if params else jnp.float32
-    if not jnp.issubdtype(obs.dtype, jnp.floating):
+    if is_image(obs, obs_rank):
+        obs = shares(obs).astype(dtype)
+    elif not jnp.issubdtype(obs.dtype, jnp.floating):
         wide = obs.dtype.itemsize > 1 and dtype != jnp.float32  # a large integer may be beyond the range of float16
         obs = precision.cast(obs.astype(jnp.float32), str(dtype)) if wide else obs.astype(dtype)
     return obs, mask
+
+
+def is_image(obs: Array, obs_rank: int) -> bool:
+    """Whether observations are images of bytes: uint8 of two axes or more."""
+    return obs.dtype == jnp.uint8 and obs_rank >= 2
+
+
+def shares(image: Array) -> Array:
+    """Bytes as shares of 255, float32."""
+    return image.astype(jnp.float32) / 255
 
 
 def empty_memory(config: TorsoConfig) -> Any:

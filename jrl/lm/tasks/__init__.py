@@ -80,7 +80,7 @@ def _from_file(path: Path, settings: dict[str, Any]) -> Task:
     fields = Task._fields[1:]
     missing = [field for field in fields if not hasattr(module, field)]
     if missing:
-        raise ValueError(f"{path} must define {', '.join(missing)} (or make() -> Task)")
+        raise ValueError(f"{path} must define {', '.join(missing)} (or make() -> Task); imported names do not count")
     if settings:
         raise ValueError(f"{path} takes no settings, since it has no make(); got {', '.join(settings)}")
     return Task(path.stem, *(getattr(module, field) for field in fields))

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrl import checks
+
 Array = jax.Array
 Key = jax.Array
 PAD, END = 0, 1
@@ -98,28 +100,20 @@ def strict(task: Task) -> Task:
     if len(set(task.symbols)) < len(task.symbols):
         raise ValueError(f"{task.name}: symbols must differ; got {' '.join(task.symbols)}")
     prompt, answer = (task.prompt_length,), (task.answer_length,)
-    problem = _evaluate(task, "draw", task.draw, jax.eval_shape(jax.random.key, 0))
+    problem = checks.traced(task.name, "draw", task.draw, jax.eval_shape(jax.random.key, 0))
     if not isinstance(problem, Problem):
         raise ValueError(f"{task.name}: draw must return a Problem, got {type(problem).__name__}")
     _leaf(task, "draw's prompt", problem.prompt, prompt, jnp.int32)
     _leaf(task, "draw's valid", problem.valid, prompt, jnp.bool_)
-    shown = _evaluate(task, "demonstrate", task.demonstrate, problem)
+    shown = checks.traced(task.name, "demonstrate", task.demonstrate, problem)
     _leaf(task, "demonstrate's answer", shown, answer, jnp.int32)
     mask = jax.ShapeDtypeStruct(answer, jnp.bool_)
-    parts = _evaluate(task, "verify", task.verify, problem, jax.ShapeDtypeStruct(answer, jnp.int32), mask)
+    parts = checks.traced(task.name, "verify", task.verify, problem, jax.ShapeDtypeStruct(answer, jnp.int32), mask)
     if not isinstance(parts, dict) or not {"correct", "format"} <= set(parts):
         raise ValueError(f'{task.name}: verify must return a dict with "correct" and "format", got {parts}')
     for name, part in parts.items():
         _leaf(task, f"verify's {name!r}", part, (), jnp.float32)
     return task
-
-
-def _evaluate(task: Task, name: str, function: Callable, *args: Any) -> Any:
-    try:
-        return jax.eval_shape(function, *args)
-    except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{task.name}: {name} cannot be traced: {line}") from error
 
 
 def _leaf(task: Task, name: str, given: Any, shape: tuple[int, ...], dtype: Any) -> None:

@@ -1,0 +1,190 @@
+"""Checking an environment by abstract evaluation, before anything compiles."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrl import checks
+from jrl.envs.spaces import Box, Discrete, MultiDiscrete, Space, as_space
+from jrl.envs.types import Environment, MaskedObs, State, example_action
+
+Array = jax.Array
+ORDER = "(obs, state, reward, terminated, truncated)"
+
+
+def strict(env: Any) -> Environment:
+    """The environment, checked, with dtypes that never change.
+
+    Rewards come out float32, flags bool, no leaf is weakly typed (else a second call would compile again), and observations
+    and states keep the dtypes of ``reset`` from step to step; where ``reset`` gave Python numbers, those that ``step`` needs.
+    A state in which no action is legal is terminal. ``env`` is any record or module with the names of ``Environment``.
+
+    Raises ``ValueError`` naming the environment, the function and the mismatch; among these are floats that ``step`` returns
+    where ``reset`` returned integers, which would be rounded.
+    """
+    env = _record(env)
+    if getattr(env.step, "is_strict", False):
+        return env
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    obs, state = _pair(env, checks.traced(env.name, "reset", env.reset, key))
+    action = _action_shape(env)
+    for _ in range(3):  # a promoted state may promote the next one
+        answer = _five(env, checks.traced(env.name, "step", env.step, key, _shapes(state), action))
+        before = obs, state
+        obs, state = _joined(env.name, "observation", obs, answer[0]), _joined(env.name, "state", state, answer[1])
+        if (obs, state) == before:
+            break
+    _check_observation(env, obs)
+    _check_scalars(env.name, *answer[2:])
+
+    def reset(key: Array) -> tuple[Any, State]:
+        return _cast(env.reset(key), (obs, state))
+
+    def step(key: Array, env_state: State, action: Array) -> tuple[Any, State, Array, Array, Array]:
+        next_obs, next_state, reward, terminated, truncated = env.step(key, env_state, action)
+        next_obs, next_state = _cast((next_obs, next_state), (obs, state))
+        if isinstance(next_obs, MaskedObs):
+            terminated = terminated | ~has_legal_action(env.action_space, next_obs.mask)
+        return (
+            next_obs,
+            next_state,
+            jnp.asarray(reward, jnp.float32),
+            jnp.asarray(terminated, bool),
+            jnp.asarray(truncated, bool),
+        )
+
+    step.is_strict = True  # type: ignore[attr-defined]
+    return env._replace(reset=reset, step=step)
+
+
+def has_legal_action(space: Space, mask: Array) -> Array:
+    """Whether a mask ``[..., A]`` leaves an action, of each choice one; bool ``[...]``."""
+    bounds = np.cumsum(space.nvec)[:-1].tolist() if isinstance(space, MultiDiscrete) else []
+    return jnp.stack([part.any(-1) for part in jnp.split(mask, bounds, axis=-1)]).all(0)
+
+
+def _record(env: Any) -> Environment:
+    """An ``Environment`` of anything that has its names."""
+    missing = [name for name in ("reset", "step", "action_space") if not hasattr(env, name)]
+    if missing:
+        raise ValueError(
+            f"an environment must have {', '.join(missing)}; got {env!r} (envs.make makes one by its name)"
+        )
+    name = str(getattr(env, "name", None) or getattr(env, "__name__", None) or type(env).__name__)
+    fields = {field: getattr(env, field, None) for field in Environment._fields} | {"name": name}
+    for field in ("reset", "step"):
+        if not callable(fields[field]):
+            raise ValueError(f"{name}: {field} must be a function; got {fields[field]!r}")
+    for field in ("time_limit", "first_truncation"):
+        if fields[field] is not None:
+            checks.positive_int(f"{name}: {field}", fields[field])
+    try:
+        return Environment(**fields)._replace(action_space=as_space(fields["action_space"]))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _pair(env: Environment, answer: Any) -> tuple[Any, State]:
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise ValueError(f"{env.name}: reset must return (obs, state); got {_described(answer)}")
+    return answer
+
+
+def _five(env: Environment, answer: Any) -> Any:
+    looks_foreign = isinstance(answer, tuple) and len(answer) >= 4 and isinstance(answer[-1], dict)
+    hint = "; gymnax's order (obs, state, reward, done, info) does not tell terminated from truncated" * looks_foreign
+    if not isinstance(answer, tuple) or len(answer) != 5 or looks_foreign:
+        raise ValueError(f"{env.name}: step must return {ORDER}; got {_described(answer)}{hint}")
+    return answer
+
+
+def _described(answer: Any) -> str:
+    return f"{len(answer)} values" if isinstance(answer, tuple) else _kind(answer)
+
+
+def _kind(x: Any) -> str:
+    return f"{x.dtype} of shape {x.shape}" if hasattr(x, "shape") else type(x).__name__
+
+
+def _action_shape(env: Environment) -> Any:
+    return jax.eval_shape(lambda: example_action(env.action_space))
+
+
+def _shapes(tree: Any) -> Any:
+    """The same without weak types."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _joined(env: str, name: str, first: Any, then: Any) -> Any:
+    """Shapes of what ``reset`` gave first and ``step`` then, promoted where ``reset`` gave Python numbers."""
+    if jax.tree.structure(first) != jax.tree.structure(then):
+        raise ValueError(f"{env}: step returns another {name} structure than reset: {then} against {first}")
+
+    def leaf(path: Any, a: Any, b: Any) -> Any:
+        place = name + jax.tree_util.keystr(path)
+        if a.shape != b.shape:
+            raise ValueError(f"{env}: step returns {place} of shape {b.shape}, reset one of shape {a.shape}")
+        if a.dtype == b.dtype or _is_key(a) or _is_key(b):
+            return a
+        dtype = jnp.result_type(a, b)
+        floats = jnp.issubdtype(a.dtype, jnp.floating) and jnp.issubdtype(b.dtype, jnp.floating)
+        if dtype == a.dtype or (floats and not a.weak_type):
+            return a
+        if not a.weak_type:
+            raise ValueError(
+                f"{env}: step returns {place} of dtype {b.dtype}, reset one of dtype {a.dtype}, in which it would be rounded "
+                f"or cut off; let reset return {b.dtype}"
+            )
+        return jax.ShapeDtypeStruct(a.shape, dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, first, then)
+
+
+def _check_observation(env: Environment, obs: Any) -> None:
+    """Raise ``ValueError`` for a mask that does not fit the actions, or leaves that are no numbers."""
+    if not isinstance(obs, MaskedObs):
+        return
+    match env.action_space:
+        case Discrete(n):
+            wanted: int = n
+        case MultiDiscrete(nvec):
+            wanted = sum(nvec)
+        case Box():
+            raise ValueError(f"{env.name}: a mask is for discrete actions; the actions are {env.action_space}")
+    mask = obs.mask
+    if getattr(mask, "shape", None) != (wanted,) or mask.dtype != bool:
+        raise ValueError(
+            f"{env.name}: the mask must be bool of shape ({wanted},), one for each action; got {_kind(mask)}"
+        )
+    if len(jax.tree.leaves(obs.obs)) != 1 or not hasattr(obs.obs, "shape"):
+        raise ValueError(f"{env.name}: the observation beside a mask must be one array; got {_described(obs.obs)}")
+
+
+def _check_scalars(env: str, reward: Any, terminated: Any, truncated: Any) -> None:
+    for name, given in (("reward", reward), ("terminated", terminated), ("truncated", truncated)):
+        if not hasattr(given, "shape"):
+            raise ValueError(f"{env}: step must return {ORDER}, a scalar {name} among them; got {_described(given)}")
+        if given.shape != ():
+            raise ValueError(f"{env}: step must return a scalar {name}, got shape {given.shape}")
+        flag = given.dtype == bool
+        if name == "reward" and not (flag or jnp.issubdtype(given.dtype, jnp.number)):
+            raise ValueError(f"{env}: the reward must be a number; got dtype {given.dtype}")
+        if name == "reward" and jnp.issubdtype(given.dtype, jnp.complexfloating):
+            raise ValueError(f"{env}: the reward must be real; got dtype {given.dtype}")
+        if name != "reward" and not flag:
+            raise ValueError(f"{env}: {name} must be bool, since step returns {ORDER}; got dtype {given.dtype}")
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _cast(tree: Any, like: Any) -> Any:
+    """Leaves with the dtypes of ``like``, none weakly typed."""
+
+    def leaf(x: Any, like: Any) -> Array:
+        return x if _is_key(like) else jax.lax.convert_element_type(jnp.asarray(x), like.dtype)
+
+    return jax.tree.map(leaf, tree, like)
