@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jrl import checks
 from jrl import token_losses as tl
@@ -301,7 +300,7 @@ def rows_of(args: Args) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    args = cli.parse(Args, argv, doc=__doc__)
     check(args)
     with jax.enable_x64(True):
         rows = rows_of(args)

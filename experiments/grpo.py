@@ -86,7 +86,7 @@ def percent(per_seed: Iterable[float | None]) -> str:
 
 def main(argv: list[str]) -> None:
     preset = defaults(argv)
-    args = tyro.cli(Args, args=argv, default=preset, description=cli.paragraphs(__doc__))
+    args = cli.parse(Args, argv, preset, __doc__)
     checks.not_empty(methods=args.methods)
     checks.positive_int("updates", args.updates)
     for name in args.methods:

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jrl import checks, lm, precision, sharding
 from jrl.algos import grpo
@@ -179,7 +178,7 @@ def without_the_model(state: grpo.State) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    args = checked(tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__)))
+    args = checked(cli.parse(Args, argv, doc=__doc__))
     mesh, source, policy = mesh_of(args), source_of(args), precision.parse(args.config.precision)
     shape, params, words = lm.load(args.model, policy.params)
     end = words.eos

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 from jrl import checks, optim
 from jrl.attention import nsa
@@ -183,7 +182,7 @@ def train(config: transformer.Config, stages: list[tuple[int, Draw]], args: Args
 
 
 def main(argv: list[str]) -> None:
-    args: Any = checked(tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__)))
+    args: Any = checked(cli.parse(Args, argv, doc=__doc__))
     is_text, length, batch = args.task == "text", args.length, args.batch_size
     if is_text:
         data, held_out = text()

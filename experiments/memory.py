@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 
 from jrl import checks, envs, nets, run
 from jrl.algorithm import Algorithm
@@ -87,7 +86,7 @@ TASKS = {
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    args = cli.parse(Args, argv, doc=__doc__)
     make, lengths, kinds, env_steps = TASKS[args.task]
     lengths, kinds = args.lengths or lengths, args.kinds or kinds
     env_steps = env_steps if args.env_steps is None else args.env_steps

@@ -15,7 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jrl import checks, envs, optim, run
 from jrl.algos import ppo
@@ -127,7 +126,7 @@ def score(y: np.ndarray) -> str:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    args = cli.parse(Args, argv, doc=__doc__)
     for name in args.optimizers:
         checks.one_of("optimizers", name, get_args(optim.Name))
     checks.positive_int("num_seeds", args.num_seeds)

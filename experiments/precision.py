@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 from jrl import algorithm, checks, envs, host, precision, run
 from jrl.algorithm import Algorithm
@@ -112,7 +111,7 @@ def overlap(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def sizes(algo: Algorithm, num_seeds: int, suffix: str) -> dict[str, str]:
     """Memory of parameters and optimizer, KiB a seed, and of the whole update on a v5e by its compiler."""
-    state = memory.init_shapes(algo)
+    state = jax.eval_shape(algo.init, jax.random.key(0))
     kib = memory.state_bytes((state.params, state.opt_state)) / 2**10
     try:
         gib = f"{memory.tpu_gib('v5e', algo, num_seeds):.3f}"
@@ -165,7 +164,7 @@ def steps_per_second(algo: Algorithm, update: Any, num_seeds: int, seed: int) ->
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    args = cli.parse(Args, argv, doc=__doc__)
     checks.positive_int("num_seeds", args.num_seeds)
     checks.not_empty(variants=args.variants)
     checks.positive_int("memory_width", args.memory_width, at_least=0)

@@ -12,7 +12,6 @@ from typing import get_args
 
 import jax
 import numpy as np
-import tyro
 
 from jrl import checks, envs, mdp, run
 from jrl.algos import td
@@ -58,7 +57,7 @@ def group_means(x: np.ndarray) -> np.ndarray:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    args = cli.parse(Args, argv, doc=__doc__)
     for name in ("runs", "episodes"):
         checks.positive_int(name, getattr(args, name))
     checks.not_empty(methods=args.methods)

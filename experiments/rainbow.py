@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 
 from jrl import checks, envs, run
 from jrl.algorithm import Algorithm
@@ -71,7 +70,7 @@ def with_part(preset: Preset, env: envs.Environment, name: str, v_min: float, v_
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    args = cli.parse(Args, argv, doc=__doc__)
     checks.positive_int("num_seeds", args.num_seeds)
     checks.not_empty(parts=args.parts)
     for name in args.parts:

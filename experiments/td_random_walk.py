@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from jrl import checks, mdp
 from jrl.algos import td
@@ -125,7 +124,7 @@ def figures_of_19(keys: Array) -> dict[str, Array]:
 
 
 def main(argv: list[str]) -> None:
-    args = tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))
+    args = cli.parse(Args, argv, doc=__doc__)
     checks.positive_int("runs", args.runs)
     args.folder.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()

@@ -12,13 +12,23 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from jrl import optim, precision, rounding
-from jrl.envs.types import Environment
+from jrl import checks, optim, precision, rounding
+from jrl.envs.types import Environment, example_action, observation_spec
+from jrl.rollout import mean_or_nan
 
 Array = jax.Array
 State = Any
 Hyper = Any
 Metrics = dict[str, Array]
+
+# Metrics that are means over the episodes that ended, ``metrics["episodes"]`` of them; NaN where none did.
+PER_EPISODE = ("episode_return", "episode_length")
+LEARNED = ("params", "target_params", "opt_state", "obs_stats", "reward_stats", "kl_weight")
+
+
+def learned_fields(state: State) -> Any:
+    """What was learned so far: the fields of a state that are named in ``LEARNED``; the whole state if there is none."""
+    return [getattr(state, name) for name in LEARNED if hasattr(state, name)] or state
 
 
 class Algorithm(NamedTuple):
@@ -27,7 +37,8 @@ class Algorithm(NamedTuple):
     Attributes:
         init: ``(key, hyper=None, num_updates=None) -> State``. ``num_updates`` is the length of the run, which schedules
             follow; without it the learning rate stays at its full value. ``hyper=None`` takes the defaults below.
-        update: ``State -> (State, Metrics)``; metrics are float32 scalars.
+        update: ``State -> (State, Metrics)``; metrics are scalars. If ``episodes`` is among them, it is how many episodes ended,
+            and ``episode_return`` and ``episode_length`` are means over these.
         act: ``(state, obs, key=None, memory=None) -> (action, memory)`` for one observation: sampled with a key, greedy
             without; ``memory=None`` begins an episode.
         env_steps_per_update: environment steps, over all environments, that one update takes.
@@ -39,6 +50,8 @@ class Algorithm(NamedTuple):
             resumed with another length.
         remake: ``config -> Algorithm``: made anew with other static settings, under the transforms of this module; what was
             ``_replace``d is not kept.
+        losses: names of metrics that must be finite; where one is not, a seed counts as broken. Other metrics may be NaN.
+        learned: ``State -> tree`` of what must be finite too: parameters, optimizer, statistics.
     """
 
     init: Callable[..., State]
@@ -51,6 +64,50 @@ class Algorithm(NamedTuple):
     hyper: Hyper
     uses_length: bool
     remake: Callable[[Any], "Algorithm"]
+    losses: tuple[str, ...] = ("loss", "grad_norm")
+    learned: Callable[[State], Any] = learned_fields
+
+
+def check(algo: Algorithm, hyper: Any) -> tuple[State, Metrics]:
+    """Shapes of a state and of the metrics of an update, by abstract evaluation.
+
+    Raises ``ValueError`` where ``init`` or ``update`` is not what ``Algorithm`` says.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    if not hasattr(algo.hyper, "_fields"):
+        raise ValueError(f"{algo.name}: hyper must be a NamedTuple of numbers; got {algo.hyper!r}")
+    checks.instances(algo.name, hyper=(hyper, type(algo.hyper)))
+    state = checks.traced(algo.name, "init", lambda key: algo.init(key, hyper, 1), key)
+    answer = checks.traced(algo.name, "update", algo.update, state)
+    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], dict):
+        raise ValueError(
+            f"{algo.name}: update must return (state, metrics), metrics a dict; got {type(answer).__name__}"
+        )
+    _same_state(algo.name, state, answer[0])
+    for name, metric in answer[1].items():
+        if getattr(metric, "shape", None) != () or not jnp.issubdtype(metric.dtype, jnp.number):
+            raise ValueError(f"{algo.name}: the metric {name!r} must be a scalar number; got {metric}")
+    return state, answer[1]
+
+
+def check_act(algo: Algorithm, state: State) -> None:
+    """Raise ``ValueError`` where ``act``, in a state of these shapes, is not what ``Algorithm`` says."""
+    obs = observation_spec(algo.env)
+    chosen = checks.traced(algo.name, "act", lambda state, obs: algo.act(state, obs), state, obs)
+    wanted = example_action(algo.env.action_space).shape
+    if not isinstance(chosen, tuple) or len(chosen) != 2 or getattr(chosen[0], "shape", None) != wanted:
+        raise ValueError(f"{algo.name}: act must return (action, memory), the action of shape {wanted}; got {chosen}")
+
+
+def _same_state(algo: str, before: State, after: State) -> None:
+    if str(jax.tree.structure(before)) != str(jax.tree.structure(after)):
+        raise ValueError(f"{algo}: update must return a state of the structure that init returns")
+    for (path, a), b in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True):
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            place = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(
+                f"{algo}: update returns {place} as {b.dtype} {list(b.shape)}, init as {a.dtype} {list(a.shape)}"
+            )
 
 
 def optimizer(config: Any, hyper: Any, factor: Array | float, key: Array | None = None) -> optax.GradientTransformation:
@@ -140,12 +197,16 @@ def with_evaluation(algo: Algorithm, evaluate: Callable[[State, Array], Metrics]
     """The algorithm whose update is ``every`` updates followed by ``evaluate(state, key)``, merged into the metrics.
 
     Evaluation keys come from ``key`` and the training state is untouched, so the numbers of training do not change. The
-    metrics of the updates are averaged.
+    metrics of the updates are averaged, those of episodes over all episodes.
     """
 
     def update(state: State) -> tuple[State, Metrics]:
-        state, metrics = jax.lax.scan(lambda s, _: algo.update(s), state, length=every)
-        means = jax.tree.map(lambda m: m.mean(0), metrics)
+        def one(state: State, _: None) -> tuple[State, Metrics]:
+            state, metrics = algo.update(state)
+            return state, to_sums(metrics)
+
+        state, sums = jax.lax.scan(one, state, length=every)
+        means = to_means(jax.tree.map(lambda x: x.sum(0), sums), every)
         return state, means | {f"eval_{name}": x for name, x in evaluate(state, key).items()}
 
     def init(key: Array, hyper: Hyper = None, num_updates: Array | int | None = None) -> State:
@@ -157,3 +218,20 @@ def with_evaluation(algo: Algorithm, evaluate: Callable[[State, Array], Metrics]
         env_steps_per_update=algo.env_steps_per_update * every,
         remake=lambda config: with_evaluation(algo.remake(config), evaluate, every, key),
     )
+
+
+def to_sums(metrics: Metrics) -> Metrics:
+    """Metrics of an update that can be added to those of another: the means over episodes become sums over them."""
+    count = metrics.get("episodes")
+    if count is None:
+        return metrics
+    return metrics | {k: jnp.where(count > 0, metrics[k] * count, 0.0) for k in PER_EPISODE if k in metrics}
+
+
+def to_means(sums: Metrics, num_updates: Any) -> Metrics:
+    """Metrics of several updates from their sums: means over updates, or over episodes; ``episodes`` stays a sum."""
+    means = {k: v / num_updates for k, v in sums.items()}
+    if "episodes" not in sums:
+        return means
+    count = sums["episodes"]
+    return means | {"episodes": count} | {k: mean_or_nan(sums[k], count) for k in PER_EPISODE if k in sums}

@@ -49,7 +49,7 @@ def categorical(num_categories: int) -> Distribution:
     """
 
     def noise(key: Array, batch_shape: tuple[int, ...]) -> Array:
-        return jax.random.gumbel(key, (*batch_shape, num_categories))
+        return jax.random.gumbel(key, (*batch_shape, num_categories), jnp.float32)
 
     def from_noise(logits: Array, gumbel: Array) -> Array:
         # Gumbel noise reaches about -4.5 at least, so a masked logit never wins.
@@ -61,7 +61,7 @@ def categorical(num_categories: int) -> Distribution:
     def log_prob(logits: Array, action: Array) -> Array:
         # A one-hot sum, not a gather: gathers and their scatter gradients are slow on CPU and TPU.
         log_p = jax.nn.log_softmax(_f32(logits))
-        return jnp.sum(jax.nn.one_hot(action, num_categories) * log_p, axis=-1)
+        return jnp.sum(jax.nn.one_hot(action, num_categories, dtype=jnp.float32) * log_p, axis=-1)
 
     def entropy(logits: Array) -> Array:
         log_p = jax.nn.log_softmax(_f32(logits))
@@ -86,7 +86,7 @@ def multi_categorical(nvec: tuple[int, ...]) -> Distribution:
         return jnp.split(x, bounds, axis=-1)
 
     def noise(key: Array, batch_shape: tuple[int, ...]) -> Array:
-        return jax.random.gumbel(key, (*batch_shape, sum(nvec)))
+        return jax.random.gumbel(key, (*batch_shape, sum(nvec)), jnp.float32)
 
     def from_noise(logits: Array, gumbel: Array) -> Array:
         pairs = zip(parts, split(logits), split(gumbel), strict=True)
@@ -119,7 +119,7 @@ def normal(num_dims: int) -> Distribution:
     """Diagonal normal; params ``NormalParams``, events float32 ``[..., num_dims]``."""
 
     def noise(key: Array, batch_shape: tuple[int, ...]) -> Array:
-        return jax.random.normal(key, (*batch_shape, num_dims))
+        return jax.random.normal(key, (*batch_shape, num_dims), jnp.float32)
 
     def from_noise(params: NormalParams, z: Array) -> Array:
         return _f32(params.mean) + jnp.exp(_f32(params.log_std)) * z
@@ -147,12 +147,13 @@ def normal(num_dims: int) -> Distribution:
 def tanh_normal(num_dims: int) -> Distribution:
     """A diagonal normal squashed by tanh into (-1, 1) (Haarnoja et al. 2018, arXiv 1801.01290, appendix C).
 
-    Its entropy has no closed form: it is the normal's plus E[log(1 - tanh(u)^2)], by Gauss-Hermite quadrature (32
-    nodes, within 1e-4 nats for standard deviations up to 2). KL is unchanged by the squashing, an invertible map.
+    Its entropy has no closed form: it is the normal's plus E[log(1 - tanh(u)^2)], by the trapezoidal rule over 64 points
+    between -6 and 6 deviations (within 2e-5 nats up to a standard deviation of 5, within 2e-3 at 10). KL is unchanged by the
+    squashing, an invertible map.
     """
     base = normal(num_dims)
-    nodes, weights = (jnp.asarray(x, jnp.float32) for x in np.polynomial.hermite_e.hermegauss(32))
-    weights = weights / math.sqrt(2 * math.pi)
+    nodes = jnp.linspace(-6.0, 6.0, 64, dtype=jnp.float32)
+    weights = jax.nn.softmax(-0.5 * jnp.square(nodes))
 
     def log_slope(u: Array) -> Array:
         # log(1 - tanh(u)^2), without the loss of digits at large |u|

@@ -33,7 +33,7 @@ def pick(x: Array, action: Array) -> Array:
 
 def exploration_noise(key: Array, shape: tuple[int, ...], num_actions: int) -> tuple[Array, Array]:
     """What ``epsilon_greedy`` needs of chance: uniform ``shape`` and ``[*shape, A]``, from one draw."""
-    uniform = jax.random.uniform(key, (*shape, num_actions + 1))
+    uniform = jax.random.uniform(key, (*shape, num_actions + 1), jnp.float32)
     return uniform[..., 0], uniform[..., 1:]
 
 

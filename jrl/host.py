@@ -83,6 +83,29 @@ def use_cpu_cores() -> None:
         pass
 
 
+def require_accelerator() -> None:
+    """Raise ``ValueError`` where the environment's ``JRL_ACCEL`` asks for an accelerator that JAX does not have."""
+    wanted = os.environ.get("JRL_ACCEL", "")
+    backend = {"cuda12": "gpu", "cuda13": "gpu", "tpu": "tpu"}.get(wanted)
+    if backend is None:
+        return
+    try:
+        found = jax.default_backend()
+    except RuntimeError as error:
+        found = f"none ({str(error).splitlines()[0]})"
+    if found != backend:
+        raise ValueError(
+            f"JRL_ACCEL={wanted} asks for a {backend}; JAX finds {found}: install jax[{wanted}], or take JRL_ACCEL=cpu"
+        )
+
+
+def description() -> str:
+    """What programs run on, such as "2 cpu devices" or "1 gpu device (NVIDIA H100)"."""
+    devices = jax.devices()
+    kind = "" if devices[0].platform == "cpu" else f" ({devices[0].device_kind})"
+    return f"{len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}{kind}"
+
+
 def device_memory() -> int | None:
     """Bytes of the first device, or of the machine where it is a CPU; None if that is not known."""
     device = jax.local_devices()[0]

@@ -14,6 +14,13 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def masked(x: Array, mask: Array) -> Array:
+    """``x`` where the mask is set and 0 elsewhere, whatever stands there; ``x`` may have more axes than ``mask``."""
+    if x.shape[: mask.ndim] != mask.shape:
+        raise ValueError(f"masked: x {x.shape} must begin with the shape of the mask, {mask.shape}")
+    return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)) > 0, x, 0)
+
+
 def policy_gradient(log_prob: Array, advantage: Array) -> Array:
     """REINFORCE with a baseline, as a loss: ``-log pi(a|x) A`` (Williams 1992)."""
     return -log_prob * jax.lax.stop_gradient(advantage)
@@ -52,10 +59,15 @@ def ppo_unclipped(log_ratio: Array, advantage: Array) -> Array:
     return -jnp.exp(log_ratio) * advantage
 
 
-def adapt_kl_weight(kl_weight: Array, kl: Array, target_kl: Array | float) -> Array:
-    """The next penalty coefficient of PPO-Penalty (arXiv 1707.06347, section 4): halved or doubled outside 1.5x."""
+def adapt_kl_weight(kl_weight: Array, kl: Array, target_kl: Array | float, initial: Array | float) -> Array:
+    """The next penalty coefficient of PPO-Penalty (arXiv 1707.06347, section 4): halved or doubled outside 1.5x.
+
+    It stays within a factor of 100 of ``initial``. Without a bound a phase of small steps would halve it to nothing, from which
+    no doubling leads back.
+    """
     lower = jnp.where(kl < target_kl / 1.5, 0.5, 1.0)
-    return kl_weight * jnp.where(kl > target_kl * 1.5, 2.0, lower)
+    adapted = kl_weight * jnp.where(kl > target_kl * 1.5, 2.0, lower)
+    return jnp.clip(adapted, initial / 100, initial * 100)
 
 
 def value_loss(v: Array, target: Array) -> Array:
@@ -70,8 +82,16 @@ def clipped_value_loss(v: Array, v_old: Array, target: Array, clip_eps: Array | 
 
 
 def standardize(x: Array, eps: float = 1e-8) -> Array:
-    """Zero mean and unit standard deviation over all elements."""
-    return (x - x.mean()) / (x.std() + eps)
+    """Zero mean and unit standard deviation over all elements; 0 where they are equal."""
+    return deviation(x, x.mean()) / (x.std() + eps)
+
+
+def deviation(x: Array, mean: Array) -> Array:
+    """``x - mean``, 0 where the two differ by no more than the rounding of the mean.
+
+    A small standard deviation would blow that rounding up: equal numbers are to come out as 0, not as plus or minus 1.
+    """
+    return jnp.where(jnp.abs(x - mean) <= 8 * jnp.finfo(x.dtype).eps * jnp.abs(mean), 0.0, x - mean)
 
 
 def approximate_kl(log_ratio: Array) -> Array:
@@ -89,7 +109,7 @@ def clip_fraction(log_ratio: Array, clip_eps: Array | float) -> Array:
 
 def explained_variance(v: Array, target: Array, mask: Array | None = None) -> Array:
     """``1 - Var[target - v] / Var[target]`` over all elements, or those of a mask; 0 where the targets do not vary."""
-    variance = jnp.var(target, where=mask)
+    variance = jnp.mean(jnp.square(deviation(target, jnp.mean(target, where=mask))), where=mask)
     return jnp.where(variance > 0, 1 - jnp.var(target - v, where=mask) / jnp.where(variance > 0, variance, 1.0), 0.0)
 
 
@@ -112,12 +132,15 @@ def project_categorical(probability: Array, moved: Array, atoms: Array) -> Array
 
 
 def quantile_huber(quantiles: Array, target: Array, kappa: float = 1.0) -> Array:
-    """Quantile regression's loss of ``quantiles [K]`` at midpoints against target samples ``[M]``, a scalar (1710.10044, eq. 10)."""
+    """Quantile regression's loss of ``quantiles [K]`` at midpoints against target samples ``[M]``, a scalar (1710.10044, eq. 10).
+
+    ``kappa`` bounds the quadratic part, as in the paper; later papers divide by it.
+    """
     count = quantiles.shape[0]
-    levels = (jnp.arange(count) + 0.5) / count
+    levels = (jnp.arange(count, dtype=jnp.float32) + 0.5) / count
     error = target[None] - quantiles[:, None]  # [K, M]
     weight = jnp.abs(levels[:, None] - (error < 0))
-    return jnp.sum(jnp.mean(weight * huber(error, kappa) / kappa, axis=1))
+    return jnp.sum(jnp.mean(weight * huber(error, kappa), axis=1))
 
 
 def squash(x: Array, eps: float = 1e-3) -> Array:

@@ -9,11 +9,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.losses import deviation
+
 Array = jax.Array
 
 
 class Stats(NamedTuple):
-    """Number, mean and variance of everything seen; mean and variance have the shape of one element."""
+    """Number, mean and variance of everything seen; mean and variance have the shape of one element.
+
+    The number stops growing where float32 cannot count on, at 2^24 batches: from there on the oldest data fade.
+    """
 
     size: Array
     mean: Array
@@ -38,14 +43,15 @@ def update(stats: Stats, batch: Array) -> Stats:
 
 
 def standardize(stats: Stats, x: Array, clip: float = 10.0) -> Array:
-    """``(x - mean) / std``, clipped, float32."""
-    scaled = (x.astype(jnp.float32) - stats.mean) * jax.lax.rsqrt(stats.variance + 1e-8)
+    """``(x - mean) / std``, clipped, float32; 0 for what never varied."""
+    scaled = deviation(x.astype(jnp.float32), stats.mean) * jax.lax.rsqrt(stats.variance + 1e-8)
     return jnp.clip(scaled, -clip, clip)
 
 
 def scale(stats: Stats, x: Array, clip: float = 10.0) -> Array:
-    """``x / std``, clipped: for rewards, whose sign and zero must stay."""
-    return jnp.clip(x * jax.lax.rsqrt(stats.variance + 1e-8), -clip, clip)
+    """``x / std``, clipped: for rewards, whose sign and zero must stay; as it is where nothing varied."""
+    varies = stats.variance > jnp.square(8 * jnp.finfo(jnp.float32).eps * stats.mean)
+    return jnp.clip(x * jax.lax.rsqrt(jnp.where(varies, stats.variance, 1.0) + 1e-8), -clip, clip)
 
 
 class RewardStats(NamedTuple):

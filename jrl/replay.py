@@ -82,13 +82,13 @@ class Sequences(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """The stored rows ``[B, capacity / B, ...]``, how many were ever written to each ring ``[B]``, and the priorities' tree."""
+    """The stored rows ``[B, capacity / B, ...]``, how many were written to each ring ``[B]``, and the priorities' tree."""
 
     obs: Any
     action: Array
     reward: Array
     kind: Array  # uint8
-    written: Array  # int32 [B]
+    written: Array  # int32 [B]; of a full ring less a multiple of its length
     tree: Any  # float32 [2 * leaves], sums of priorities from the root at 1; () unless prioritized
     largest: Array  # float32 []: the largest priority so far, which new rows get
 
@@ -149,7 +149,7 @@ def make(
 
     def assemble(buffer: Buffer, env: Array, row: Array, gamma: Array | float) -> tuple[Array, ...]:
         """Rewards summed, discount, and the row to bootstrap from."""
-        reward, discount = jnp.zeros(batch_size), jnp.ones(batch_size)
+        reward, discount = jnp.zeros(batch_size, jnp.float32), jnp.ones(batch_size, jnp.float32)
         going = jnp.ones(batch_size, bool)
         newest, end = (buffer.written[env] - 1) % store.length, row
         for _ in range(n_step):
@@ -245,7 +245,9 @@ class _Store:
             tree = self._open_and_close(buffer, envs, before)
             tree = self._open_and_close(buffer._replace(tree=tree), rows[self.num_envs :], before + 1)
             buffer = buffer._replace(tree=tree)
-        return buffer._replace(written=before + 1 + cut)
+        written = before + 1 + cut
+        # Only the place in the ring and whether it is full matter: taken down by whole rings, the count never overflows.
+        return buffer._replace(written=jnp.where(written >= 2 * self.length, written - self.length, written))
 
     def _open_and_close(self, buffer: Buffer, rows: Array, before: Array) -> Array:
         """The tree after one row more than ``before`` was written in the environments of ``rows``: the row that now has followers
@@ -254,7 +256,7 @@ class _Store:
         opened, closed = (at - (self.needs - 1)) % self.length, (at + self.before) % self.length
         drawable = (before + 1 >= self.needs) & (buffer.kind[envs, opened] != FINAL)
         leaf = lambda row: jnp.where(rows < self.num_envs, envs * self.length + row, self.leaves)  # noqa: E731
-        tree = set_leaves(buffer.tree, leaf(closed), jnp.zeros(self.num_envs))
+        tree = set_leaves(buffer.tree, leaf(closed), jnp.zeros(self.num_envs, jnp.float32))
         return set_leaves(tree, leaf(opened), jnp.where(drawable, buffer.largest, 0.0))
 
     def draw(self, buffer: Buffer, key: Array, beta: Array | float) -> tuple[Array, Array, Array]:
@@ -263,18 +265,19 @@ class _Store:
         oldest = stored - 1 - self.before * (buffer.written >= self.length)
         if self.prioritized:
             # Stratified: one draw from each of N equal parts of the whole priority (section 3.3).
-            mass = (jnp.arange(self.batch_size) + jax.random.uniform(key, (self.batch_size,))) / self.batch_size
+            part = jnp.arange(self.batch_size, dtype=jnp.float32)
+            mass = (part + jax.random.uniform(key, (self.batch_size,), jnp.float32)) / self.batch_size
             leaf = find_leaves(buffer.tree, mass * buffer.tree[1])
             env, row = jnp.minimum(leaf // self.length, self.num_envs - 1), leaf % self.length
             share = buffer.tree[self.leaves + leaf] / jnp.maximum(buffer.tree[1], 1e-20)
             weight = (jnp.maximum(stored.sum(), 1) * jnp.maximum(share, 1e-20)) ** -beta
         else:
-            uniform = jax.random.uniform(key, (2, self.batch_size))
+            uniform = jax.random.uniform(key, (2, self.batch_size), jnp.float32)
             env = _choose(uniform[0], 0, self.num_envs)
             youngest = self.needs - 1
             age = _choose(uniform[1], youngest, jnp.maximum(oldest[env], youngest) + 1)
             row = (buffer.written[env] - 1 - age) % self.length
-            weight = jnp.ones(self.batch_size)
+            weight = jnp.ones(self.batch_size, jnp.float32)
         age = (buffer.written[env] - 1 - row) % self.length
         usable = (buffer.kind[env, row] != FINAL) & (age >= self.needs - 1) & (age <= oldest[env])
         weight = jnp.where(usable, weight, 0.0)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrl import loops
 from jrl.envs.types import Environment
@@ -136,8 +137,13 @@ def _where(condition: Array, x: Any, y: Any) -> Any:
 
 
 def mean_or_nan(total: Array, count: Array) -> Array:
-    """``total / count``, NaN where nothing was counted."""
-    return jnp.where(count > 0, total / jnp.maximum(count, 1), jnp.nan)
+    """``total / count``, NaN where nothing was counted.
+
+    Under ``jax_debug_nans`` it is 0 there, for JAX stops at any NaN, and this one is no fault.
+    """
+    nothing = 0.0 if jax.config.jax_debug_nans else jnp.nan  # type: ignore[attr-defined]
+    xp = np if isinstance(total, np.ndarray) else jnp
+    return xp.where(count > 0, total / xp.maximum(count, 1), nothing)
 
 
 def episode_metrics(episodes: Episodes) -> dict[str, Array]:

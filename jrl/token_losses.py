@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl import checks, losses, returns
+from jrl.losses import masked
 
 Array = jax.Array
 Scalar = Array | float
@@ -26,13 +27,6 @@ LARGEST = 60.0  # of a log ratio: e^60 is finite, so what a clip cuts off has gr
 
 
 # Masks and reductions
-
-
-def masked(x: Array, mask: Array) -> Array:
-    """``x`` where the mask is set and 0 elsewhere, whatever stands there; ``x`` may have more axes than ``mask``."""
-    if x.shape[: mask.ndim] != mask.shape:
-        raise ValueError(f"masked: x {x.shape} must begin with the shape of the mask, {mask.shape}")
-    return jnp.where(mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)) > 0, x, 0)
 
 
 def weights(

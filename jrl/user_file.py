@@ -46,6 +46,18 @@ def _where(error: BaseException, path: Path) -> str:
     return "" if line is None else f"line {line}: "
 
 
+def text_of(path: Path) -> dict[str, str]:
+    """A file for the record: its name and its text."""
+    return {"file": path.name, "text": path.read_text()}
+
+
+def settings_of(factory: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call, those at their defaults too."""
+    bound = inspect.signature(factory).bind(**given)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
 def call(name: str, factory: Callable[..., T], settings: Mapping[str, Any]) -> T:
     """``factory(**settings)``. Raises ``ValueError`` for a setting that it does not take, or one that it needs."""
     known = inspect.signature(factory).parameters
@@ -55,7 +67,22 @@ def call(name: str, factory: Callable[..., T], settings: Mapping[str, Any]) -> T
     missing = [p.name for p in known.values() if _is_needed(p) and p.name not in settings]
     if missing:
         raise ValueError(f"{name} needs the settings {', '.join(missing)}")
+    for setting, value in settings.items():
+        if setting in known:
+            same_kind(f"{name}: {setting}", value, known[setting].default)
     return factory(**settings)
+
+
+def same_kind(setting: str, value: Any, default: Any) -> None:
+    """Raise ``ValueError`` where a default is a number, a truth value or a text, and a plain value is none."""
+    if not isinstance(value, bool | int | float | str):
+        return
+    for kind, what in ((bool, "true or false"), (int, "an integer"), (float, "a number"), (str, "text")):
+        if isinstance(default, kind):
+            fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+            if not fits or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{setting} must be {what}, such as {default}; got {value!r}")
+            return
 
 
 def _is_needed(parameter: inspect.Parameter) -> bool:

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import tyro
 
 from jrl import checks
 from jrl.algos import grpo
@@ -144,4 +143,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(lambda argv: main(tyro.cli(Args, args=argv, description=cli.paragraphs(__doc__))))
+    cli.main(lambda argv: main(cli.parse(Args, argv, doc=__doc__)))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl import envs, host, nets, optim, run
-from jrl.algorithm import Algorithm
+from jrl.algorithm import Algorithm, check
 from jrl.algos import dqn, ppo, pqn
 from jrl.run import layout, program
 from jrl.run.kernels import launches
@@ -62,7 +62,8 @@ def pure(setting: dict[str, Any], algo: Algorithm) -> dict[str, Any]:
     chosen = layout.choose(num_seeds, jax.devices(), None)
     keys = layout.put(chosen, layout.pad(chosen, jax.random.split(jax.random.key(0), num_seeds)))
     state = jax.jit(layout.over_members(chosen, jax.vmap(lambda k: algo.init(k, None, 10**6))))(keys)
-    chunk = program.chunk(algo, max(1, updates // 1000), program.max_rows(num_seeds))
+    names = list(check(algo, algo.hyper)[1])
+    chunk = program.chunk(algo, names, max(1, updates // 1000), program.max_rows(num_seeds))
     lowered = jax.jit(layout.over_members(chosen, chunk), donate_argnums=0).lower(state, jnp.int32(1))
     compiled = lowered.compile(compiler_options=host.chunk_compiler_options())
     compiling = time.perf_counter() - begin

@@ -62,12 +62,13 @@ class Args:
 
 
 def chosen(args: Args) -> dict[str, Preset]:
-    """The presets to train, with two variants: the memory task for a network that cannot remember, and a short CartPole."""
+    """The presets to train, with variants: the memory task for a network that cannot remember, PPO-Penalty, and a short CartPole."""
     tables = {"ppo": presets.PPO, "dqn": presets.DQN, "r2d2": presets.R2D2, "pqn": presets.PQN}
     found = {f"{algo}/{env}": preset for algo, table in tables.items() for env, preset in table.items()}
     memory = found["ppo/MemoryChain-bsuite"]
     forgetful = replace(memory.config, network=replace(memory.config.network, gru=0))
     found["ppo/MemoryChain-bsuite, no memory"] = memory._replace(config=forgetful)
+    found["ppo/CartPole-v1, penalty"] = presets.PPO_PENALTY
     found["dqn/CartPole-v1, 100k"] = found["dqn/CartPole-v1"]._replace(env_steps=100_000)
     for name in args.only:
         checks.one_of("only", name, found)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.stats
 
 from jrl import distributions as d
@@ -84,6 +85,19 @@ def test_tanh_normal_against_integrals(mean, log_std):
     weights = scipy.stats.norm.pdf(u, mean, np.exp(log_std))
     wanted = scipy.stats.norm.entropy(mean, np.exp(log_std)) + np.trapezoid(weights * log_slope, u)
     np.testing.assert_allclose(t.entropy(params), wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("std, error", [(0.1, 1e-5), (2.0, 1e-5), (5.0, 2e-5), (10.0, 2e-3)])
+def test_the_entropy_of_a_wide_tanh_normal(std, error):
+    def slope(z, mean):
+        u = mean + std * z
+        return 2 * (np.log(2) - u - np.logaddexp(0, -2 * u)) * scipy.stats.norm.pdf(z)
+
+    for mean in (0.0, 0.4, 3.0):
+        params = NormalParams(jnp.array([mean]), jnp.array([np.log(std)]))
+        kink = [np.clip(-mean / std, -11, 11)]
+        wanted = scipy.stats.norm.entropy(mean, std) + scipy.integrate.quad(slope, -12, 12, (mean,), points=kink)[0]
+        np.testing.assert_allclose(d.tanh_normal(1).entropy(params), wanted, atol=error + 4e-6 * abs(wanted))
 
 
 def test_tanh_normal_stays_finite_at_the_edge():

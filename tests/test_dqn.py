@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from jrl import envs, losses, nets, run
-from jrl.algos import dqn
+from jrl.algos import dqn, r2d2
 from jrl.optim import OptimizerConfig
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
@@ -128,6 +128,49 @@ def test_the_target_network_follows_hard_and_soft():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), second.target_params, wanted)
 
 
+@pytest.mark.parametrize(
+    "fields", [{"munchausen": True}, {"distribution": "categorical"}, {"distribution": "quantile"}]
+)
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_rows_without_a_transition_take_no_part(fields, prioritized):
+    """Empty rows have masks without a legal action, of which Munchausen's log-policy is NaN, and 0 times NaN is NaN."""
+    config = dataclasses.replace(
+        TINY, learning_starts=0, prioritized=prioritized, batch_size=64, capacity=400, **fields
+    )
+    algo = dqn.make(envs.make("Probe-mask"), config, HYPER)
+    state = algo.init(jax.random.key(0))
+    for _ in range(3):
+        state, metrics = jax.jit(algo.update)(state)
+        assert jnp.isfinite(metrics["objective"]) and jnp.isfinite(metrics["grad_norm"])
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_returns_beyond_the_support_show_at_its_edge():
+    """C51's support begins at 0, and every return is -1: all mass of the targets lies on the first atom."""
+    fields = {"distribution": "categorical", "atoms": 11}
+    env = envs.make("Probe-value")
+    below = env._replace(step=lambda *args: (*env.step(*args)[:2], -1.0, True, False))
+    for environment, low in ((below, 1.0), (env, 0.0)):
+        algo = dqn.make(environment, dataclasses.replace(TINY, **fields), HYPER._replace(v_min=0.0, v_max=10.0))
+        _, metrics = jax.jit(run.train_fn(algo, 20 * algo.env_steps_per_update))(jax.random.key(0))
+        np.testing.assert_allclose(metrics["mass_at_v_min"][-1], low, atol=1e-6)
+        np.testing.assert_allclose(metrics["mass_at_v_max"][-1], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("module", [dqn, r2d2])
+def test_learning_goes_on_beyond_2_to_the_31_steps(module):
+    config = (
+        TINY if module is dqn else r2d2.Config(2, 4, 1, 4, 2, 4, 100, 8, network=nets.ValueConfig(hidden=(8,), gru=4))
+    )
+    algo = module.make(envs.make("Probe-policy"), config, module.Hyper())
+    update = jax.jit(algo.update)
+    state = algo.init(jax.random.key(0))
+    for _ in range(8):
+        state, _ = update(state)
+    late = state._replace(updates=jnp.int32(2**31 // algo.env_steps_per_update + 5))
+    assert update(late)[1]["loss"] > 0
+
+
 # Equations by hand
 
 
@@ -141,9 +184,12 @@ def test_quantile_loss_by_hand_and_its_minimum():
     # Two quantiles at levels 1/4 and 3/4, one target of 2: errors 2 and -0.5.
     loss = losses.quantile_huber(jnp.array([0.0, 2.5]), jnp.array([2.0]))
     np.testing.assert_allclose(loss, 0.25 * 1.5 + 0.25 * 0.125, rtol=1e-6)
+    # With kappa 2 the first error is quadratic, 2^2 / 2; equation 10 does not divide by kappa.
+    loss = losses.quantile_huber(jnp.array([0.0, 2.5]), jnp.array([2.0]), 2.0)
+    np.testing.assert_allclose(loss, 0.25 * 2 + 0.25 * 0.125, rtol=1e-6)
     target = jnp.linspace(0, 1, 101)
     quantiles = jnp.array([0.25, 0.75])
-    grad = jax.grad(lambda q: losses.quantile_huber(q, target, 1e-4))(quantiles)
+    grad = jax.grad(lambda q: losses.quantile_huber(q, target, 1e-4) / 1e-4)(quantiles)
     np.testing.assert_allclose(grad, 0, atol=0.02)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import losses
+from jrl import losses, normalize
 
 
 def test_ppo_clip_by_hand():
@@ -37,8 +37,11 @@ def test_against_rlax():
 
 
 def test_kl_weight_adapts():
-    f = lambda kl: float(losses.adapt_kl_weight(jnp.float32(1), jnp.float32(kl), 0.01))  # noqa: E731
-    assert [f(0.016), f(0.014), f(0.007), f(0.006)] == [2.0, 1.0, 1.0, 0.5]
+    def adapted(kl, weight=1.0):
+        return float(losses.adapt_kl_weight(jnp.float32(weight), jnp.float32(kl), 0.01, 1.0))
+
+    assert [adapted(0.016), adapted(0.014), adapted(0.007), adapted(0.006)] == [2.0, 1.0, 1.0, 0.5]
+    assert adapted(0.0, weight=0.01) == pytest.approx(0.01) and adapted(1.0, weight=100.0) == 100
 
 
 def test_value_losses_by_hand():
@@ -50,7 +53,26 @@ def test_value_losses_by_hand():
 def test_standardize():
     x = losses.standardize(jnp.array([1.0, 2.0, 3.0]))
     np.testing.assert_allclose([x.mean(), x.std()], [0, 1], atol=1e-6)
-    assert not jnp.isnan(losses.standardize(jnp.ones(3))).any()
+
+
+@pytest.mark.parametrize("x", [1.0, 0.1, 1e4 + 0.1, -3e-5])
+@pytest.mark.parametrize("number", [1, 3, 7, 1000])
+def test_equal_numbers_standardize_to_0(x, number):
+    """The rounded mean of equal numbers is not that number, and a tiny deviation divides the difference."""
+    same = jnp.full(number, x, jnp.float32)
+    assert (losses.standardize(same) == 0).all()
+    assert losses.explained_variance(same + 1, same) == 0
+    stats = normalize.init((1,))
+    for _ in range(5):
+        stats = normalize.update(stats, same[:, None])
+    assert normalize.standardize(stats, same[:1]) == 0
+    assert normalize.scale(stats, same[:1]) == jnp.clip(same[:1], -10, 10)
+
+
+def test_a_mask_hides_what_is_not_a_number():
+    x, mask = jnp.array([[1.0, jnp.nan], [jnp.inf, 2.0]]), jnp.array([[True, False], [False, True]])
+    grad = jax.grad(lambda x: (losses.masked(x, mask) ** 2).sum())(x)
+    np.testing.assert_array_equal(grad, [[2, 0], [0, 4]])
 
 
 def test_explained_variance_of_what_a_mask_leaves():

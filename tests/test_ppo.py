@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,8 @@ import optax
 import pytest
 
 from jrl import envs, nets, optim, rollout, run
-from jrl.algorithm import over_devices, over_hypers, over_seeds, with_evaluation
-from jrl.algos import ppo
+from jrl.algorithm import check, over_devices, over_hypers, over_seeds, with_evaluation
+from jrl.algos import dqn, ppo, pqn, r2d2, td
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
@@ -351,3 +352,75 @@ def test_early_truncations_all_bootstrap(key):
 def test_masks_hold_in_float16():
     config = with_(FAST, precision="params=float32,compute=float16,output=float32")
     np.testing.assert_allclose(score(*trained("Probe-mask", config, updates=60)), 1, atol=0.1)
+
+
+def test_a_minibatch_of_one_sample_is_refused():
+    one = with_(TINY, num_envs=2, num_steps=4, num_minibatches=8)
+    with pytest.raises(ValueError, match="standardize_advantages=minibatch needs two samples or more"):
+        ppo.make(envs.make("Probe-action"), one)
+    ppo.make(envs.make("Probe-action"), with_(one, standardize_advantages="batch"))
+    with pytest.raises(ValueError, match="standardize_advantages=batch needs two samples or more"):
+        single = with_(one, num_envs=1, num_steps=1, num_minibatches=1)
+        ppo.make(envs.make("Probe-action"), with_(single, standardize_advantages="batch"))
+
+
+def test_bounds_that_a_policy_cannot_reach_are_refused():
+    def step(key, state, action):
+        return jnp.zeros(1), state, 1.0, True, False
+
+    env = envs.Environment("free", lambda key: (jnp.zeros(1), 0), step, envs.Box((-np.inf, -1.0), (np.inf, 3.0)), 1)
+    with pytest.raises(ValueError, match="tanh_normal needs finite bounds"):
+        ppo.make(env, with_(TINY, continuous="tanh_normal"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        action = ppo.to_env(env.action_space, jnp.array([7.0, 0.5]))
+    np.testing.assert_allclose(action, [7.0, 2.0])
+
+
+def test_the_penalty_comes_back_after_a_phase_of_small_steps(key):
+    """At a learning rate of 0 the weight is halved at every update, down to a hundredth of its start and no further."""
+    algo = ppo.make(envs.make("Probe-action"), with_(TINY, loss="penalty"), ppo.Hyper(learning_rate=0.0))
+    state, metrics = jax.jit(run.train_fn(algo, 200 * algo.env_steps_per_update))(key)
+    np.testing.assert_allclose(metrics["kl_weight"][:3], [1, 0.5, 0.25])
+    np.testing.assert_allclose(state.kl_weight, 0.01, rtol=1e-6)
+
+
+def test_evaluation_within_a_run_weighs_episodes_as_the_run_loop_does(key):
+    """Updates in which no episode ended count for nothing: 3 rows of 4 updates have the returns of all their episodes."""
+    algo = ppo.make(envs.make("CartPole-v1"), TINY)
+    evaluated = with_evaluation(algo, lambda state, key: {}, 4, jax.random.key(9))
+    _, rows = jax.jit(run.train_fn(evaluated, 12 * algo.env_steps_per_update))(key)
+    _, fine = jax.jit(run.train_fn(algo, 12 * algo.env_steps_per_update))(key)
+    count = np.asarray(fine["episodes"]).reshape(3, 4)
+    assert (count == 0).any() and count.sum() > 0
+    np.testing.assert_array_equal(rows["episodes"], count.sum(1))
+    total = np.nansum(np.asarray(fine["episode_return"]).reshape(3, 4) * count, 1)
+    ended = count.sum(1) > 0
+    np.testing.assert_allclose(rows["episode_return"][ended], total[ended] / count.sum(1)[ended], rtol=1e-5)
+
+
+def test_a_search_for_nans_finds_none_where_no_episode_ended(key):
+    algo = ppo.make(envs.make("CartPole-v1"), with_(TINY, num_steps=8))
+    with jax.debug_nans(True):
+        _, metrics = jax.jit(run.train_fn(algo, algo.env_steps_per_update))(key)
+    assert metrics["episodes"] == 0 and metrics["episode_return"] == 0
+
+
+@pytest.mark.parametrize(
+    "module, fields",
+    [
+        (ppo, {"loss": "penalty", "normalize_rewards": True}),
+        (dqn, {"prioritized": True, "munchausen": True}),
+        (dqn, {"distribution": "categorical"}),
+        (pqn, {}),
+        (r2d2, {}),
+        *((td, {"method": method}) for method in td.METHODS),
+    ],
+)
+def test_what_is_learned_stays_float32_with_64_bits_enabled(module, fields):
+    with jax.enable_x64(True):
+        algo = module.make(envs.make("Garnet"), module.Config(**fields))
+        shapes = check(algo, algo.hyper)
+    assert not [
+        x for x in jax.tree.leaves(shapes) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.dtype.itemsize > 4
+    ]

@@ -319,3 +319,9 @@ def test_too_small_and_too_large_are_refused():
         replay.make(jax.ShapeDtypeStruct((1000, 1000), jnp.float32), 1, 1_000_000, 8)
     with pytest.raises(ValueError, match="batch_size must be an integer of at least 1; got 0"):
         replay.make(SPEC, 1, 10, 0)
+
+
+def test_the_count_of_rows_does_not_grow_for_ever():
+    memory, buffer = filled([step(i, next_obs=i + 1) for i in range(40)], capacity=16, batch_size=64)
+    assert buffer.written.item() < 32 and memory.size(buffer) == 16
+    assert set(drawn(memory, buffer)) == set(range(25, 39))

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
-from jrl import envs, nets, optim, run
+from jrl import envs, host, nets, optim, run
 from jrl.algos import ppo
-from jrl.run import cli, layout, log, program, stats
+from jrl.run import cli, layout, log, program, progress, stats
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
@@ -44,18 +44,20 @@ def train(algo, updates, **kwargs):
     return run.train(algo, jax.random.key(0), updates * PER_UPDATE, **kwargs)
 
 
-def host(tree):
+def on_host(tree):
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
     return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
 
 
 def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, host(a), host(b))
+    jax.tree.map(np.testing.assert_array_equal, on_host(a), on_host(b))
 
 
 def assert_close(a, b):
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=1e-4, atol=1e-5), host(a), host(b)
+        lambda x, y: np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=1e-4, atol=1e-5),
+        on_host(a),
+        on_host(b),
     )
 
 
@@ -248,6 +250,50 @@ def test_evaluation_keys_are_shared_over_seeds():
     assert (returns == returns[0]).all() and len(np.unique(returns[0])) == 2
 
 
+def endless(key=None):
+    """Episodes that end at step 3 where the first observation is positive, and never else; no time limit is known."""
+
+    def reset(key):
+        sign = jax.random.rademacher(key, (1,), jnp.float32)
+        return sign, (sign, 0)
+
+    def step(key, state, action):
+        sign, t = state
+        return sign, (sign, t + 1), 1.0, (sign[0] > 0) & (t + 1 >= 3), False
+
+    return envs.Environment("Endless", reset, step, envs.Discrete(2))
+
+
+def test_episodes_that_evaluation_cuts_off_are_counted_and_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["jrl.run.evaluate"], "MAX_STEPS", 10)  # the name in jrl.run is the function
+    algo = ppo.make(endless(), TINY)
+    grid = run.sweep.grid(algo.hyper, {"gamma": [0.9, 0.95]})
+    result = train(algo, 2, hypers=grid, run_dir=tmp_path / "run", eval_episodes=8)
+    cut = {cell: s["unfinished"] for cell, s in result.summary["cells"].items()}
+    returns = np.array(result.summary["cells"]["gamma=0.9"]["per_seed"])
+    assert set(cut.values()) == {int((returns.sum() * 8 - 2 * 8 * 3) / 7)} and 0 < cut["gamma=0.9"] < 16
+    (row, _) = csv.DictReader((tmp_path / "run/sweep.csv").open())
+    assert int(row["unfinished"]) == 2 * cut["gamma=0.9"]  # greedy and sampled
+    cli.report(result)
+    assert f"{cut['gamma=0.9']} episodes were cut off at" in capsys.readouterr().out
+
+
+def test_one_seed_has_no_interval(capsys):
+    assert stats.summarize([3.0]) == {"iqm": 3.0, "ci_low": None, "ci_high": None, "per_seed": [3.0]}
+    assert stats.text(stats.summarize([3.0, float("nan")])) == "3.0 (one seed)"
+    cli.report(train(make("Probe-action"), 1, num_seeds=1, eval_episodes=1))
+    out = capsys.readouterr().out
+    assert "1 seed x 16 steps" in out and "(one seed)" in out and "interval" not in out
+
+
+def test_the_best_of_a_sweep_is_scored_on_episodes_on_which_it_was_not_chosen(tmp_path):
+    algo = make("Probe-observation")  # the return is chance alone: the sign of the observation
+    grid = run.sweep.grid(algo.hyper, {"gamma": [0.9, 0.95]})
+    summary = train(algo, 1, hypers=grid, eval_episodes=16).summary
+    chosen_on, anew = summary["cells"][summary["best_cell"]]["per_seed"], summary["eval"]["per_seed"]
+    assert chosen_on[0] == chosen_on[1] and anew[0] == anew[1] and anew != chosen_on
+
+
 def test_iqm_and_interval():
     assert stats.iqm([0, 1, 2, 3, 4, 5, 6, 100]) == 3.5
     x = np.random.default_rng(0).normal(size=(9, 3))
@@ -297,6 +343,82 @@ def test_a_nan_is_reported_and_the_others_go_on(tmp_path, capsys):
         )
 
 
+def with_metric(algo, name, value):
+    def update(state):
+        state, metrics = algo.update(state)
+        return state, metrics | {name: jnp.asarray(value)}
+
+    return algo._replace(update=update)
+
+
+def test_a_nan_that_means_nothing_costs_no_seed(tmp_path):
+    """A metric of a user where there was nothing to count, and a number in an environment's state."""
+
+    def step(key, state, action):
+        return jnp.zeros(1), jnp.nan + state, 1.0, True, False
+
+    env = envs.Environment("blank", lambda key: (jnp.zeros(1), jnp.nan), step, envs.Discrete(2), 1)
+    algo = with_metric(ppo.make(env, TINY), "mine", jnp.nan)
+    first = train(algo, 2, eval_episodes=2, run_dir=tmp_path / "run")
+    again = train(algo, 3, eval_episodes=2, run_dir=tmp_path / "run", resume=True)
+    for result in (first, again):
+        assert result.summary["nan_seeds"] == [] and result.summary["eval"]["per_seed"] == [1.0, 1.0]
+        assert np.isnan(result.metrics["mine"]).all()
+
+
+def test_a_seed_that_recovered_keeps_its_evaluation():
+    """A loss of NaN at one update is reported; the parameters were numbers all the time."""
+    algo = make("Probe-action")
+
+    def update(state):
+        after, metrics = algo.update(state)
+        return after, metrics | {"loss": jnp.where(state.updates == 1, jnp.nan, metrics["loss"])}
+
+    summary = train(algo._replace(update=update), 3, eval_episodes=2).summary
+    assert [nan["update"] for nan in summary["nan_seeds"]] == [2, 2] and None not in summary["eval"]["per_seed"]
+
+
+# What an algorithm must be
+
+
+def test_an_algorithm_may_report_no_episodes(tmp_path):
+    algo = make()
+
+    def update(state):
+        state, metrics = algo.update(state)
+        return state, {"loss": metrics["loss"], "count": jnp.int32(3)}
+
+    result = train(algo._replace(update=update), 2, run_dir=tmp_path / "run", progress=True)
+    assert set(result.metrics) == {"env_steps", "loss", "count"} and (result.metrics["count"] == 3).all()
+
+
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (lambda algo: with_metric(algo, "q", np.zeros(3)), "ppo: the metric 'q' must be a scalar number; got"),
+        (lambda algo: algo._replace(update=lambda state: state), r"ppo: update must return \(state, metrics\)"),
+        (lambda algo: algo._replace(update=lambda state: 1 / 0), "ppo: update cannot be traced: division by zero"),
+        (
+            lambda algo: algo._replace(update=lambda s: (s._replace(updates=s.updates + 0.5), {})),
+            r"ppo: update returns updates as float32 \[\], init as int32 \[\]",
+        ),
+        (
+            lambda algo: algo._replace(act=lambda s, o: o),
+            r"ppo: act must return \(action, memory\), the action of shape \(\)",
+        ),
+        (lambda algo: algo._replace(hyper={"gamma": 0.9}), "ppo: hyper must be a NamedTuple of numbers"),
+    ],
+)
+def test_an_algorithm_that_breaks_its_contract_is_refused_before_compiling(broken, message):
+    with pytest.raises(ValueError, match=message):
+        train(broken(make("Probe-action")), 1, eval_episodes=1)
+
+
+def test_hypers_of_another_algorithm_are_refused():
+    with pytest.raises(ValueError, match=r"hypers: a must be a jrl.algos.ppo.Hyper; got \{\}"):
+        train(make("Probe-action"), 1, hypers={"a": {}})
+
+
 def test_a_nan_seed_stays_out_after_resuming(tmp_path):
     algo = bad_seed(make())
     train(algo, 4, num_seeds=3, run_dir=tmp_path / "run")
@@ -326,6 +448,93 @@ def test_an_annealed_run_keeps_its_length(tmp_path):
     train(algo, 2, run_dir=tmp_path / "run")
     with pytest.raises(run.RunError, match="env_steps was 32, is 64"):
         train(algo, 4, run_dir=tmp_path / "run", resume=True)
+
+
+def test_an_annealed_run_that_is_to_go_on_says_why_it_cannot(tmp_path):
+    algo = make("Probe-action", optimizer=optim.OptimizerConfig(schedule="linear"))
+    train(algo, 2, run_dir=tmp_path / "run")
+    with pytest.raises(run.RunError, match=r"its schedules .* run over the whole of it; resume it with 32, or"):
+        train(algo, 4, run_dir=tmp_path / "run", resume=True)
+
+
+ENV_FILE = """
+import jax.numpy as jnp
+from jrl.envs import Discrete, Environment
+def make(goal=1.0):
+    return Environment("mine", lambda k: (jnp.zeros(1), 0), lambda k, s, a: (jnp.zeros(1), s, goal, True, False), Discrete(2))
+"""
+
+
+def test_what_an_environment_is_made_of_is_recorded_and_compared(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(ENV_FILE)
+    wrap = envs.wrappers.time_limit
+    for name, before, after, message in (
+        (
+            "garnet",
+            lambda: envs.make("Garnet", seed=3),
+            lambda: envs.make("Garnet", seed=4),
+            "env_params.seed was 3, is 4",
+        ),
+        (
+            "recall",
+            lambda: envs.make("Recall", delay=4),
+            lambda: envs.make("Recall", delay=4, queries=2),
+            "env_params.queries was 16, is 2",
+        ),
+        (
+            "wrapped",
+            lambda: envs.make("Garnet"),
+            lambda: wrap(envs.make("Garnet"), 7),
+            "env_params.wrappers was null, is",
+        ),
+        ("file", lambda: envs.make(path), lambda: envs.make(path, goal=2.0), "env_params.goal was null, is 2.0"),
+    ):
+        folder = tmp_path / name
+        train(ppo.make(before(), TINY), 1, run_dir=folder)
+        train(ppo.make(before(), TINY), 1, run_dir=folder, resume=True)
+        with pytest.raises(run.RunError, match=message):
+            train(ppo.make(after(), TINY), 1, run_dir=folder, resume=True)
+    assert json.loads((tmp_path / "file/config.json").read_text())["settings"]["env_params.text"] == ENV_FILE
+    path.write_text(ENV_FILE.replace("1.0", "3.0"))
+    with pytest.raises(run.RunError, match=r"is a run of mine.py as it was: the file has changed since"):
+        train(ppo.make(envs.make(path), TINY), 1, run_dir=tmp_path / "file", resume=True)
+
+
+def test_a_resume_without_evaluation_keeps_the_one_there_is(tmp_path):
+    algo = make("Probe-action")
+    first = train(algo, 2, run_dir=tmp_path / "run", eval_episodes=2).summary["eval"]
+    later = train(algo, 3, run_dir=tmp_path / "run", resume=True).summary
+    assert later["eval"] == first and first["env_steps"] == 32 and later["env_steps"] == 48
+    assert train(algo, 3, run_dir=tmp_path / "run", resume=True, eval_episodes=2).summary["eval"]["env_steps"] == 48
+
+
+def test_tensorboard_has_the_settings_and_the_final_evaluation(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    result = train(make("Probe-action"), 2, run_dir=tmp_path / "run", eval_episodes=2)
+    found, settings = {}, {}
+    for path in (tmp_path / "run/events").iterdir():
+        data = path.read_bytes()
+        while data:  # a record: its length, a checksum, the event, a checksum
+            length = int.from_bytes(data[:8], "little")
+            event, data = Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+                if value.tag == "_hparams_/session_start_info":
+                    settings[value.tag] = value.metadata.plugin_data.content
+    assert found["evaluation/return", 32] == pytest.approx(result.summary["eval"]["iqm"])
+    assert b"config.num_envs" in settings["_hparams_/session_start_info"]
+
+
+def test_a_sweep_s_tables_have_a_column_for_each_number(tmp_path):
+    algo = make("Probe-action")
+    grid = run.sweep.grid(algo.hyper, {"learning_rate": [1e-3, 1e-2], "optimizer.b1": [0.9, 0.8]})
+    train(algo, 1, hypers=grid, run_dir=tmp_path / "run", eval_episodes=1)
+    for name, rows_a_cell in (("metrics.csv", 2), ("sweep.csv", 1)):
+        rows = list(csv.DictReader((tmp_path / "run" / name).open()))
+        numbers = [(float(r["hyper.learning_rate"]), float(r["hyper.optimizer.b1"])) for r in rows]
+        assert numbers == [(a, b) for a in (1e-3, 1e-2) for b in (0.9, 0.8) for _ in range(rows_a_cell)]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
@@ -403,7 +612,7 @@ def test_wrong_arguments_are_refused_before_compiling(tmp_path):
 
 SCRIPT = """
 import sys, jax
-from jrl import envs, nets, optim, run
+from jrl import envs, host, nets, optim, run
 from jrl.algos import ppo
 from jrl.run import loop
 loop.CHUNK_SECONDS = 0.05
@@ -504,3 +713,48 @@ def test_a_full_disk_gives_one_line_and_keeps_what_was_saved(tmp_path):
 def test_num_updates_rounds_down():
     algo = make()
     assert program.num_updates(algo, 47) == 2
+
+
+# Command lines
+
+
+def test_whole_numbers_and_words_on_the_command_line():
+    args = cli.parse(cli.Options, ["--env-steps", "1e6", "--num-seeds", "2_000", "--eval-every", "5e2"])
+    assert (args.env_steps, args.num_seeds, args.eval_every) == (1_000_000, 2000, 500)
+    with pytest.raises(SystemExit):
+        cli.parse(cli.Options, ["--env-steps", "1.5"])
+    words = ("delay=4", "gravity=9.5", "slippery=False", "kind=hard", "rate=1e-3")
+    assert cli.parse_params(words) == {"delay": 4, "gravity": 9.5, "slippery": False, "kind": "hard", "rate": 1e-3}
+    with pytest.raises(ValueError, match="parameters are written NAME=VALUE; got 'delay'"):
+        cli.parse_params(("delay",))
+    for name, params, message in (
+        ("CartPole-v1", {"gravity": "low"}, "CartPole-v1: gravity must be a number, such as 9.8; got 'low'"),
+        ("FrozenLake", {"slippery": 1}, "FrozenLake: slippery must be true or false, such as True; got 1"),
+        ("Garnet", {"seed": "three"}, "Garnet: seed must be an integer, such as 0; got 'three'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            envs.make(name, **params)
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path):
+    folders = [cli.fresh_folder(tmp_path / "runs/ppo-x") for _ in range(3)]
+    assert [f.name for f in folders] == ["ppo-x", "ppo-x-2", "ppo-x-3"] and all(f.is_dir() for f in folders)
+
+
+def test_an_accelerator_that_is_wanted_and_missing_is_an_error(monkeypatch):
+    for wanted in ("cuda12", "cuda13", "tpu"):
+        monkeypatch.setenv("JRL_ACCEL", wanted)
+        if jax.default_backend() == "cpu":
+            with pytest.raises(ValueError, match=rf"JRL_ACCEL={wanted} asks for a .pu; JAX finds cpu"):
+                host.require_accelerator()
+    monkeypatch.setenv("JRL_ACCEL", "cpu")
+    host.require_accelerator()
+
+
+def test_the_progress_line_keeps_the_last_return_that_is_known(capsys, monkeypatch):
+    bar = progress.Progress("ppo", 100, 0, True)
+    for done, value in ((10, float("nan")), (20, 7.0), (30, float("nan"))):
+        monkeypatch.setattr(bar, "_printed", -1e9)
+        bar.advance(done, value)
+    shown = [line.split("return ")[1].split(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert shown == ["-", "7.0", "7.0"]

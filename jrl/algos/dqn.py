@@ -216,6 +216,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     assert isinstance(env.action_space, Discrete)
     num_actions = env.action_space.n
     noisy, defaults = config.network.noisy, hyper
+    per_update = config.num_envs * config.num_steps
+    first_learning = -(-config.learning_starts // per_update)
 
     def outputs(params: Any, obs: Any, key: Array | None) -> Array:
         """The network's answer ``[N, A]`` or ``[N, A, atoms]``, noisy with a key."""
@@ -232,7 +234,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return mask(answer, obs)
 
     def support(hyper: Hyper) -> Array:
-        return hyper.v_min + (hyper.v_max - hyper.v_min) * jnp.linspace(0, 1, atoms)[None, None]
+        return hyper.v_min + (hyper.v_max - hyper.v_min) * jnp.linspace(0, 1, atoms, dtype=jnp.float32)[None, None]
 
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = defaults if hyper is None else hyper
@@ -265,7 +267,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, seen)
         state = state._replace(actors=actors, buffer=buffer, key=key)
 
-        ready = (state.updates + 1) * per_update >= config.learning_starts
+        ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
         learned, metrics = jax.lax.scan(lambda s, k: learn(s, k, ready), state, keys[4:])
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ready, new, old),
@@ -305,14 +307,15 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             chooser = values(outputs(state.params, batch.next_obs, key_select), batch.next_obs, h)
         else:
             chooser = values(answer, batch.next_obs, h)
-        target = targets(state, batch, answer, jnp.argmax(chooser, axis=-1))
+        used = batch.weight > 0  # other rows hold nothing: what is computed of them may be NaN, and 0 times NaN is NaN
+        target = losses.masked(targets(state, batch, answer, jnp.argmax(chooser, axis=-1)), used)
+        number = jnp.maximum(used.sum(), 1)
 
         def loss(params: Any) -> tuple[Array, tuple[Metrics, Array]]:
-            taken = pick(outputs(params, batch.obs, key_online), batch.action)
+            taken = losses.masked(pick(outputs(params, batch.obs, key_online), batch.action), used)
             error, each, priority = errors(taken, target, h)
-            number = jnp.maximum((batch.weight > 0).sum(), 1)
             total = jnp.sum(batch.weight * each) / number
-            mean_square = jnp.sum((batch.weight > 0) * error**2) / number
+            mean_square = jnp.sum(used * error**2) / number
             return total, ({"loss": mean_square, "objective": total}, priority)
 
         tx = optimizer(config, h, learning_rate_factor(config, state))
@@ -321,6 +324,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         rows = jnp.where(ready, batch.rows, replay.NOWHERE)
         buffer = memory.update(state.buffer, rows, priority**h.priority_exponent)
         state = state._replace(params=step.params, opt_state=step.opt_state, buffer=buffer)
+        if config.distribution == "categorical":  # much mass at an edge: returns lie beyond the support
+            metrics |= {"mass_at_v_min": target[:, 0].sum() / number, "mass_at_v_max": target[:, -1].sum() / number}
         return state, metrics | {"grad_norm": step.grad_norm}
 
     def targets(state: State, batch: replay.Batch, answer: Array, best: Array) -> Array:
@@ -372,6 +377,5 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             return jnp.argmax(q).astype(jnp.int32), ()
         return epsilon_greedy(q, epsilon_of(state), exploration_noise(key_noise, (), num_actions)), ()
 
-    per_update = config.num_envs * config.num_steps
     remake = lambda config: make(unstacked, config, hyper)  # noqa: E731
     return Algorithm(init, update, act, per_update, "dqn", env, config, hyper, True, remake)

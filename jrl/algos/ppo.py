@@ -39,7 +39,7 @@ class Config:
         num_steps: steps in each environment per update.
         num_epochs: passes over the data of an update.
         num_minibatches: gradient steps per pass; divides num_envs * num_steps (recurrent: num_envs).
-        loss: clip (PPO-Clip) or penalty (PPO-Penalty, adaptive KL weight).
+        loss: clip (PPO-Clip) or penalty (PPO-Penalty, adaptive KL weight; the preset "penalty" has a learning rate for it).
         dual_clip: bound the loss of negative advantages by hyper.dual_clip.
         value_clip: clip value updates by hyper.value_clip_eps.
         kl_stop: skip the minibatches left in an update once its KL exceeds 1.5 x hyper.target_kl.
@@ -100,7 +100,7 @@ class Hyper(NamedTuple):
         max_grad_norm: global norm that gradients are scaled down to (or the bound of config.optimizer.clip).
         dual_clip: bound on the ratio where the advantage is negative.
         target_kl: KL that the penalty steers to; kl_stop stops at 1.5 times it.
-        kl_weight: initial weight of the KL penalty.
+        kl_weight: initial weight of the KL penalty; it is adapted within a factor of 100.
         optimizer: numbers of the optimizer.
     """
 
@@ -126,6 +126,16 @@ def check_hyper(hyper: Hyper) -> None:
     for name in hyper._fields[:-1]:
         checks.within(f"hyper.{name}", getattr(hyper, name), *ranges.get(name, (0, inf)))
     optim.check_hyper(hyper.optimizer)
+
+
+def check_minibatches(config: Config) -> None:
+    """Raise ``ValueError`` where advantages would be standardized over one sample: they would all be 0."""
+    parts = {"minibatch": config.num_minibatches, "batch": 1, "none": 0}[config.standardize_advantages]
+    if config.num_envs * config.num_steps == parts:
+        raise ValueError(
+            f"config.standardize_advantages={config.standardize_advantages} needs two samples or more; got "
+            f"num_envs * num_steps / num_minibatches = 1"
+        )
 
 
 class State(NamedTuple):
@@ -167,6 +177,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     obs_spec = observation_spec(env)
     network = nets.actor_critic(config.network, obs_spec, env.action_space)
     network = precision.float32_outputs(precision.apply(config.precision, network))
+    check_minibatches(config)
     distribution = action_distribution(env.action_space, config.continuous)
     recurrent = config.network.remembers
     anneals = config.optimizer.uses_length
@@ -281,7 +292,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             # The paper adapts the weight by the KL after the update; all rows, with the new parameters.
             _, outputs = network.unroll(params, memory, batch.obs, batch.first)
             kl = distribution.kl(batch.policy, outputs.policy).mean()
-            changed["kl_weight"] = losses.adapt_kl_weight(state.kl_weight, kl, state.hyper.target_kl)
+            changed["kl_weight"] = losses.adapt_kl_weight(
+                state.kl_weight, kl, state.hyper.target_kl, state.hyper.kl_weight
+            )
             means |= {"kl": kl, "kl_weight": state.kl_weight}
         return changed, means
 
@@ -342,13 +355,17 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
 
 def action_distribution(space: Space, continuous: Literal["normal", "tanh_normal"] = "normal") -> Distribution:
-    """The family of policies for an action space."""
+    """The family of policies for an action space. Raises ``ValueError`` for tanh_normal where a bound is infinite."""
     match space:
         case Discrete(n):
             return distributions.categorical(n)
         case MultiDiscrete(nvec):
             return distributions.multi_categorical(nvec)
-        case Box(low):
+        case Box(low, high):
+            if continuous == "tanh_normal" and not np.isfinite([low, high]).all():
+                raise ValueError(
+                    f"config.continuous=tanh_normal needs finite bounds; {space} has infinite ones: take normal"
+                )
             return {"normal": distributions.normal, "tanh_normal": distributions.tanh_normal}[continuous](len(low))
 
 
@@ -358,6 +375,7 @@ def to_env(space: Space, action: Array) -> Array:
         return action
     low, high = np.array(space.low, np.float32), np.array(space.high, np.float32)
     finite = np.isfinite(low) & np.isfinite(high)
-    center, half = np.where(finite, (low + high) / 2, 0), np.where(finite, (high - low) / 2, 1)
+    least, most = np.where(finite, low, -1), np.where(finite, high, 1)
+    center, half = (least + most) / 2, (most - least) / 2
     mapped = center + half * jnp.where(finite, jnp.clip(action, -1, 1), action)
     return jnp.clip(mapped, low, high)

@@ -63,6 +63,14 @@ PPO: dict[str, Preset] = {
 }
 
 
+# PPO-Penalty, with steps so large that the penalty has to hold them: at PPO-Clip's the KL stays a tenth of its target.
+PPO_PENALTY = Preset(
+    500_000,
+    ppo.Config(loss="penalty", num_epochs=10, optimizer=optim.OptimizerConfig(schedule="constant")),
+    ppo.Hyper(learning_rate=1e-3),
+)
+
+
 # The setting of the paper's code for CartPole, and the default for every environment without one of its own.
 PQN_DEFAULT = Preset(500_000, pqn.Config(), pqn.Hyper(reward_scale=0.1))
 
@@ -118,8 +126,8 @@ R2D2: dict[str, Preset] = {"MemoryChain-bsuite": R2D2_DEFAULT}
 
 
 def ppo_preset(name: str, env: str) -> Preset:
-    """PPO's preset ``name`` for ``env``: see ``find``."""
-    return find(PPO, PPO_DEFAULT, name, env)
+    """PPO's preset ``name`` for ``env``: see ``find``; ``penalty`` is PPO-Penalty's."""
+    return find({**PPO, "penalty": PPO_PENALTY}, PPO_DEFAULT, name, env)
 
 
 def pqn_preset(name: str, env: str) -> Preset:

@@ -167,6 +167,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     )
     assert isinstance(env.action_space, Discrete)
     num_actions, defaults = env.action_space.n, hyper
+    per_update = config.num_envs * config.num_steps
+    first_learning = -(-max(config.learning_starts, rows * config.num_envs) // per_update)
 
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = defaults if hyper is None else hyper
@@ -198,7 +200,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, seen)
         state = state._replace(actors=actors, buffer=buffer, key=key)
 
-        ready = (state.updates + 1) * per_update >= max(config.learning_starts, rows * config.num_envs)
+        ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
         learned, metrics = jax.lax.scan(lambda s, k: learn(s, k, ready), state, keys[3:])
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(ready, new, old),
@@ -288,6 +290,5 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             return jnp.argmax(values).astype(jnp.int32), after
         return epsilon_greedy(values, exploration(state), exploration_noise(key, (), num_actions)), after
 
-    per_update = config.num_envs * config.num_steps
     remake = lambda config: make(env, config, hyper)  # noqa: E731
     return Algorithm(init, update, act, per_update, "r2d2", env, config, hyper, True, remake)

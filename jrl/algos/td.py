@@ -175,7 +175,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         key_next, key_first = jax.random.split(key_action)
         a_t = choose(key_next, state.q, x_t, legal_t, state.hyper.epsilon)
         ended = terminated | truncated
-        one_hot = jax.nn.one_hot(jnp.stack([state.action, a_t]), num_actions)
+        one_hot = jax.nn.one_hot(jnp.stack([state.action, a_t]), num_actions, dtype=jnp.float32)
         discount_t = state.hyper.gamma * (1.0 - terminated)
         transition = Transition(state.x, one_hot[0], reward, discount_t, x_t, one_hot[1], legal_t, ended)
         q, memory, delta = learn(config, state.hyper, state.q, state.memory, transition, key_coin)
@@ -189,7 +189,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         )
         total, length = state.episode_return + reward, state.episode_length + 1
         kept = jnp.where(ended, 0.0, total), jnp.where(ended, 0.0, length)
-        seen = (jnp.where(ended, 1.0, 0.0), jnp.where(ended, total, 0.0), jnp.where(ended, length, 0.0), delta**2)
+        seen = (ended.astype(jnp.float32), jnp.where(ended, total, 0.0), jnp.where(ended, length, 0.0), delta**2)
         return State(q, memory, env_state, x, legal, action, *kept, key, state.hyper), seen
 
     def update(state: State) -> tuple[State, Metrics]:
@@ -210,7 +210,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
     remake = lambda config: make(env, config, hyper)  # noqa: E731
     init, update, act = exact(init), exact(update), exact(act)  # action values of tables are no place to round
-    return Algorithm(init, update, act, config.num_steps, "td", env, config, hyper, False, remake)
+    made = Algorithm(init, update, act, config.num_steps, "td", env, config, hyper, False, remake)
+    return made._replace(losses=("td_error",), learned=lambda state: (state.q, state.memory))
 
 
 def check_hyper(hyper: Hyper) -> None:
@@ -243,7 +244,7 @@ def _double_q(config: Config, h: Hyper, q: Array, memory: Any, t: Transition, ke
     """One table, by the toss of a coin, moves to the other's value of the action that is best by its own (6.10)."""
     first = jax.random.bernoulli(key)
     this, other = jnp.where(first, q, q[::-1])
-    best = jax.nn.one_hot(jnp.argmax(jnp.where(t.legal_t, this @ t.x_t, -jnp.inf)), len(t.a_t))
+    best = jax.nn.one_hot(jnp.argmax(jnp.where(t.legal_t, this @ t.x_t, -jnp.inf)), len(t.a_t), dtype=jnp.float32)
     delta = t.r_t + t.discount_t * (best @ other @ t.x_t) - t.a_tm1 @ this @ t.x_tm1
     changed = this + h.learning_rate * delta * jnp.outer(t.a_tm1, t.x_tm1)
     return jnp.where(first, jnp.stack([changed, other]), jnp.stack([other, changed])), memory, delta
@@ -298,11 +299,11 @@ def _no_memory(config: Config, num_actions: int, num_features: int) -> Any:
 
 
 def _traces(config: Config, num_actions: int, num_features: int) -> Array:
-    return jnp.zeros((num_actions, num_features))
+    return jnp.zeros((num_actions, num_features), jnp.float32)
 
 
 def _empty_window(config: Config, num_actions: int, num_features: int) -> _Window:
-    x, a, scalar = (jnp.zeros((config.n, *shape)) for shape in ((num_features,), (num_actions,), ()))
+    x, a, scalar = (jnp.zeros((config.n, *shape), jnp.float32) for shape in ((num_features,), (num_actions,), ()))
     yes, legal = jnp.zeros(config.n, bool), jnp.ones((config.n, num_actions), bool)
     return _Window(Transition(x, a, scalar, scalar, x, a, legal, yes), yes)
 

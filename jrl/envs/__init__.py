@@ -53,14 +53,16 @@ def make(name: str | Path, **params: Any) -> Environment:
         raise ValueError(f"an environment's name must be text; got {name!r}")
     name = str(name)
     if name.endswith(".py"):
-        return strict(_from_file(Path(name), params))
+        made = strict(_from_file(Path(name), params))
+        return made._replace(settings={**made.settings, **params, **user_file.text_of(Path(name))})
     if name in gymnax.IDS:
         return strict(gymnax.make(name, **params))
     if name not in _registered:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
         raise ValueError(f"unknown environment {name!r}; {hint} (or a path to a .py file)")
-    return strict(user_file.call(name, _registered[name], params))
+    made = strict(user_file.call(name, _registered[name], params))
+    return made._replace(settings={**made.settings, **user_file.settings_of(_registered[name], params)})
 
 
 def _from_file(path: Path, params: dict[str, Any]) -> Environment:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl.envs.types import Box, Discrete, Environment, Space
+from jrl.user_file import same_kind
 
 # Listed here so that a wrong name is refused without the import. MNISTBandit-bsuite downloads its images: left out.
 IDS = [
@@ -57,6 +58,7 @@ def make(name: str, **params: Any) -> Environment:
     for field in params:
         if field not in allowed:
             raise ValueError(f"{name} has no parameter {field!r}; it has: {', '.join(allowed)}")
+        same_kind(f"{name}: {field}", params[field], getattr(defaults, field))
     env_params = defaults.replace(**params)
     num_values = getattr(env.observation_space(env_params), "n", None)
 
@@ -82,6 +84,7 @@ def make(name: str, **params: Any) -> Environment:
         time_limit=int(env_params.max_steps_in_episode),
         first_truncation=int(env_params.max_steps_in_episode),
         draw=_drawer(env, env_params),
+        settings=vars(env_params),
     )
 
 

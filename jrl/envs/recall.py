@@ -20,8 +20,8 @@ def recall(delay: int = 512, queries: int = 16, symbols: int = 4) -> Environment
         checks.positive_int(name, value)
 
     def observe(key: Array, symbol: Array, t: Array) -> Array:
-        noise = jax.nn.one_hot(jax.random.randint(key, (), 0, symbols), symbols)
-        shown = jnp.where(t == 0, jax.nn.one_hot(symbol, symbols), 0.0)
+        noise = jax.nn.one_hot(jax.random.randint(key, (), 0, symbols), symbols, dtype=jnp.float32)
+        shown = jnp.where(t == 0, jax.nn.one_hot(symbol, symbols, dtype=jnp.float32), 0.0)
         return jnp.concatenate([shown, noise, jnp.stack([t == 0, t >= delay]).astype(jnp.float32)])
 
     def reset(key: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -73,7 +73,8 @@ def _record(env: Any) -> Environment:
             f"an environment must have {', '.join(missing)}; got {env!r} (envs.make makes one by its name)"
         )
     name = str(getattr(env, "name", None) or getattr(env, "__name__", None) or type(env).__name__)
-    fields = {field: getattr(env, field, None) for field in Environment._fields} | {"name": name}
+    fields: dict[str, Any] = {field: getattr(env, field, None) for field in Environment._fields}
+    fields |= {"name": name, "settings": fields["settings"] or {}}
     for field in ("reset", "step"):
         if not callable(fields[field]):
             raise ValueError(f"{name}: {field} must be a function; got {fields[field]!r}")
@@ -119,7 +120,7 @@ def _shapes(tree: Any) -> Any:
 
 def _joined(env: str, name: str, first: Any, then: Any) -> Any:
     """Shapes of what ``reset`` gave first and ``step`` then, promoted where ``reset`` gave Python numbers."""
-    if jax.tree.structure(first) != jax.tree.structure(then):
+    if str(jax.tree.structure(first)) != str(jax.tree.structure(then)):
         raise ValueError(f"{env}: step returns another {name} structure than reset: {then} against {first}")
 
     def leaf(path: Any, a: Any, b: Any) -> Any:

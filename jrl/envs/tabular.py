@@ -130,11 +130,11 @@ def garnet(key: Array, num_states: int = 10, num_actions: int = 4, branching: in
         raise ValueError(f"branching must be between 1 and num_states = {num_states}; got {branching}")
     key_next, key_cuts, key_reward = jax.random.split(key, 3)
     shape = (num_states, num_actions)
-    nexts = jnp.argsort(jax.random.uniform(key_next, (*shape, num_states)), axis=-1)[..., :branching]
-    cuts = jnp.sort(jax.random.uniform(key_cuts, (*shape, branching - 1)), axis=-1)
+    nexts = jnp.argsort(jax.random.uniform(key_next, (*shape, num_states), jnp.float32), axis=-1)[..., :branching]
+    cuts = jnp.sort(jax.random.uniform(key_cuts, (*shape, branching - 1), jnp.float32), axis=-1)
     probabilities = jnp.diff(cuts, prepend=0.0, append=1.0, axis=-1)
-    transition = jnp.sum(jax.nn.one_hot(nexts, num_states) * probabilities[..., None], axis=-2)
-    return mdps.make(transition, jax.random.normal(key_reward, shape))
+    transition = jnp.sum(jax.nn.one_hot(nexts, num_states, dtype=jnp.float32) * probabilities[..., None], axis=-2)
+    return mdps.make(transition, jax.random.normal(key_reward, shape, jnp.float32))
 
 
 def environment(mdp: MDP, name: str = "MDP", time_limit: int | None = None, one_hot: bool = True) -> Environment:
@@ -147,7 +147,7 @@ def environment(mdp: MDP, name: str = "MDP", time_limit: int | None = None, one_
     masked = not (isinstance(mdp.legal, jax.core.Tracer) or bool(mdp.legal.all()))
 
     def observe(s: Array) -> Array | MaskedObs:
-        obs = jax.nn.one_hot(s, num_states) if one_hot else s
+        obs = jax.nn.one_hot(s, num_states, dtype=jnp.float32) if one_hot else s
         return MaskedObs(obs, mdp.legal[s]) if masked else obs
 
     def reset(key: Array):
@@ -158,7 +158,9 @@ def environment(mdp: MDP, name: str = "MDP", time_limit: int | None = None, one_
         s, t = state
         key_next, key_reward = jax.random.split(key)
         to = jax.random.categorical(key_next, jnp.log(mdp.transition[s, action])).astype(jnp.int32)
-        reward = mdp.reward[s, action, to] + mdp.reward_std[s, action] * jax.random.normal(key_reward)
+        reward = mdp.reward[s, action, to] + mdp.reward_std[s, action] * jax.random.normal(
+            key_reward, dtype=jnp.float32
+        )
         truncated = jnp.bool_(False) if time_limit is None else t + 1 >= time_limit
         return observe(to), (to, t + 1), reward, mdp.terminal[to], truncated
 

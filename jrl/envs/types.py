@@ -6,7 +6,8 @@ episode ends. ``terminated`` says that nothing follows (its value is 0); ``trunc
 is still to be estimated). Both may be true. The rollout resets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -44,6 +45,7 @@ class Environment(NamedTuple):
         first_truncation: no episode is truncated sooner than after this many steps; None if unknown. It lets a learner
             skip values that cannot be needed.
         draw: ``(states: list, path) -> None`` writes a GIF of an episode, or None.
+        settings: what it was made of, by name, as a run records and compares it: parameters, wrappers, a file's text.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Environment(NamedTuple):
     time_limit: int | None = None
     first_truncation: int | None = None
     draw: Callable[[list[State], str], None] | None = None
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 def observation_spec(env: Environment) -> Any:

@@ -25,7 +25,9 @@ def time_limit(env: Environment, steps: int) -> Environment:
 
     limit = steps if env.time_limit is None else min(steps, env.time_limit)
     first = None if env.first_truncation is None else min(steps, env.first_truncation)
-    return env._replace(reset=reset, step=step, time_limit=limit, first_truncation=first, draw=_inner_draw(env))
+    return _wrapped(
+        env, "time_limit", {"steps": steps}, reset=reset, step=step, time_limit=limit, first_truncation=first
+    )
 
 
 def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
@@ -46,7 +48,7 @@ def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
         obs, inner, reward, terminated, truncated = env.step(key_step, inner, action)
         return obs, (inner, action, jnp.bool_(False)), reward, terminated, truncated
 
-    return env._replace(reset=reset, step=step, draw=_inner_draw(env))
+    return _wrapped(env, "sticky_actions", {"probability": probability}, reset=reset, step=step)
 
 
 def frame_stack(env: Environment, num_frames: int = 4) -> Environment:
@@ -69,7 +71,7 @@ def frame_stack(env: Environment, num_frames: int = 4) -> Environment:
         frames = jnp.concatenate([frames[1:], obs[None]])
         return _merge(frames), (inner, frames), reward, terminated, truncated
 
-    return env._replace(reset=reset, step=step, draw=_inner_draw(env))
+    return _wrapped(env, "frame_stack", {"num_frames": num_frames}, reset=reset, step=step)
 
 
 def time_feature(env: Environment) -> Environment:
@@ -95,15 +97,22 @@ def time_feature(env: Environment) -> Environment:
         obs, inner, reward, terminated, truncated = env.step(key, inner, action)
         return add(obs, t + 1), (inner, t + 1), reward, terminated, truncated
 
-    return env._replace(reset=reset, step=step, draw=_inner_draw(env))
+    return _wrapped(env, "time_feature", {}, reset=reset, step=step)
 
 
 def _merge(frames: Array) -> Array:
     return jnp.concatenate(list(jnp.atleast_1d(frames)), axis=-1) if frames.ndim > 1 else frames
 
 
-def _inner_draw(env: Environment) -> Any:
-    if env.draw is None:
-        return None
+def _wrapped(env: Environment, name: str, settings: dict[str, Any], **changed: Any) -> Environment:
+    """The environment with other functions, whose states hold the inner state first; the wrapper is put on record."""
     draw = env.draw
-    return lambda states, path: draw([state[0] for state in states], path)
+    if draw is not None:
+        inner = draw
+
+        def draw(states: list[Any], path: str) -> None:
+            inner([state[0] for state in states], path)
+
+    listed = ", ".join(f"{field}={value}" for field, value in settings.items())
+    wrappers = [*env.settings.get("wrappers", []), f"{name}({listed})"]
+    return env._replace(**changed, draw=draw, settings={**env.settings, "wrappers": wrappers})

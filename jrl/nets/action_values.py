@@ -129,7 +129,7 @@ class NoisyDense(nn.Module):
         bound = fan_in**-0.5
 
         def uniform(key: Array, shape: tuple[int, ...]) -> Array:
-            return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+            return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
         sigma = nn.initializers.constant(0.5 * bound)
         kernel, kernel_sigma = (
@@ -138,7 +138,7 @@ class NoisyDense(nn.Module):
         )
         bias, bias_sigma = self.param("bias", uniform, (self.width,)), self.param("bias_sigma", sigma, (self.width,))
         if key is not None:
-            noise = jax.random.normal(key, (fan_in + self.width,))
+            noise = jax.random.normal(key, (fan_in + self.width,), jnp.float32)
             noise = (jnp.sign(noise) * jnp.sqrt(jnp.abs(noise))).astype(kernel.dtype)
             e_in, e_out = noise[:fan_in], noise[fan_in:]
             kernel = kernel + kernel_sigma * jnp.outer(e_in, e_out)

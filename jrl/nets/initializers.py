@@ -26,7 +26,7 @@ def orthogonal(scale: float = 1.0):
     def init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
         *rows, columns = shape
         num_rows = math.prod(rows)
-        tall = jax.random.normal(key, (max(num_rows, columns), min(num_rows, columns)))
+        tall = jax.random.normal(key, (max(num_rows, columns), min(num_rows, columns)), jnp.float32)
         q, r = (_one_qr_at_a_time if host.platform() == "cpu" else _qr)(tall)
         q = q * jnp.sign(jnp.diagonal(r))[None]  # makes the distribution uniform over orthogonal matrices
         q = q if num_rows >= columns else q.T

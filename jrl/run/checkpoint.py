@@ -108,6 +108,14 @@ def same_config(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
     """Raise ``RunError`` naming every setting in which a saved run differs from this one."""
     names = sorted(saved.keys() | wanted.keys())
     differing = [n for n in names if saved.get(n) != wanted.get(n)]
+    if "env_params.text" in differing and saved.get("env_params.file") == wanted.get("env_params.file"):
+        raise RunError(f"{path} is a run of {saved['env_params.file']} as it was: the file has changed since")
+    if differing == ["env_steps"]:
+        raise RunError(
+            f"{path} cannot go on: env_steps was {saved['env_steps']}, is {wanted['env_steps']}, and its schedules (of the learning "
+            f"rate or of exploration) run over the whole of it; resume it with {saved['env_steps']}, or train anew with "
+            "config.optimizer.schedule=constant where nothing else has a schedule"
+        )
     if differing:
         listed = "; ".join(f"{n} was {_short(saved.get(n))}, is {_short(wanted.get(n))}" for n in differing[:5])
         raise RunError(f"checkpoint {path} is of another configuration: {listed}")

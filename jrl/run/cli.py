@@ -1,22 +1,28 @@
 """Command lines of experiments: typed dataclasses in, one clear line on an error."""
 
 import argparse
+import contextlib
+import itertools
 import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import tyro
 
-from jrl import envs
+from jrl import envs, host
 from jrl.algorithm import Algorithm
 from jrl.run import sweep as sweeps
 from jrl.run.checkpoint import RunError
+from jrl.run.evaluate import MAX_STEPS
 from jrl.run.loop import Result, train
+from jrl.run.plot import seeds
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,7 @@ class Options:
 
     Attributes:
         env: environment id, or a Python file that defines reset, step and action_space.
-        env_params: the environment's own parameters, as NAME=NUMBER ...
+        env_params: the environment's own parameters, as NAME=VALUE ...
         preset: auto (the environment's, else the default), none, or the name of a preset.
         env_steps: budget of each seed; default from the preset.
         num_seeds: seeds trained side by side.
@@ -77,17 +83,60 @@ def paragraphs(doc: str | None) -> str:
     return "\n\n".join(line.strip() for line in (doc or "").splitlines() if line.strip())
 
 
-def parse_params(texts: tuple[str, ...]) -> dict[str, float | int]:
-    """``("memory_length=10",)`` as ``{"memory_length": 10}``. Raises ``ValueError`` with the form that is wanted."""
-    params: dict[str, float | int] = {}
+def parse(options: type[T], argv: list[str], default: T | None = None, doc: str | None = None) -> T:
+    """A command line as a dataclass; whole numbers may be written 1e6. ``doc`` is a docstring with examples, one a line."""
+    shown: Any = {} if default is None else {"default": default}
+    return tyro.cli(options, args=argv, description=paragraphs(doc), registry=_numbers, **shown)
+
+
+_numbers = tyro.constructors.ConstructorRegistry()
+
+
+@_numbers.primitive_rule
+def _whole_number(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[int] | None:
+    if info.type is not int:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: whole_number(words[0]),
+        is_instance=lambda x: isinstance(x, int) and not isinstance(x, bool),
+        str_from_instance=lambda x: [str(x)],
+    )
+
+
+def whole_number(text: str) -> int:
+    """``"500_000"``, ``"5e5"`` or ``"500000.0"`` as an integer. Raises ``ValueError`` for what is none."""
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise ValueError(f"{text} is not a whole number") from None
+        return int(float(text))
+
+
+def parse_params(texts: tuple[str, ...]) -> dict[str, Any]:
+    """``("memory_length=10", "slippery=false")`` as ``{"memory_length": 10, "slippery": False}``; other words stay text.
+
+    Raises ``ValueError`` with the form that is wanted.
+    """
+    params: dict[str, Any] = {}
     for text in texts:
-        name, _, number = text.partition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            raise ValueError(f"env_params are written NAME=NUMBER; got {text!r}") from None
-        params[name] = int(value) if value.is_integer() and "." not in number else value
+        name, _, value = text.partition("=")
+        if not name or not value:
+            raise ValueError(f"parameters are written NAME=VALUE; got {text!r}")
+        params[name] = _value(value)
     return params
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if number.is_integer() and "." not in text else number
 
 
 def experiment(
@@ -100,51 +149,71 @@ def experiment(
     """Train as a command line says: ``options`` has the fields ``config`` and ``hyper`` besides, whose defaults are the preset's."""
     chosen = preset(*preset_of(argv, options))
     defaults: Any = options(env_steps=chosen.env_steps, config=chosen.config, hyper=chosen.hyper)  # type: ignore[call-arg]
-    args = tyro.cli(options, args=argv, default=defaults, description=paragraphs(doc))
+    args = parse(options, argv, defaults, doc)
     config = args.config if args.precision is None else replace(args.config, precision=args.precision)  # type: ignore[attr-defined]
     return run(args, make(environment(args), config, args.hyper))  # type: ignore[attr-defined]
 
 
 def run(options: Options, algo: Algorithm) -> Result:
     """Train as the options say, and print the result."""
-    folder = options.run_dir
-    if folder is None:
-        if options.resume:
-            raise ValueError("--resume needs --run-dir")
-        name = options.env.removesuffix(".py").replace("/", "-")
-        folder = Path("runs") / f"{algo.name}-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if options.run_dir is None and options.resume:
+        raise ValueError("--resume needs --run-dir")
     grid = sweeps.parse(options.sweep)
-    result = train(
-        algo,
-        jax.random.key(options.seed),
-        options.env_steps,
-        num_seeds=options.num_seeds,
-        hypers=sweeps.grid(algo.hyper, grid) if grid else None,
-        run_dir=folder,
-        resume=options.resume,
-        eval_every=options.eval_every,
-        eval_episodes=options.eval_episodes,
-        checkpoint_every=options.checkpoint_every,
-        log_every=options.log_every,
-        seeds_at_once=options.seeds_at_once,
-        devices=options.devices,
-        gif=options.gif,
-    )
+    name = f"{algo.name}-{options.env.removesuffix('.py').replace('/', '-')}"
+    folder = options.run_dir or fresh_folder(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    try:
+        result = train(
+            algo,
+            jax.random.key(options.seed),
+            options.env_steps,
+            num_seeds=options.num_seeds,
+            hypers=sweeps.grid(algo.hyper, grid) if grid else None,
+            run_dir=folder,
+            resume=options.resume,
+            eval_every=options.eval_every,
+            eval_episodes=options.eval_episodes,
+            checkpoint_every=options.checkpoint_every,
+            log_every=options.log_every,
+            seeds_at_once=options.seeds_at_once,
+            devices=options.devices,
+            gif=options.gif,
+        )
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only where the run was refused, and left it empty
     report(result)
     return result
+
+
+def fresh_folder(path: Path) -> Path:
+    """A new folder at ``path``, or beside it where another run has just made that one."""
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError
 
 
 def report(result: Result) -> None:
     """Print what a run reached, and where it lies."""
     s = result.summary
     speed = f", {s['env_steps_per_second']:,} steps/s" if s["env_steps_per_second"] else ""
-    print(f"{s['algorithm']} on {s['env']}: {s['num_seeds']} seeds x {s['env_steps']:,} steps{speed}")
+    print(f"{s['algorithm']} on {s['env']}: {seeds(s['num_seeds'])} x {s['env_steps']:,} steps{speed}")
     for nan in s["nan_seeds"]:
         print(f"  left out: seed {nan['seed']} turned NaN at update {nan['update']}")
     if s["eval"] is not None:
         for cell, summary in s.get("cells", {"": s["eval"]}).items():
             for mode, scores in (("greedy", summary), ("sampled", summary["sampled"])):
                 print(f"  {cell}{': ' if cell else ''}return, {mode}: {_score(scores)}")
+                if scores["unfinished"]:
+                    print(
+                        f"    {scores['unfinished']} episodes were cut off at {MAX_STEPS:,} steps; they count with what they had"
+                    )
+        if "best_cell" in s:
+            print(f"  best: {s['best_cell']}; on other episodes: {_score(s['eval'])}")
     if result.run_dir is not None:
         if not result.finished:
             print(f"  interrupted and saved; go on with --resume --run-dir {result.run_dir}")
@@ -157,6 +226,8 @@ def report(result: Result) -> None:
 def _score(scores: dict[str, Any]) -> str:
     if scores["iqm"] is None:
         return "no seed with finite numbers"
+    if scores["ci_low"] is None:
+        return f"{scores['iqm']:.1f} (one seed)"
     return f"IQM {scores['iqm']:.1f}, 95% interval {scores['ci_low']:.1f} to {scores['ci_high']:.1f}"
 
 
@@ -166,6 +237,7 @@ def main(experiment: Callable[[list[str]], Result | None]) -> NoReturn:
     An interrupted run exits with 130.
     """
     try:
+        host.require_accelerator()
         result = experiment(sys.argv[1:])
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os._exit(0)

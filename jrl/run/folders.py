@@ -21,20 +21,31 @@ def settings(
     tree = {
         "algorithm": algo.name,
         "env": algo.env.name,
+        "env_params": dict(algo.env.settings),
         "num_seeds": num_seeds,
         "key": jax.random.key_data(key).tolist(),
         "log_every": every,
         "cells": list(cells),
-        "config": dataclasses.asdict(algo.config),
+        "config": _as_dict(algo.config),
         "hyper": {cell: _as_dict(hyper) for cell, hyper in cells.items()},
     }
     if algo.uses_length:
         tree["env_steps"] = env_steps
-    return json.loads(json.dumps(_flatten(tree)))
+    return json.loads(json.dumps(_flatten(tree), default=_plain))
 
 
 def _as_dict(tree: Any) -> Any:
-    return {k: _as_dict(v) for k, v in tree._asdict().items()} if hasattr(tree, "_fields") else float(tree)
+    """Dataclasses and NamedTuples as dictionaries."""
+    if dataclasses.is_dataclass(tree):
+        tree = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
+    elif hasattr(tree, "_asdict"):
+        tree = tree._asdict()
+    return {k: _as_dict(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: arrays as lists, other objects as they print."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ is killed.
 """
 
 import csv
+import json
 import time
 import warnings
 from collections.abc import Container
@@ -18,6 +19,7 @@ from jrl.run.checkpoint import disk_errors
 from jrl.run.stats import iqm
 
 CSV_MEMBERS = 256
+EVALUATED = "return"  # the label of evaluations
 Labels = list[dict[str, Any]]
 
 
@@ -45,6 +47,11 @@ class Log:
         with disk_errors(self._table.path):
             self._table.write(updates, env_steps, metrics)
             self._write_events(env_steps, metrics, bad)
+
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """The settings of the run, as TensorBoard's hyperparameters."""
+        with disk_errors(self._table.path):
+            self._events.write_settings(settings, [f"evaluation/{EVALUATED}"])
 
     def write_evaluation(self, env_steps: int, summaries: dict[str, dict[str, Any]]) -> None:
         """IQMs of an evaluation, by label, as events."""
@@ -104,6 +111,15 @@ class Events:
         """One scalar."""
         summary = self._scalar(tag, value)
         self._writer.write_event(self._event(step=step, wall_time=time.time(), summary=summary))
+
+    def write_settings(self, settings: dict[str, Any], results: list[str]) -> None:
+        """Settings by name, and the tags of the scalars that they lead to."""
+        from tensorboardX.summary import hparams
+
+        numbers = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in settings.items()}
+        for summary in hparams(numbers, dict.fromkeys(results)):
+            self._writer.write_event(self._event(step=0, wall_time=time.time(), summary=summary))
+        self._writer.flush()
 
     def flush(self) -> None:
         """Until all of it is on disk; raises ``OSError`` if it does not fit."""

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl import checks, host
-from jrl.algorithm import Algorithm, over_members
-from jrl.run import checkpoint, folders, layout, log, memory, program, report, stats
+from jrl.algorithm import Algorithm, check, check_act, over_members, to_means
+from jrl.run import checkpoint, folders, layout, log, memory, plot, program, report, stats, sweep
 from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
 from jrl.run.evaluate import evaluate, record
 from jrl.run.interrupt import StopOnSignal
@@ -98,6 +99,8 @@ def train(
         if value is not None:
             checks.positive_int(name, value)
     checks.within("checkpoint_every", checkpoint_every, 0, float("inf"))
+    if hypers is not None and not hypers:
+        raise ValueError("hypers must hold at least one set of hyperparameters")
     if run_dir is None and (resume or gif):
         raise ValueError(f"{'resume' if resume else 'gif'} needs a run_dir")
     if gif and algo.env.draw is None:
@@ -105,23 +108,35 @@ def train(
     if devices is not None and devices > len(jax.devices()):
         raise ValueError(f"devices must be at most {len(jax.devices())}, the number of this machine; got {devices}")
     total = program.num_updates(algo, env_steps)
+    state, metrics = check(algo, algo.hyper)
+    if eval_episodes:
+        check_act(algo, state)
     members = _Members.of(algo, key, num_seeds, hypers)
+    memory.refuse_if_too_many(state, len(members.labels), len(jax.devices()[:devices]))
     saved = folders.saved_setting(Path(run_dir), "log_every") if resume and run_dir is not None else None
     every = log_every or saved or -(-total // 1000)
     cells = {"": algo.hyper} if hypers is None else hypers
     settings = folders.settings(algo, key, env_steps, num_seeds, cells, every)
     folder = None if run_dir is None else folders.open_folder(Path(run_dir), resume, settings)
 
-    memory.refuse_if_too_many(algo, len(members.labels), len(jax.devices()[:devices]))
-    run = _Run(algo, members, total, every, folder, settings, progress, eval_episodes, checkpoint_every)
+    if progress:
+        print(
+            f"{algo.name} on {algo.env.name}: {plot.seeds(num_seeds)} on {host.description()}",
+            file=sys.stderr,
+            flush=True,
+        )
+    run = _Run(algo, members, list(metrics), total, every, folder, settings, progress, eval_episodes, checkpoint_every)
     run.compile(
         layout.choose(len(members.labels), jax.devices()[:devices], seeds_at_once), automatic=seeds_at_once is None
     )
     run.restore(resume)
     if eval_every is not None:
         eval_every = max(1, eval_every // algo.env_steps_per_update) if eval_episodes else None
-    finished = run.loop(eval_every)
-    return run.finish(finished, gif)
+    try:
+        finished = run.loop(eval_every)
+        return run.finish(finished, gif)
+    finally:
+        run.close()
 
 
 class _Members(NamedTuple):
@@ -130,6 +145,7 @@ class _Members(NamedTuple):
     keys: jax.Array  # [members]
     hypers: Any  # leaves float32 [members]
     cells: list[str]
+    columns: dict[str, dict[str, float]]  # of each cell, the hyperparameters in which cells differ
     labels: list[dict[str, Any]]  # CSV columns of each member
     shape: tuple[int, ...]
 
@@ -137,24 +153,26 @@ class _Members(NamedTuple):
     def of(cls, algo: Algorithm, key: jax.Array, num_seeds: int, hypers: Mapping[str, Any] | None) -> "_Members":
         keys = jax.random.split(key, num_seeds)
         cells = {"": algo.hyper} if hypers is None else dict(hypers)
-        if not cells:
-            raise ValueError("hypers must hold at least one set of hyperparameters")
-        for hyper in cells.values():
+        for cell, hyper in cells.items():
+            checks.instances("hypers", **{cell: (hyper, type(algo.hyper))})
             jax.eval_shape(lambda k, h=hyper: algo.init(k, h), key)  # refuses a number out of range
         rows = np.repeat(np.arange(len(cells)), num_seeds)
         stacked = jax.tree.map(lambda *xs: np.array(xs, np.float32)[rows], *cells.values())
+        columns = sweep.columns(cells)
         labels: list[dict[str, Any]] = [
-            ({} if hypers is None else {"cell": cell}) | {"seed": seed} for cell in cells for seed in range(num_seeds)
+            ({} if hypers is None else {"cell": cell} | columns[cell]) | {"seed": seed}
+            for cell in cells
+            for seed in range(num_seeds)
         ]
         shape = (num_seeds,) if hypers is None else (len(cells), num_seeds)
-        return cls(keys[np.tile(np.arange(num_seeds), len(cells))], stacked, list(cells), labels, shape)
+        return cls(keys[np.tile(np.arange(num_seeds), len(cells))], stacked, list(cells), columns, labels, shape)
 
 
 class _Run:
     """A run under way: compiled programs, the state on the device, and what is on disk."""
 
-    def __init__(self, algo, members, total, every, folder, settings, progress, eval_episodes, checkpoint_every):
-        self.algo, self.members, self.total, self.every = algo, members, total, every
+    def __init__(self, algo, members, names, total, every, folder, settings, progress, eval_episodes, checkpoint_every):
+        self.algo, self.members, self.names, self.total, self.every = algo, members, names, total, every
         self.folder, self.settings, self.show = folder, settings, progress
         self.eval_episodes, self.checkpoint_every = eval_episodes, checkpoint_every
         self.done = self.first = 0
@@ -191,7 +209,7 @@ class _Run:
     def _compile_chunk(self, shapes: Any, automatic: bool) -> None:
         """Compile the chunk for states of these shapes, in smaller groups until it fits."""
         while True:
-            chunk = layout.over_members(self.layout, program.chunk(self.algo, self.every, self.max_rows))
+            chunk = layout.over_members(self.layout, program.chunk(self.algo, self.names, self.every, self.max_rows))
             states = layout.shapes(self.layout, shapes)
             smallest = not automatic or self.layout.group_size == 1
             try:
@@ -236,6 +254,8 @@ class _Run:
             )
         if latest is not None:
             self._reread()
+        else:
+            self.log.write_settings(self.settings)
         self.progress = self._progress()
         if resume:
             steps = self.done * self.algo.env_steps_per_update
@@ -246,7 +266,7 @@ class _Run:
         env_steps, metrics = log.table(self.folder, self.members.labels).read()
         self.history.append({k: v.astype(np.float32) for k, v in metrics.items()} | {"env_steps": env_steps})
         for name, values in metrics.items():
-            if name not in program.PER_EPISODE:
+            if name in self.algo.losses:
                 for member, row in np.argwhere(~np.isfinite(values)).tolist():
                     update = int(env_steps[row]) // self.algo.env_steps_per_update
                     self.bad[member] = min(update, self.bad.get(member, update))
@@ -303,8 +323,6 @@ class _Run:
                     self.checkpoints.wait()
             finally:
                 self.progress.close()
-                if self.log is not None:
-                    self.log.close()
         return self.done == self.total
 
     def _chunk_length(self, seconds_per_update: float, eval_every: int | None) -> int:
@@ -329,7 +347,9 @@ class _Run:
             if member not in self.bad:
                 self._report_nan(member, start + int(rows.first_bad[member]) + 1)
         counts = np.minimum(self.every, n - self.every * np.arange(num_rows))
-        metrics = _averages({k: v[:, :num_rows] for k, v in rows.sums.items()}, counts)
+        metrics: dict[str, Any] = to_means(
+            {k: v[:, :num_rows] for k, v in rows.sums.items()}, counts.astype(np.float32)
+        )
         updates = start + np.minimum(self.every * (1 + np.arange(num_rows)), n)
         env_steps = updates * self.algo.env_steps_per_update
         self.history.append(metrics | {"env_steps": env_steps})
@@ -340,6 +360,8 @@ class _Run:
 
     def _recent_return(self) -> float:
         newest = self.history[-1]
+        if not {"episodes", "episode_return"} <= newest.keys():
+            return float("nan")
         good = [m for m in range(len(self.members.labels)) if m not in self.bad]
         weight = newest["episodes"][good].sum()
         return (
@@ -369,43 +391,53 @@ class _Run:
         pool = ThreadPoolExecutor(2)
         return {"greedy": pool.submit(compiled, True), "sampled": pool.submit(compiled, False)}
 
-    def _evaluate(self) -> dict[str, Any]:
-        """Greedy and sampled evaluation of every member, as summaries by cell."""
-        per_mode = {}
+    def _scores(self, seed: int) -> dict[str, dict[str, Any]]:
+        """Greedy and sampled evaluation of every member on the episodes of ``seed``, as summaries by cell."""
+        broken, by_mode = self._broken(), {}
         for mode, program_of in self._evaluators.items():
-            out = layout.fetch(self.layout, program_of.result()(self.state, jax.random.key(EVAL_SEED)))
-            means = out.returns.mean(1).astype(float)
-            means[list(self.bad)] = np.nan
-            per_mode[mode] = means.reshape(len(self.members.cells), -1)
-        cells = {
-            cell: stats.summarize(per_mode["greedy"][i])
-            | {"mode": "greedy", "sampled": stats.summarize(per_mode["sampled"][i])}
-            for i, cell in enumerate(self.members.cells)
-        }
+            out = layout.fetch(self.layout, program_of.result()(self.state, jax.random.key(seed)))
+            means, cut = out.returns.mean(1).astype(float), (~out.finished).sum(1)
+            means[broken] = np.nan
+            num_cells = len(self.members.cells)
+            by_mode[mode] = [
+                stats.summarize(scores) | {"mode": mode, "unfinished": int(number)}
+                for scores, number in zip(means.reshape(num_cells, -1), cut.reshape(num_cells, -1).sum(1), strict=True)
+            ]
+        pairs = zip(self.members.cells, by_mode["greedy"], by_mode["sampled"], strict=True)
+        return {cell: greedy | {"sampled": sampled} for cell, greedy, sampled in pairs}
+
+    def _evaluate(self) -> dict[str, dict[str, Any]]:
+        """Scores of now, which are written down."""
+        cells = self._scores(EVAL_SEED)
         steps = self.done * self.algo.env_steps_per_update
         self.evaluations = [e for e in self.evaluations if e["env_steps"] != steps]  # a finished run that is resumed
         self.evaluations.append({"env_steps": steps, "episodes": self.eval_episodes, "cells": cells})
-        if self.folder is not None:
+        if self.folder is not None and self.log is not None:
             with disk_errors(self.folder):
                 folders.write_json(self.folder / "evaluations.json", self.evaluations)
-            if self.log is not None and self.done < self.total:
-                self.log.write_evaluation(steps, {f"return {c}".strip(): s for c, s in cells.items()})
+            self.log.write_evaluation(steps, {f"{log.EVALUATED} {c}".strip(): s for c, s in cells.items()})
         return cells
 
     def finish(self, finished: bool, gif: bool) -> Result:
-        self._find_late_nans()
+        for member in self._broken():  # what the very last update broke shows in no metric yet
+            if member not in self.bad:
+                self._report_nan(member, self.done)
         metrics = self._metrics()
         cells = self._evaluate() if finished and self.eval_episodes else None
         summary = self._summary(finished)
         if cells is not None:
-            summary = report.add_evaluation(summary, cells, self.eval_episodes)
+            best = report.best_cell(cells)
+            # The best of many was lucky, too: what it is worth, episodes tell on which it was not chosen.
+            scores = self._scores(EVAL_SEED + 1)[best] if len(cells) > 1 else cells[best]
+            summary |= {"eval": scores | {"episodes": self.eval_episodes, "env_steps": summary["env_steps"]}}
+            summary |= {"best_cell": best, "cells": cells} if len(cells) > 1 else {}
         if self.folder is not None:
             with disk_errors(self.folder):
                 folders.write_json(self.folder / "summary.json", summary)
                 title = f"{self.algo.name.upper()} on {self.algo.env.name}"
                 report.write_curves(self.folder / "curve.png", title, self.members.cells, metrics, set(self.bad))
                 if cells is not None and len(cells) > 1:
-                    report.write_table(self.folder / "sweep.csv", cells)
+                    report.write_table(self.folder / "sweep.csv", cells, self.members.columns)
                 if gif and finished:
                     best = report.best_member(cells)
                     state = jax.device_put(jax.tree.map(lambda x: x[best], self.state), self.layout.devices[0])
@@ -429,8 +461,10 @@ class _Run:
             "run_seconds": round(self.seconds, 3),
             "env_steps_per_second": round(trained / self.seconds) if trained else None,
         }
-        if not trained and self.folder is not None and (self.folder / "summary.json").exists():
+        before: dict[str, Any] = {}
+        if self.first and self.folder is not None and (self.folder / "summary.json").exists():
             before = json.loads((self.folder / "summary.json").read_text())
+        if not trained:
             speed = {name: before.get(name, value) for name, value in speed.items()}
         return {
             "algorithm": self.algo.name,
@@ -438,34 +472,30 @@ class _Run:
             "env_steps": self.done * self.algo.env_steps_per_update,
             "num_seeds": self.members.shape[-1],
             "finished": finished,
-            "eval": None,
+            "eval": before.get("eval"),  # of the steps that it names, until there is another
+            **{name: before[name] for name in ("best_cell", "cells") if name in before},
             **speed,
             "nan_seeds": [self.members.labels[m] | {"update": update} for m, update in sorted(self.bad.items())],
         }
 
-    def _find_late_nans(self) -> None:
-        """Members that the very last update broke show no NaN in any metric yet."""
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
 
-        def broken(state: Any) -> jax.Array:
-            floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
-            return jnp.stack([jnp.isnan(x).any(tuple(range(1, x.ndim))) for x in floats]).any(0)
+    def _broken(self) -> list[int]:
+        """Members whose parameters, optimizer or statistics are not numbers any more."""
+        return np.flatnonzero(layout.fetch(self.layout, self._is_broken(self.state))).tolist()
 
-        for member in np.flatnonzero(layout.fetch(self.layout, jax.jit(broken)(self.state))).tolist():
-            if member not in self.bad:
-                self._report_nan(member, self.done)
+    @functools.cached_property
+    def _is_broken(self) -> Any:
+        def one(state: Any) -> jax.Array:
+            floats = [x for x in jax.tree.leaves(self.algo.learned(state)) if jnp.issubdtype(x.dtype, jnp.floating)]
+            return jnp.array([jnp.isnan(x).any() for x in floats]).any()
+
+        return jax.jit(jax.vmap(one))
 
     def _report_nan(self, member: int, update: int) -> None:
         self.bad[member] = update
         label = self.members.labels[member]
         name = f"seed {label['seed']}" + (f" of {label['cell']}" if "cell" in label else "")
         self.progress.say(f"{name} turned NaN at update {update}; it is left out of the aggregates, the others go on")
-
-
-def _averages(sums: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows of metrics from their sums ``[members, rows]``: means over updates; ``episodes`` stays a sum."""
-    means = {k: v / counts.astype(np.float32) for k, v in sums.items()}
-    if "episodes" in sums:
-        means["episodes"] = sums["episodes"]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            means |= {k: sums[k] / sums["episodes"] for k in program.PER_EPISODE if k in sums}
-    return means

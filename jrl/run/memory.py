@@ -33,17 +33,12 @@ def state_bytes(tree: Any) -> int:
     return sum(map(leaf, jax.tree.leaves(tree)))
 
 
-def init_shapes(algo: Algorithm) -> Any:
-    """The state of one seed, as shapes."""
-    return jax.eval_shape(algo.init, jax.eval_shape(lambda: jax.random.key(0)))
-
-
-def refuse_if_too_many(algo: Algorithm, members: int, devices: int) -> None:
-    """Raise ``ValueError`` with both numbers if the states of all members, before anything else, do not fit the devices."""
+def refuse_if_too_many(state: Any, members: int, devices: int) -> None:
+    """Raise ``ValueError`` with both numbers if all members' states, each of these shapes, do not fit the devices."""
     there = device_memory()
     if there is None:
         return
-    one = state_bytes(init_shapes(algo))
+    one = state_bytes(state)
     room = there if jax.devices()[0].platform == "cpu" else there * devices
     if one * members > room:
         raise ValueError(

@@ -82,9 +82,14 @@ def _draw_line(axes: Any, color: str, label: str, x: np.ndarray, y: np.ndarray, 
         iqm(y),
         color=color,
         linewidth=2,
-        label=f"{label}{', ' if label else ''}IQM of {len(y)} seeds" if alone else label,
+        label=f"{label}{', ' if label else ''}{'IQM of ' if len(y) > 1 else ''}{seeds(len(y))}" if alone else label,
     )
     axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
+
+
+def seeds(number: int) -> str:
+    """A number of seeds in words: "1 seed", "8 seeds"."""
+    return f"{number} seed" if number == 1 else f"{number} seeds"
 
 
 def _pyplot() -> Any:

@@ -1,19 +1,15 @@
 """The compiled programs of a run."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jrl.algorithm import Algorithm, Metrics, State
+from jrl.algorithm import Algorithm, Metrics, State, to_sums
 
 Array = jax.Array
-
-# Weighted by the episodes they average over; NaN where none ended.
-PER_EPISODE = ("episode_return", "episode_length")
 
 
 def num_updates(algo: Algorithm, env_steps: int) -> int:
@@ -41,7 +37,7 @@ def train_fn(algo: Algorithm, env_steps: int) -> Callable[..., tuple[State, Metr
 
 class Rows(NamedTuple):
     """Metrics of a chunk for ``[members]``: sums over the updates of each row ``[members, rows]``, and the first update (from
-    0, within the chunk) at which a number was not finite ``[members]``, -1 for none."""
+    0, within the chunk) at which a loss was not finite ``[members]``, -1 for none."""
 
     sums: Metrics
     first_bad: Array
@@ -52,8 +48,12 @@ def max_rows(num_members: int) -> int:
     return max(64, min(1024, 2**18 // num_members))
 
 
-def chunk(algo: Algorithm, log_every: int, max_rows: int) -> Callable[[State, Array], tuple[State, Rows]]:
+def chunk(
+    algo: Algorithm, names: Sequence[str], log_every: int, max_rows: int
+) -> Callable[[State, Array], tuple[State, Rows]]:
     """``(states, n) -> (states, rows)``: ``n`` updates of a group of members, ``log_every`` of them summed into each row.
+
+    ``names`` are those of the algorithm's metrics.
 
     ``n`` is traced, so that one program serves chunks of any length up to ``log_every * max_rows``.
     """
@@ -61,16 +61,17 @@ def chunk(algo: Algorithm, log_every: int, max_rows: int) -> Callable[[State, Ar
 
     def run(states: State, n: Array) -> tuple[State, Rows]:
         num_members = jax.tree.leaves(states)[0].shape[0]
-        names = list(jax.eval_shape(update, states)[1])
-        checked = np.array([name not in PER_EPISODE for name in names])[:, None]
+        losses = [name for name in names if name in algo.losses]
 
         def body(i: Array, carry: Any) -> Any:
             states, sums, bad = carry
             states, metrics = update(states)
-            wrong = ~jnp.all(jnp.isfinite(jnp.stack([metrics[name] for name in names])) | ~checked, axis=0)
-            bad = jnp.where((bad < 0) & wrong, i, bad)
-            weighed = _weigh(metrics)
-            return states, sums.at[i // log_every].add(jnp.stack([weighed[name] for name in names])), bad
+            if losses:
+                wrong = ~jnp.isfinite(jnp.stack([metrics[name] for name in losses])).all(0)
+                bad = jnp.where((bad < 0) & wrong, i, bad)
+            row = to_sums(metrics)
+            row = jnp.stack([row[name].astype(jnp.float32) for name in names])
+            return states, sums.at[i // log_every].add(row), bad
 
         # All metrics stand in one array, so that an update writes once.
         sums = jnp.zeros((max_rows, len(names), num_members), jnp.float32)
@@ -85,9 +86,3 @@ def chunk(algo: Algorithm, log_every: int, max_rows: int) -> Callable[[State, Ar
 def first_rows(rows: Rows, num_rows: int) -> Rows:
     """The rows that a chunk has filled, before they are copied to the host."""
     return rows._replace(sums={name: x[:, :num_rows] for name, x in rows.sums.items()})
-
-
-def _weigh(metrics: Metrics) -> Metrics:
-    count = metrics.get("episodes", jnp.float32(1))
-    weighted = {k: jnp.where(count > 0, metrics[k] * count, 0.0) for k in PER_EPISODE if k in metrics}
-    return metrics | weighted

@@ -1,5 +1,6 @@
 """A progress bar on a terminal; a line every few seconds elsewhere."""
 
+import math
 import sys
 import time
 from typing import Any
@@ -11,6 +12,7 @@ class Progress:
     def __init__(self, description: str, total: int, done: int, enabled: bool) -> None:
         self._description, self._total, self._done = description, total, done
         self._start, self._first, self._printed = time.monotonic(), done, 0.0
+        self._shown = "-"
         self._bar: Any = None
         self._enabled = enabled
         if enabled and sys.stderr.isatty():
@@ -27,16 +29,18 @@ class Progress:
     def advance(self, done: int, episode_return: float) -> None:
         """``done`` environment steps so far."""
         now = time.monotonic()
+        if not math.isnan(episode_return):  # where episodes are long, none may have ended since
+            self._shown = f"{episode_return:.1f}"
         speed = (done - self._first) / max(now - self._start, 1e-9)
         self._done = done
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, speed=f"{speed:,.0f}", result=f"{episode_return:.1f}")
+            self._bar.update(self._task, completed=done, speed=f"{speed:,.0f}", result=self._shown)
         elif self._enabled and now - self._printed > 10:
             self._printed = now
             left = (self._total - done) / max(speed, 1e-9)
             self.say(
                 f"{self._description}: {100 * done / self._total:.0f}%, {speed:,.0f} steps/s, "
-                f"return {episode_return:.1f}, {left:.0f} s left"
+                f"return {self._shown}, {left:.0f} s left"
             )
 
     def close(self) -> None:

@@ -11,12 +11,9 @@ from jrl.run import plot
 Cells = dict[str, dict[str, Any]]
 
 
-def add_evaluation(summary: dict[str, Any], cells: Cells, episodes: int) -> dict[str, Any]:
-    """The summary with the evaluation of the best cell, and of all cells if there are several."""
-    scored = {cell: scores["iqm"] for cell, scores in cells.items() if scores["iqm"] is not None}
-    best = max(scored, key=scored.__getitem__) if scored else next(iter(cells))
-    summary = summary | {"eval": cells[best] | {"episodes": episodes}}
-    return summary | {"best_cell": best, "cells": cells} if len(cells) > 1 else summary
+def best_cell(cells: Cells) -> str:
+    """The cell with the highest greedy IQM; the first if none has a number."""
+    return max(cells, key=lambda cell: -np.inf if cells[cell]["iqm"] is None else cells[cell]["iqm"])
 
 
 def best_member(cells: Cells | None) -> int:
@@ -27,7 +24,7 @@ def best_member(cells: Cells | None) -> int:
 
 def write_curves(path: Path, title: str, cells: list[str], metrics: dict[str, np.ndarray], bad: set[int]) -> None:
     """One learning curve a cell, of the members ``[cells x seeds]`` that are not in ``bad``."""
-    if "episode_return" not in metrics:
+    if not {"episodes", "episode_return"} <= metrics.keys():
         return
     num_seeds = len(metrics["episode_return"]) // len(cells)
     curves = []
@@ -39,22 +36,30 @@ def write_curves(path: Path, title: str, cells: list[str], metrics: dict[str, np
     plot.learning_curves(path, title, curves)
 
 
-def write_table(path: Path, cells: Cells) -> None:
-    """A CSV with a row for each cell of a sweep."""
-    lines = ["cell,iqm,ci_low,ci_high,sampled_iqm"]
+def write_table(path: Path, cells: Cells, columns: dict[str, dict[str, float]]) -> None:
+    """A CSV with a row for each cell of a sweep: its label, its hyperparameters, its scores, and how many episodes were cut off."""
+    rows = []
     for cell, s in cells.items():
-        numbers = (s["iqm"], s["ci_low"], s["ci_high"], s["sampled"]["iqm"])
-        lines.append(f'"{cell}",' + ",".join("" if x is None else f"{x:.6g}" for x in numbers))
-    path.write_text("\n".join(lines) + "\n")
+        scores = {name: s[name] for name in ("iqm", "ci_low", "ci_high")} | {"sampled_iqm": s["sampled"]["iqm"]}
+        numbers = {name: "" if x is None else f"{x:.6g}" for name, x in scores.items()}
+        rows.append(
+            {"cell": cell} | columns[cell] | numbers | {"unfinished": s["unfinished"] + s["sampled"]["unfinished"]}
+        )
+    write_csv(path, rows)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows under the names of their columns."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def print_table(path: Path, rows: list[dict[str, Any]]) -> None:
     """Print the rows as a Markdown table, and write them to a CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows)
     print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
     for row in rows:
         print("| " + " | ".join(map(str, row.values())) + " |")

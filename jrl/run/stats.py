@@ -33,18 +33,22 @@ def interval(x: Any, level: float = 0.95, samples: int = 2000) -> tuple[np.ndarr
 
 
 def summarize(per_seed: Any) -> dict[str, Any]:
-    """IQM with its 95% interval over the seeds whose number is finite; nulls if there is none."""
+    """IQM with its 95% interval over the seeds whose number is finite; nulls if there is none. One seed has no interval."""
     per_seed = np.asarray(per_seed, float)
     good = per_seed[np.isfinite(per_seed)]
     listed = [float(x) if np.isfinite(x) else None for x in per_seed]
     if not len(good):
         return {"iqm": None, "ci_low": None, "ci_high": None, "per_seed": listed}
+    if len(good) == 1:
+        return {"iqm": float(good[0]), "ci_low": None, "ci_high": None, "per_seed": listed}
     low, high = interval(good)
     return {"iqm": float(iqm(good)), "ci_low": float(low), "ci_high": float(high), "per_seed": listed}
 
 
 def text(scores: dict[str, Any]) -> str:
-    """What ``summarize`` gives, as ``"419.3 (401.5 to 430.8)"``."""
+    """What ``summarize`` gives, as ``"419.3 (401.5 to 430.8)"``, or ``"419.3 (one seed)"``."""
     if scores["iqm"] is None:
         return "no seed stayed finite"
+    if scores["ci_low"] is None:
+        return f"{scores['iqm']:.1f} (one seed)"
     return f"{scores['iqm']:.1f} ({scores['ci_low']:.1f} to {scores['ci_high']:.1f})"

@@ -1,5 +1,6 @@
 """Grids of hyperparameters, trained with the seeds in one program."""
 
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,6 +41,20 @@ def grid(hyper: Hyper, values: Mapping[str, Sequence[float]]) -> dict[str, Hyper
             cell = replace(cell, name, value)
         cells[", ".join(f"{n}={v!r}" for n, v in zip(values, combination, strict=True))] = cell
     return cells
+
+
+def columns(cells: Mapping[str, Hyper]) -> dict[str, dict[str, float]]:
+    """For each cell the numbers in which cells differ, by ``hyper.NAME``: the columns of a table."""
+    first = next(iter(cells.values()))
+    numbers = {
+        cell: {f"hyper.{name}": float(_number(hyper, name)) for name in names(first)} for cell, hyper in cells.items()
+    }
+    varied = [name for name in numbers[next(iter(cells))] if len({n[name] for n in numbers.values()}) > 1]
+    return {cell: {name: n[name] for name in varied} for cell, n in numbers.items()}
+
+
+def _number(hyper: Hyper, name: str) -> float:
+    return functools.reduce(getattr, name.split("."), hyper)
 
 
 def parse(texts: Sequence[str]) -> dict[str, list[float]]:

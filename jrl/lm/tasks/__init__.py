@@ -64,12 +64,14 @@ def make(name: str, **settings: Any) -> Task:
     Raises ``ValueError`` for an unknown name, file or setting, or for functions that break the protocol.
     """
     if name.endswith(".py"):
-        return strict(_from_file(Path(name), settings))
+        made = strict(_from_file(Path(name), settings))
+        return made._replace(settings={**settings, **user_file.text_of(Path(name))})
     if name not in _registered:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
         raise ValueError(f"unknown task {name!r}; {hint} (or a path to a .py file)")
-    return strict(user_file.call(name, _registered[name], settings))
+    made = strict(user_file.call(name, _registered[name], settings))
+    return made._replace(settings=user_file.settings_of(_registered[name], settings))
 
 
 def _from_file(path: Path, settings: dict[str, Any]) -> Task:
@@ -77,7 +79,7 @@ def _from_file(path: Path, settings: dict[str, Any]) -> Task:
     module = user_file.load(path, "task file")
     if hasattr(module, "make"):
         return user_file.call(str(path), module.make, settings)
-    fields = Task._fields[1:]
+    fields = Task._fields[1:-1]
     missing = [field for field in fields if not hasattr(module, field)]
     if missing:
         raise ValueError(f"{path} must define {', '.join(missing)} (or make() -> Task); imported names do not count")

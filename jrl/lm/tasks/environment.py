@@ -44,4 +44,5 @@ def as_environment(task: Task) -> Environment:
         obs = jnp.where(reads, problem.prompt[jnp.minimum(position, asked - 1)], action)
         return obs, Reading(problem, position, said), reward, ends, jnp.bool_(False)
 
-    return Environment(task.name, reset, step, Discrete(len(task.symbols)), time_limit=asked + size - 1)
+    limit = asked + size - 1
+    return Environment(task.name, reset, step, Discrete(len(task.symbols)), time_limit=limit, settings=task.settings)
