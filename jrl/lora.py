@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
+from jrl import checks, parameters
 
 Array = jax.Array
 
@@ -52,7 +52,7 @@ def subset(pattern: str) -> Adapter:
 def lora(rank: int = 8, alpha: float = 16.0, pattern: str = r"/(q|k|v|o|gate|up|down)$") -> Adapter:
     """``W + alpha / rank * A B`` for the matrices whose path matches (2106.09685, section 4.1); A is random, B starts at 0.
 
-    A parameter's axes are those of ``transformer.axes``: leading ones that stack matrices (layers, branches, experts) get
+    The axes of a parameter are those of ``parameters.axes_of``: leading ones that stack matrices (layers, branches, experts) get
     matrices of their own, and heads and their width are one axis. Raises ``ValueError`` for a rank below 1 or a pattern that
     matches nothing, or a bias or norm.
     """
@@ -63,9 +63,9 @@ def lora(rank: int = 8, alpha: float = 16.0, pattern: str = r"/(q|k|v|o|gate|up|
         found = _matching(params, pattern)
         trained = {}
         for one, (path, x) in zip(jax.random.split(key, len(found)), found.items(), strict=True):
-            stack, rows, columns = _matrix(path, x.shape)
-            a = jax.random.normal(one, (*stack, rows, rank)) * rows**-0.5
-            trained[path] = {"a": a, "b": jnp.zeros((*stack, rank, columns))}
+            stack, rows, columns = _matrix(path, x)
+            a = jax.random.normal(one, (*stack, rows, rank), jnp.float32) * rows**-0.5
+            trained[path] = {"a": a, "b": jnp.zeros((*stack, rank, columns), jnp.float32)}
         return trained
 
     def merge(params: Any, trained: dict[str, dict[str, Array]]) -> Any:
@@ -80,20 +80,13 @@ def lora(rank: int = 8, alpha: float = 16.0, pattern: str = r"/(q|k|v|o|gate|up|
     return Adapter(init, merge)
 
 
-# The matrices into heads end in axes (in, heads, width), the one out of them in (heads, width, out); all others in (in, out).
-INTO_HEADS = ("q", "k", "v", "r", "g", "query", "up_key", "up_value", "decay_up", "branch_gate")
-NO_MATRIX = re.compile(r"(bias|norm|bonus|decay|shift|position|b_in|b_out)$")
-
-
-def _matrix(path: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
+def _matrix(path: str, x: Any) -> tuple[tuple[int, ...], int, int]:
     """Stacking axes, rows and columns of a parameter of that path."""
-    name = path.rpartition("/")[2]
-    axes = 3 if name in (*INTO_HEADS, "o") else 2
-    if NO_MATRIX.search(name) or len(shape) < axes:
-        raise ValueError(f"lora: {path} {list(shape)} is no matrix")
-    stack, matrix = shape[: len(shape) - axes], shape[len(shape) - axes :]
-    inputs = 2 if name == "o" else 1
-    return stack, math.prod(matrix[:inputs]), math.prod(matrix[inputs:])
+    kind = parameters.kind_of(path.split("/"), x)
+    batch, rows, columns = ([x.shape[i] for i in axes] for axes in parameters.axes_of(path.split("/"), x))
+    if kind in ("biases", "norms") or not columns:
+        raise ValueError(f"lora: {path} {list(x.shape)} is no matrix")
+    return tuple(batch), math.prod(rows), math.prod(columns)
 
 
 def _matching(params: Any, pattern: str) -> dict[str, Array]:
@@ -107,7 +100,4 @@ def _matching(params: Any, pattern: str) -> dict[str, Array]:
 
 
 def _with_paths(function: Callable[[str, Any], Any], params: Any) -> Any:
-    def leaf(path: Any, x: Any) -> Any:
-        return function("/".join(str(getattr(p, "key", getattr(p, "idx", p))) for p in path), x)
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    return parameters.map_with_names(lambda path, x: function("/".join(path), x), params)

@@ -7,25 +7,25 @@ and a learning rate, a beta or a weight decay can differ between vmapped runs.
     tx = optim.make(OptimizerConfig("adamw", clip="none"), Hyper(weight_decay=0.1), learning_rate=1e-3)
 """
 
-import re
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax import contrib
 
-from jrl import checks, host, precision, rounding
+from jrl import checks, host, parameters, precision, rounding
+from jrl.parameters import Kind
 
 Array = jax.Array
 Name = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "muon", "schedule_free_adamw"]
 Schedule = Literal["constant", "linear", "cosine", "piecewise"]
 Clip = Literal["norm", "value", "adaptive", "none"]
 Rounding = Literal["nearest", "stochastic", "kahan", "master"]
-Kind = Literal["weights", "biases", "norms", "embeddings"]
-NORM = re.compile(r"(^|_|layer|rms|batch|group|instance)norm(s|_|\d|$)")
 DECOUPLED = ("adamw", "lion", "muon", "schedule_free_adamw")  # decay weights by themselves
 
 
@@ -35,7 +35,8 @@ class OptimizerConfig:
 
     Attributes:
         name: sgd, adam (1412.6980), adamw (1711.05101), rmsprop (with bias correction), lion (2302.06675), muon (Jordan
-            2024; adam for what is not a matrix), schedule_free_adamw (2405.15682; best with a constant schedule).
+            2024; adam for embeddings, output heads and what is no matrix), schedule_free_adamw (2405.15682; best
+            with a constant schedule).
         schedule: course of the learning rate over the run: constant, linear or cosine down to hyper.final of it, or
             piecewise, times hyper.drop at each share in drops.
         warmup: share of the run over which the learning rate first rises from 0.
@@ -43,7 +44,8 @@ class OptimizerConfig:
         clip: of gradients: by global norm, by value, adaptive (a ratio to each unit's weights, 2102.06171), or none.
         nesterov: Nesterov momentum for sgd and muon.
         l2: add weight decay to the gradient, before the optimizer scales it, for sgd, adam and rmsprop.
-        no_decay: kinds of parameters that weight decay spares, of weights, biases (and all other vectors), norms, embeddings.
+        no_decay: kinds of parameters that weight decay spares, of weights, biases (and whatever else is no matrix), norms and
+            embeddings.
         accumulate: gradients that are averaged into one step.
         ema: evaluate with an exponential moving average of the parameters, of decay hyper.ema_decay.
         rounding: how parameters of half width are stepped: nearest, stochastic, kahan, or from a float32 master copy.
@@ -206,7 +208,7 @@ def _clip(config: OptimizerConfig, most: Array | float) -> optax.GradientTransfo
         case "value":
             return optax.clip(most)
         case "adaptive":
-            return optax.adaptive_grad_clip(most)
+            return _clip_by_unit(most)
         case "none":
             return optax.identity()
 
@@ -217,6 +219,25 @@ def _clip_by_global_norm(most: Array | float) -> optax.GradientTransformation:
     def clip(grads: Any, params: Any = None) -> Any:
         norm = global_norm(grads)
         return jax.tree.map(lambda g: jnp.where(norm < most, g, g / norm.astype(g.dtype) * most), grads)
+
+    return optax.stateless(clip)
+
+
+def _clip_by_unit(most: Array | float) -> optax.GradientTransformation:
+    """Gradients of each unit scaled down to a norm of at most ``most`` times its weights', or times 1e-3 (2102.06171, section 4).
+
+    A unit is a column of a matrix, the weights into one output; a vector is one as a whole.
+    """
+
+    def clip(grads: Any, params: Any = None) -> Any:
+        def leaf(path: parameters.Names, grad: Array, param: Array) -> Array:
+            rows = parameters.axes_of(path, param).rows
+            norm, weight = (jnp.sqrt(jnp.sum(jnp.square(x), rows, keepdims=True)) for x in (grad, param))
+            largest = most * jnp.maximum(weight, 1e-3)
+            # The division is safe where it is not chosen, too.
+            return grad * jnp.where(norm < largest, 1.0, largest / jnp.maximum(norm, 1e-6))
+
+        return parameters.map_with_names(leaf, grads, params)
 
     return optax.stateless(clip)
 
@@ -245,18 +266,7 @@ def _step(config: OptimizerConfig, hyper: Hyper, learning_rate: Array | float) -
         case "lion":
             parts = [optax.scale_by_lion(h.b1, h.b2), decay, lr]
         case "muon":
-            # Steps as large as Adam's, so that one learning rate serves both (2502.16982, section 2.2).
-            muon = contrib.muon(
-                1.0,
-                beta=h.momentum,
-                eps=h.eps,
-                nesterov=config.nesterov,
-                adam_b1=h.b1,
-                adam_b2=h.b2,
-                muon_weight_dimension_numbers=_muon_matrices,
-                consistent_rms=0.2,
-            )
-            parts = [muon, optax.scale(-1.0), decay, lr]
+            parts = [_muon(h, config.nesterov), decay, lr]
         case "schedule_free_adamw":
             base = optax.chain(optax.scale_by_rms(h.b2, h.eps, eps_in_sqrt=False, bias_correction=True), decay, lr)
             # It divides by b1 to find its average again, rounding and all.
@@ -264,34 +274,49 @@ def _step(config: OptimizerConfig, hyper: Hyper, learning_rate: Array | float) -
     return optax.chain(*([decay] if config.l2 else []), *parts)
 
 
-def _muon_matrices(params: Any) -> Any:
-    """Weights as matrices: the last axis against all others."""
-
-    def numbers(path: Any, p: Array) -> Any:
-        if kind_of(path, p) != "weights":
-            return None
-        return contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)
-
-    return jax.tree_util.tree_map_with_path(numbers, params)
+# Keller Jordan's (https://kellerjordan.github.io/posts/muon): five steps of it bring singular values near 1.
+NEWTON_SCHULZ = np.array([3.4445, -4.7750, 2.0315], np.float32)
 
 
-def kind_of(path: Any, param: Array) -> Kind:
-    """What a parameter is, by the names on its path, else by its rank: a vector counts as a bias."""
-    names = [str(getattr(part, "key", getattr(part, "name", part))).lower() for part in path]
-    if names[-1:] == ["kernel"]:
-        return "weights"
-    if any("embed" in name for name in names):
-        return "embeddings"
-    if any(NORM.search(name) for name in names) or names[-1:] == ["scale"]:
-        return "norms"
-    if names[-1:] == ["bias"] or param.ndim < 2:
-        return "biases"
-    return "weights"
+def _muon(h: Hyper, nesterov: bool) -> optax.GradientTransformation:
+    """The momentum of each matrix, made orthogonal; Adam for embeddings, output heads and what is no matrix (Jordan 2024).
+
+    Each layer, expert and branch has matrices of its own; queries, keys and values have one each, of all heads together. Steps
+    are as large as Adam's, so that one learning rate serves both (2502.16982, section 2.2).
+    """
+
+    def matrices(params: Any) -> Any:
+        return parameters.map_with_names(_muon_matrix, params)
+
+    def labels(params: Any) -> Any:
+        return parameters.map_with_names(lambda path, p: "muon" if _muon_matrix(path, p) else "adam", params)
+
+    def as_large_as_adam(updates: Any, params: Any = None) -> Any:
+        def leaf(path: parameters.Names, update: Array) -> Array:
+            _, rows, columns = parameters.axes_of(path, update)
+            size = max(math.prod(update.shape[i] for i in axes) for axes in (rows, columns))
+            return 0.2 * size**0.5 * update
+
+        return parameters.map_with_names(leaf, updates)
+
+    orthogonal = contrib.scale_by_muon(
+        NEWTON_SCHULZ, beta=h.momentum, eps=1e-7, nesterov=nesterov, weight_dimension_numbers=matrices
+    )
+    muon = optax.chain(orthogonal, optax.stateless(as_large_as_adam))
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam(h.b1, h.b2, h.eps)}, labels)
+
+
+def _muon_matrix(path: parameters.Names, param: Array) -> contrib.MuonDimensionNumbers | None:
+    """The axes of a parameter that Muon steps; None for one that it leaves to Adam."""
+    if parameters.kind_of(path, param) != "weights" or parameters.is_head(path):
+        return None
+    _, rows, columns = parameters.axes_of(path, param)
+    return contrib.MuonDimensionNumbers(rows, columns) if columns else None
 
 
 def decays(no_decay: tuple[Kind, ...]) -> Callable[[Any], Any]:
     """The mask of weight decay: true for parameters whose kind is not in ``no_decay``."""
-    return lambda params: jax.tree_util.tree_map_with_path(lambda path, p: kind_of(path, p) not in no_decay, params)
+    return lambda params: parameters.map_with_names(lambda path, p: parameters.kind_of(path, p) not in no_decay, params)
 
 
 class ParameterAverage(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jrl import checks
+from jrl import checks, parameters
 
 # Megatron's cut (1909.08053): columns of the first matrix of a pair and rows of the second, so that a pair costs one sum.
 RULES: Mapping[str, str] = {"vocab": "model", "heads": "model", "kv_heads": "model", "ffn": "model", "experts": "model"}
@@ -57,7 +57,7 @@ def like(mesh: Mesh, params: Any, of_params: Any, state: Any) -> Any:
     ``of_params`` are the shardings of ``params``. All else is whole on every device.
     """
     known = {
-        (_path(path), x.shape): sharding
+        (parameters.names(path), x.shape): sharding
         for (path, x), sharding in zip(
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(of_params), strict=True
         )
@@ -65,7 +65,7 @@ def like(mesh: Mesh, params: Any, of_params: Any, state: Any) -> Any:
     whole = NamedSharding(mesh, PartitionSpec())
 
     def leaf(path: Any, x: Any) -> NamedSharding:
-        names = _path(path)
+        names = parameters.names(path)
         return next((known[k] for i in range(len(names)) if (k := (names[i:], x.shape)) in known), whole)
 
     return jax.tree_util.tree_map_with_path(leaf, state)
@@ -85,7 +85,3 @@ def rows(tree: Any) -> Any:
                 f"rows at once must be a multiple of the {devices} devices of mesh axis data; got {len(x)}"
             )
     return jax.lax.with_sharding_constraint(tree, PartitionSpec("data"))
-
-
-def _path(path: Any) -> tuple[str, ...]:
-    return tuple(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)

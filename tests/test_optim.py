@@ -10,7 +10,7 @@ import optax
 import pytest
 from optax import contrib
 
-from jrl import optim
+from jrl import optim, parameters
 from jrl.optim import Hyper, OptimizerConfig
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
@@ -180,7 +180,7 @@ def test_decay_spares_what_it_is_told_to(no_decay, decayed):
 def test_names_in_flax_modules_are_known():
     module = nn.Sequential([nn.Embed(4, 8), nn.LayerNorm(), nn.Dense(2)])
     params = module.init(jax.random.key(0), jnp.zeros(1, jnp.int32))
-    kinds = jax.tree_util.tree_map_with_path(optim.kind_of, params)["params"]
+    kinds = parameters.map_with_names(parameters.kind_of, params)["params"]
     assert kinds["layers_0"] == {"embedding": "embeddings"}
     assert kinds["layers_1"] == {"scale": "norms", "bias": "biases"}
     assert kinds["layers_2"] == {"kernel": "weights", "bias": "biases"}
@@ -315,6 +315,6 @@ def test_names_that_only_look_like_norms():
         "normalizer": leaf,
         "embed_mlp": {"kernel": leaf},
     }
-    kinds = jax.tree_util.tree_map_with_path(optim.kind_of, tree)
+    kinds = parameters.map_with_names(parameters.kind_of, tree)
     assert kinds["normal_policy"]["kernel"] == kinds["normalizer"] == kinds["embed_mlp"]["kernel"] == "weights"
     assert kinds["RMSNorm_1"]["w"] == kinds["final_norm"] == "norms"
