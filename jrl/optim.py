@@ -76,6 +76,8 @@ class OptimizerConfig:
         for share in (self.warmup, *self.drops):
             checks.within("optimizer.warmup and optimizer.drops", share, 0, 1)
         checks.positive_int("optimizer.accumulate", self.accumulate)
+        if self.nesterov and self.name not in ("sgd", "muon"):
+            raise ValueError(f"optimizer.nesterov is for sgd and muon; got {self.name}")
         if self.l2 and self.name in DECOUPLED:
             raise ValueError(f"optimizer.l2 is for sgd, adam and rmsprop; {self.name} decays weights by itself")
         if self.name == "schedule_free_adamw" and (self.ema or self.moments != "float32"):
@@ -93,7 +95,7 @@ class Hyper(NamedTuple):
     """Numbers of the optimizer, floats or traced float32 scalars; each may be swept.
 
     Attributes:
-        b1: decay of the first moment (adam's family, lion); the interpolation of schedule_free_adamw.
+        b1: decay of the first moment (adam's family, lion); the interpolation of schedule_free_adamw, at least 0.1.
         b2: decay of the second moment (adam's family, rmsprop), of lion's momentum.
         eps: added to the root of the second moment.
         weight_decay: decay of the weights in a step, times the learning rate; of adamw, lion, muon, schedule_free_adamw, and
@@ -115,7 +117,7 @@ class Hyper(NamedTuple):
 
 
 def check_hyper(hyper: Hyper, prefix: str = "hyper.optimizer.") -> None:
-    """Raise ``ValueError`` for a concrete number outside its range, or a traced one that is not float32.
+    """Raise ``ValueError`` for a concrete number outside its range, or any of half width.
 
     A decay of 1 would divide by 1 - 1, and an eps of 0 would divide 0 by 0 where a gradient is 0. In bfloat16 0.999 is 1.
     """
@@ -150,7 +152,7 @@ def schedule(config: OptimizerConfig, hyper: Hyper, progress: Array | float, ste
         case "piecewise":
             dropped = [jnp.where(progress >= at, hyper.drop, 1.0) for at in config.drops]
             factor = jnp.prod(jnp.stack([jnp.ones_like(progress), *dropped]), axis=0)
-    return jnp.minimum(warm, 1.0) * factor
+    return (jnp.minimum(warm, 1.0) * factor).astype(jnp.float32)
 
 
 def make(
@@ -160,15 +162,19 @@ def make(
     max_grad: Array | float = float("inf"),
     key: Array | None = None,
 ) -> optax.GradientTransformation:
-    """Clip gradients to ``max_grad``, step as configured, round to the parameters' dtype; all in float32.
+    """Clip gradients to ``max_grad``, step as configured, round to the parameters' dtype; all in float32, whatever is given.
 
     ``max_grad`` is the global norm, the value or the ratio of ``config.clip``. ``key`` seeds stochastic rounding, and is used
     by ``init`` alone. The schedule is not in it: give the learning rate of now. Raises ``ValueError`` for a number that is
     out of range, or would make NaNs.
     """
     check_hyper(hyper, "")
+    checks.within("learning_rate", learning_rate, 0, float("inf"))
+    if config.name == "schedule_free_adamw":
+        checks.within("b1 of schedule_free_adamw", hyper.b1, 0.1, 1)
     if not isinstance(max_grad, jax.core.Tracer) and not float(max_grad) > 0:
         raise ValueError(f"gradients must be clipped to more than 0; got {max_grad}")
+    hyper, learning_rate, max_grad = jax.tree.map(_float32, (hyper, learning_rate, max_grad))
     key_moments, key_params = (None, None) if key is None else jax.random.split(key)
     tx = optax.chain(_clip(config, max_grad), _step(config, hyper, learning_rate))
     if config.moments == "bfloat16":
@@ -187,6 +193,11 @@ def make(
             return rounding.kahan_summation(tx)
         case "master":
             return rounding.master_weights(tx)
+
+
+def _float32(number: Array | float) -> Array | float:
+    """A number that leaves float32 arrays what they are under ``jax_enable_x64``, too: a Python float stays one."""
+    return float(number) if isinstance(number, (int, float)) else jnp.asarray(number, jnp.float32)
 
 
 def _refuse_half_width(tx: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -269,7 +280,7 @@ def _step(config: OptimizerConfig, hyper: Hyper, learning_rate: Array | float) -
             parts = [_muon(h, config.nesterov), decay, lr]
         case "schedule_free_adamw":
             base = optax.chain(optax.scale_by_rms(h.b2, h.eps, eps_in_sqrt=False, bias_correction=True), decay, lr)
-            # It divides by b1 to find its average again, rounding and all.
+            # It divides by b1 to find its average again, rounding and all; traced numbers were not checked.
             parts = [contrib.schedule_free(base, learning_rate, jnp.maximum(h.b1, 0.1))]
     return optax.chain(*([decay] if config.l2 else []), *parts)
 

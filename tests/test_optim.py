@@ -1,5 +1,6 @@
 """Optimizers by hand and against optax; their numbers traced; what surrounds a step."""
 
+from dataclasses import replace
 from typing import get_args
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import optax
 import pytest
 from optax import contrib
 
-from jrl import optim, parameters
+from jrl import optim, parameters, rounding
 from jrl.optim import Hyper, OptimizerConfig
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
@@ -119,6 +120,33 @@ def test_numbers_are_traced_and_swept(name):
         assert_close(jax.tree.map(lambda x, i=i: x[i], both), alone(h, rates[i]), rtol=1e-4, atol=1e-5)
 
 
+SETTINGS = (
+    {"clip": "adaptive"},
+    {"clip": "value", "rounding": "stochastic"},
+    {"accumulate": 2, "rounding": "kahan"},
+    {"schedule": "cosine", "warmup": 0.1, "rounding": "master"},
+    {"ema": True, "moments": "bfloat16"},
+)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("numbers", [float, np.float64, jnp.asarray])
+def test_states_and_updates_stay_float32_where_numbers_of_64_bits_are_allowed(name, numbers):
+    for fields in SETTINGS[:4] if name == "schedule_free_adamw" else SETTINGS:
+        config = OptimizerConfig(name, **fields)
+        dtype = "bfloat16" if config.rounding != "nearest" else "float32"
+        params = jax.tree.map(lambda p, dtype=dtype: p.astype(dtype), PARAMS)
+        with jax.enable_x64(True):
+            hyper = Hyper(*map(numbers, H))
+            factor = optim.schedule(config, hyper, numbers(0.05), numbers(0.1))
+            tx = optim.make(config, hyper, numbers(0.1) * factor, numbers(1.0))
+            state = jax.eval_shape(tx.init, params)
+            updates, later = jax.eval_shape(tx.update, GRADS, state, params)
+        assert {x.dtype.name for x in jax.tree.leaves(updates)} == {"float32"}
+        assert "float64" not in {x.dtype.name for x in jax.tree.leaves(state)}
+        assert [x.dtype for x in jax.tree.leaves(state)] == [x.dtype for x in jax.tree.leaves(later)]
+
+
 # Clipping
 
 
@@ -189,14 +217,51 @@ def test_names_in_flax_modules_are_known():
 # Around the step
 
 
-@pytest.mark.parametrize("name", ["adam", "sgd"])
+def trained(config, grads):
+    """Parameters after each of ``grads [T, ...]``, and those to evaluate in the end, for seeds side by side ``[N, ...]``."""
+    tx = optim.make(config, H, 0.1, 1.0)
+
+    def step(carry, grads):
+        updates, state = tx.update(grads, carry[1], carry[0])
+        params = optax.apply_updates(carry[0], updates)
+        return (params, state), params
+
+    def run(grads):
+        (params, state), every = jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), grads)
+        return every, optim.eval_params(state, params)
+
+    return jax.jit(jax.vmap(run))(grads)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_accumulated_gradients_are_one_step_on_their_mean(name):
-    parts = follow(optim.make(OptimizerConfig(name, accumulate=4), Hyper(), 0.1), 4)[0]  # gradients g, 2g, 3g, 4g
-    tx = optim.make(OptimizerConfig(name), Hyper(), 0.1)
-    updates, _ = tx.update(jax.tree.map(lambda g: 2.5 * g, GRADS), tx.init(PARAMS), PARAMS)
-    assert_close(parts, optax.apply_updates(PARAMS, updates))
-    three, _ = follow(optim.make(OptimizerConfig(name, accumulate=4), Hyper(), 0.1), 3)
-    jax.tree.map(np.testing.assert_array_equal, three, PARAMS)
+    """Clipped as their mean, and counted as one by the moments and by the average, in a scan of seeds side by side."""
+    draw = lambda shape: jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, *shape)), jnp.float32)  # noqa: E731
+    grads = jax.tree.map(lambda p: draw(p.shape), PARAMS)
+    means = jax.tree.map(lambda g: g.reshape(2, 2, 3, *g.shape[2:]).mean(2), grads)
+    config = OptimizerConfig(name, ema=name != "schedule_free_adamw")
+    (parts, evaluated), wholes = trained(replace(config, accumulate=3), grads), trained(config, means)
+    assert_close((jax.tree.map(lambda x: x[:, 2::3], parts), evaluated), wholes, rtol=1e-5, atol=1e-6)
+    still = (
+        jax.tree.map(lambda x: x[:, :2], parts),
+        jax.tree.map(lambda p: jnp.broadcast_to(p, (2, 2, *p.shape)), PARAMS),
+    )
+    assert_close(*still, rtol=0)
+
+
+def test_a_gradient_that_overflowed_is_not_accumulated():
+    """Scaled by 4: gradients 2, infinity and 4 make one step on 3; of a seed without an overflow the third waits for a fourth."""
+    tx = optim.make(OptimizerConfig("sgd", clip="none", accumulate=2), Hyper(momentum=0.0), 0.1)
+    tx = rounding.dynamic_loss_scaling(tx, initial=4.0)
+    params = {"w": jnp.ones(2)}
+    state = jax.vmap(tx.init)(params)
+    seen = []
+    for grads in ([2.0, 2.0], [jnp.inf, 4.0], [4.0, 8.0]):
+        scaled = {"w": jnp.array(grads) * state.scale}
+        updates, state = jax.vmap(tx.update)(scaled, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(params["w"])
+    np.testing.assert_allclose(seen, [[1, 1], [1, 0.7], [0.7, 0.7]], rtol=1e-6)
 
 
 def test_parameter_average_by_hand():
@@ -269,6 +334,7 @@ def test_schedules(config, hyper, wanted):
         ({"warmup": 1.5}, "must be between 0 and 1; got 1.5"),
         ({"accumulate": 0}, "optimizer.accumulate must be an integer of at least 1; got 0"),
         ({"name": "adamw", "l2": True}, "adamw decays weights by itself"),
+        ({"name": "adam", "nesterov": True}, "optimizer.nesterov is for sgd and muon; got adam"),
     ],
 )
 def test_wrong_settings_are_refused(fields, message):
@@ -300,6 +366,11 @@ def test_numbers_are_checked_where_the_optimizer_is_made():
             optim.make(OptimizerConfig(), hyper)
     with pytest.raises(ValueError, match="clipped to more than 0; got 0"):
         optim.make(max_grad=0.0)
+    for rate in (-1e-3, float("nan")):
+        with pytest.raises(ValueError, match="learning_rate must be at least 0; got"):
+            optim.make(learning_rate=rate)
+    with pytest.raises(ValueError, match=r"b1 of schedule_free_adamw must be between 0.1 and 1; got 0"):
+        optim.make(OptimizerConfig("schedule_free_adamw"), Hyper(b1=0.0))
     with pytest.raises(ValueError, match=r"at half width needs optimizer\.rounding"):
         optim.make(OptimizerConfig("schedule_free_adamw")).init({"w": jnp.ones(2, jnp.bfloat16)})
     with pytest.raises(ValueError, match=r"no optimizer.ema or moments"):
