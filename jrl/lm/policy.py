@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import precision
+from jrl import optim, precision
 from jrl.lm.sampling import Model, Rollout, Support, decoder, sample, supported
 from jrl.lm.tasks import END, PAD, Problem, Task
 from jrl.nets import transformer
@@ -42,19 +42,21 @@ def reader(
     params_of: Callable[[Any], Any],
     support_of: Callable[[Any], Support] = lambda state: Support(),
 ) -> Callable[..., tuple[Array, Reading]]:
-    """``act`` of an algorithm in ``as_environment(task)``: one token read, one said, drawn as answers are or greedy."""
+    """``act`` of an algorithm in ``as_environment(task)``: one token read, one said, drawn as answers are or greedy.
+
+    Its state has ``params`` and ``opt_state``, whose average of the parameters answers where there is one.
+    """
     capacity = task.prompt_length + task.answer_length
 
     def act(state: Any, obs: Array, key: Array | None = None, memory: Reading | None = None) -> tuple[Array, Reading]:
+        params = params_of(state._replace(params=optim.eval_params(state.opt_state, state.params)))
         if memory is None:
             shapes = jax.eval_shape(
-                lambda: model.prefill(params_of(state), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool), capacity)[
-                    1
-                ]
+                lambda: model.prefill(params, jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool), capacity)[1]
             )
             empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             memory = Reading(empty, jnp.int32(0))
-        logits, cache = model.step(params_of(state), obs[None], memory.cache, memory.position, jnp.zeros(1, jnp.int32))
+        logits, cache = model.step(params, obs[None], memory.cache, memory.position, jnp.zeros(1, jnp.int32))
         token = jnp.argmax(logits[0])
         if key is not None:
             token = jax.random.categorical(key, supported(logits[0], support_of(state))[0])
