@@ -43,13 +43,19 @@ def process_reward(logits: Array, labels: Array) -> Array:
     """Cross-entropy of right (1) and wrong (0) steps, ``[N, T]`` (Lightman et al. 2023, 2305.20050, section 2.6).
 
     ``logits [N, T, 2]``; ``labels [N, T]``, int, are -100 except where a step ends, and the loss is 0 there whatever the
-    logits are. Reduce with ``token_losses.weights(labels != UNLABELLED, "token_mean")``.
+    logits are. Reduce with ``token_losses.weights(labels != UNLABELLED, "token_mean")``. Math-Shepherd's + and - (2312.08935) are 1
+    and 0. PRM800K rates steps -1, 0 (neutral) and 1: map -1 to 0, and 0 to 1, 0 or -100, as you read a neutral step; the paper leaves
+    that open. Raises ``ValueError`` for shapes that do not fit and for another label; a traced one has no loss.
     """
     if logits.shape != (*labels.shape, 2):
         raise ValueError(
             f"process_reward: logits must be {(*labels.shape, 2)} for labels {labels.shape}, got {logits.shape}"
         )
-    ends = labels != UNLABELLED
+    ends = (labels == 0) | (labels == 1)
+    if not isinstance(labels, jax.core.Tracer) and (other := labels[~ends & (labels != UNLABELLED)]).size:
+        raise ValueError(
+            f"process_reward: labels must be 1 (right), 0 (wrong) or {UNLABELLED} (no step ends here); got {other[0]}"
+        )
     log_p = jax.nn.log_softmax(jnp.where(ends[..., None], losses.wide(logits), 0))
     return jnp.where(ends, -jnp.where(labels == 1, log_p[..., 1], log_p[..., 0]), 0)
 

@@ -59,6 +59,15 @@ def test_only_the_ends_of_steps_have_a_gradient():
     np.testing.assert_allclose(grad, [[[0.5, -0.5], [0, 0], [-0.5, 0.5]]])
 
 
+@pytest.mark.parametrize("label", [-1, 2, 0.5])
+def test_a_step_is_right_or_wrong(label):
+    """PRM800K's -1 among them, whose 0 is neutral."""
+    labels, logits = jnp.array([[1, label, -100]]), jnp.ones((1, 3, 2))
+    with pytest.raises(ValueError, match=rf"labels must be 1 .right., 0 .wrong. or -100 .*; got {label}"):
+        pr.process_reward(logits, labels)
+    np.testing.assert_allclose(jax.jit(pr.process_reward)(logits, labels), [[np.log(2), 0, 0]], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [

@@ -37,11 +37,18 @@ def test_boxed_and_last_number_and_whole():
     assert verifiers.boxed(r"\boxed{1") == verifiers.boxed("1") == (None, False)
     numbers = {
         "it is 1,234.50.": "1234.50", "#### -7": "-7", "10-4": "4", "x=5.": "5", "3, 4": "4", "(2)-1": "1", ".5": ".5",
-        "1,2345": "2345", "v2": "2",
+        "1,2345": "2345", "12 of H2O": "12", "5km": "5", "0.7e2 x7": "70",
+        # signs
+        "\u22125": "-5", "x = \u2212.5.": "-.5", "+5": "5", "-$1,000": "-1000", "**-5**": "-5", "_-5_": "-5", "[2]-1": "1",
+        # thousands
+        "1 000 000": "1000000", "1\u00a0000": "1000", "1\u2009000,": "1000", "1\u202f000\u202f000.5": "1000000.5", "1'000": "1000",
+        "1{,}000": "1000", "1\\,000": "1000", "1.000.000": "1000000", "in 2020 100 people": "100", "1.000": "1.000", "3,5": "5",
+        # exponents, fractions and what follows a number
+        "1.5e-3": "0.0015", "2E+3": "2000", "2e\u22123.": "0.002", "3/4": "3/4", "-3/4.": "-3/4", "10/2=5": "5", "50%": "50", "7.": "7",
     }  # fmt: skip
     for text, number in numbers.items():
         assert verifiers.last_number(text) == (number, True), text
-    assert verifiers.last_number("none") == (None, False)
+    assert verifiers.last_number("none of H2O") == (None, False)
     assert verifiers.whole(" a b\n") == ("a b", True)
 
 
@@ -67,12 +74,41 @@ def test_your_own_function_sees_items_and_texts():
 
 @pytest.mark.parametrize(
     "answer, message",
-    [([1.0], "'correct' must be 2 finite numbers"), ([1.0, np.nan], "finite"), ({"format": [1, 1]}, 'parts must hold "correct"; got format')],
-)  # fmt: skip
+    [
+        ([1.0], "own: 'correct' must be 2 finite numbers, or None to abstain; got .1.0."),
+        ([1.0, np.nan], "own: 'correct' must be finite, or None to abstain; got nan for the problem 'a'"),
+        ({"format": [1, 1]}, 'parts must hold "correct"; got format'),
+        (None, "own: 'correct' must be 2 finite numbers, or None to abstain; got None"),
+        ({"correct": [1, 1], "format": ["good", "bad"]}, "own: 'format' must be 2 finite numbers"),
+    ],
+)
 def test_broken_functions_are_refused(answer, message):
     source = verifiers.from_function(["a"], lambda items, texts: answer)
-    with pytest.raises(ValueError, match=message):
-        source.score(source.draw(0, 2), ["", ""])
+    for score in (source.score, lambda *x: verifiers.judge(source, *x)):
+        with pytest.raises(ValueError, match=message):
+            score(source.draw(0, 2), ["", ""])
+
+
+def test_none_abstains_and_is_nan():
+    def function(items, texts):
+        return {"correct": [1.0, None], "format": [0, 1]}
+
+    source = verifiers.from_function(["a"], function)
+    parts = verifiers.judge(source, source.draw(0, 2), ["", ""])
+    np.testing.assert_array_equal(parts["correct"], np.float32([1, np.nan]))
+    assert parts["format"].tolist() == [0, 1]
+    own = verifiers.Source("mine", source.draw, function)  # a source that is written by hand may abstain either way
+    np.testing.assert_array_equal(verifiers.judge(own, own.draw(0, 2), ["", ""])["correct"], parts["correct"])
+
+
+def test_a_verifier_that_raises_names_the_problem():
+    source = verifiers.from_function(["one", "two"], lambda items, texts: [1 / len(text) for text in texts])
+    items = sorted(source.draw(0, 2))
+    message = r"own: the verifier raised ZeroDivisionError: .* \(problem 'two', answer ''\)"
+    with pytest.raises(verifiers.VerifierError, match=message):
+        verifiers.judge(source, items, ["1", ""])
+    with pytest.raises(verifiers.VerifierError, match='mine: parts must hold "correct"; got NoneType'):
+        verifiers.judge(verifiers.Source("mine", source.draw, lambda items, texts: None), items, ["", ""])
 
 
 def test_answers_that_never_end_break_or_shout_are_wrong_and_the_next_ones_are_judged():
@@ -128,6 +164,21 @@ def test_reasoning_gym():
     ]:
         with pytest.raises(ValueError, match=message):
             verifiers.reasoning_gym(**settings)
+
+
+@pytest.mark.parametrize(
+    "known, answer, right",
+    [
+        ("5", "The answer is 5", 1), ("5", "Therefore we get 5", 1), ("5", "The answer is 5.", 1), ("5", "5.", 1), ("5", "x=5", 1),
+        ("5", "The answer is 6", 0), ("5", "The answer is \u22125", 0), ("-5", "The answer is \u22125", 1), ("-5", "\u22125", 1),
+        ("1234", "That makes 1,234 apples.", 1), ("1000000", "1\u202f000\u202f000", 1), ("1000000", "It is 1 000 000", 1),
+        ("0.0015", "1.5e-3", 1), ("0.5", "1/2", 1), ("2", "pi / 2", 0), ("2", "1/2", 0), (r"\frac12", r"\frac{1}{2}", 1),
+        (r"\{2,3\}", "2 or 3", 1), (r"\sqrt{2}", "2^{1/2}", 1),
+    ],
+)  # fmt: skip
+def test_math_verify_reads_sentences_and_expressions(known, answer, right):
+    pytest.importorskip("math_verify")
+    assert grading._math_verify(None)(known, answer) == right
 
 
 def test_math_verify():

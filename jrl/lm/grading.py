@@ -7,6 +7,7 @@ so it imports neither jrl nor JAX, nor the program that started it.
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -68,6 +69,14 @@ class _Unreadable(Exception):
     """What is known cannot be read."""
 
 
+GROUPED = re.compile(r"(?<![0-9.])[0-9]{1,3}(?:[ \u00a0\u2007\u2009\u202f][0-9]{3})+(?![0-9])")  # 1 000 000
+SCIENTIFIC = re.compile(r"(?<![A-Za-z0-9.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]+)(?![A-Za-z0-9.])")  # 1.5e-3
+# A word before another or a number, such as "answer is 5": of a sentence its last number is read, of an expression all.
+PROSE = re.compile(
+    r"(?<![A-Za-z\\])(?!(?:or|and|pi|sqrt|sin|cos|tan|cot|sec|csc|log|ln|exp|mod)\b)[A-Za-z]{2,}:?\s+[-+$]?[A-Za-z0-9]"
+)
+
+
 def _math_verify(settings: Any) -> Callable[[Any, str], float]:
     import logging
 
@@ -76,8 +85,11 @@ def _math_verify(settings: Any) -> Callable[[Any, str], float]:
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
     def read(text: str) -> list:
-        marked = "$" in text or "\\boxed" in text or "\\(" in text or "\\[" in text
-        return math_verify.parse(text if marked else f"\\boxed{{{text}}}", parsing_timeout=None)
+        text = GROUPED.sub(lambda number: re.sub(r"\s", "", number[0]), text.replace("\N{MINUS SIGN}", "-"))
+        if not ("$" in text or "\\boxed" in text or "\\(" in text or "\\[" in text):
+            text = SCIENTIFIC.sub(r"\1 \\cdot 10^{\2}", text)
+            text = text if PROSE.search(text) else f"${text}$"
+        return math_verify.parse(text, parsing_timeout=None)
 
     def judge(known: str, answer: str) -> float:
         gold = read(known)

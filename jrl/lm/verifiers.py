@@ -2,12 +2,16 @@
 
 A ``Source`` draws prompts and scores texts; nothing here runs under jit. Scores come in parts, as those of ``lm.tasks`` do, so
 that a reward weighs correctness and format apart.
+
+A verifier that cannot tell abstains from an answer: its function returns None for it, which is NaN in a part's array. Such an answer
+takes no part in learning: it has no gradient, and the mean and the deviation of its group are those of the others.
 """
 
 import importlib.util
 import math
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +36,8 @@ class Source(NamedTuple):
     Attributes:
         name: shown to people.
         draw: ``(seed, n) -> n Items``, the same for the same seed.
-        score: ``(items, texts) -> parts``, float32 arrays ``[n]``, "correct" among them; ``texts`` are completions.
+        score: ``(items, texts) -> parts``, float32 arrays ``[n]``, "correct" among them, NaN where it abstains; ``texts`` are
+            completions.
     """
 
     name: str
@@ -67,10 +72,40 @@ def boxed(text: str) -> tuple[str | None, bool]:
     return None, False
 
 
+NUMBER = re.compile(
+    r"""
+    (?<![^\W_])                                          # not within a word, as in H2O
+    (?P<sign>(?<![)\]}%])[-+])?[$\u20ac\u00a3]?    # of the number itself: 10-4 ends with 4
+    (?P<digits>
+        [0-9]{1,3}(?P<mark>,|[ \u00a0\u2007\u2009\u202f]|['\u2019]|\\,|\{,\})[0-9]{3}(?:(?P=mark)[0-9]{3})*(?![0-9])(?:\.[0-9]+)?
+        | [0-9]{1,3}(?:\.[0-9]{3}){2,}(?![0-9])
+        | [0-9]+(?:\.[0-9]+)? | \.[0-9]+
+    )
+    (?P<exponent>[eE][-+]?[0-9]{1,3}(?![A-Za-z0-9]))?
+    (?P<divisor>/[0-9]+(?![0-9]*[./][0-9]))?
+    """,
+    re.VERBOSE,
+)
+
+
 def last_number(text: str) -> tuple[str | None, bool]:
-    """The last decimal number, without the commas between thousands; the form is to have one."""
-    found = re.findall(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", text)
-    return (found[-1].replace(",", ""), True) if found else (None, False)
+    """The last number, as a decimal or a fraction of two whole numbers; the form is to have one.
+
+    It is written as ``-1234.5`` or ``3/4``: without the marks between thousands (a comma, an apostrophe or a space of any width
+    before each three digits, or points if there are several), without a plus, an exponent worked out (``1.5E-3`` is 0.0015), and
+    with ``-`` for a minus sign (U+2212). What follows a number, such as ``%``, a unit or a full stop, is left out; digits behind a letter
+    (``H2O``) are no number, and a comma is no decimal point.
+    """
+    found = list(NUMBER.finditer(text.replace("\N{MINUS SIGN}", "-")))
+    if not found:
+        return None, False
+    sign, digits, mark, exponent, divisor = (
+        found[-1][part] or "" for part in ("sign", "digits", "mark", "exponent", "divisor")
+    )
+    digits = digits.replace(mark or "," if digits.count(".") < 2 else ".", "")
+    if exponent:
+        digits = f"{Decimal(digits + exponent):f}"
+    return ("-" if sign == "-" else "") + digits + divisor, True
 
 
 def whole(text: str) -> tuple[str | None, bool]:
@@ -81,7 +116,8 @@ def whole(text: str) -> tuple[str | None, bool]:
 def from_function(
     prompts: Sequence[str | Item], function: Callable[[Sequence[Item], Sequence[str]], Any], name: str = "own"
 ) -> Source:
-    """Your own verifier: ``function(items, texts)`` returns n floats, "correct", or a dict of parts with n floats each.
+    """Your own verifier: ``function(items, texts)`` returns n floats, "correct", or a dict of parts with n floats each; None in
+    place of a float abstains.
 
     Prompts are texts, or ``Item``s that carry data for the function. They come in random order, and none twice before all came.
     """
@@ -90,9 +126,34 @@ def from_function(
 
     def score(items: Sequence[Item], texts: Sequence[str]) -> dict[str, np.ndarray]:
         given = function(items, texts)
-        return _parts(name, given if isinstance(given, dict) else {"correct": given}, len(texts))
+        return _parts(name, given if isinstance(given, dict) else {"correct": given}, items)
 
     return Source(name, _shuffled(items), score)
+
+
+class VerifierError(ValueError):
+    """A verifier that raises or returns what it may not; its text is one clear line."""
+
+
+def judge(source: Source, items: Sequence[Item], texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """``source.score(items, texts)``, checked. Raises ``VerifierError`` for a verifier that raises, with the first problem that it
+    raises for by itself, and for scores of another form."""
+    try:
+        return _parts(source.name, source.score(items, texts), items, lambda x: x is None or np.isnan(x))
+    except VerifierError:
+        raise
+    except Exception as error:
+        where, cause = _culprit(source, items, texts) or ("", error)
+        raise VerifierError(f"{source.name}: the verifier raised {type(cause).__name__}: {cause}{where}") from error
+
+
+def _culprit(source: Source, items: Sequence[Item], texts: Sequence[str]) -> tuple[str, Exception] | None:
+    for item, text in zip(items, texts, strict=True):
+        try:
+            source.score([item], [text])
+        except Exception as error:
+            return f" (problem {item.prompt!r}, answer {text!r})", error
+    return None
 
 
 def from_file(path: str | Path, seed: int = 0, **settings: Any) -> Source:
@@ -136,16 +197,16 @@ def reasoning_gym(
         made = create_dataset(dataset, **params)
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"reasoning_gym {dataset}: {error}") from error
-    judge = grader("reasoning_gym", (dataset, params), seconds)
+    grade = grader("reasoning_gym", (dataset, params), seconds)
 
     def draw(seed: int, n: int) -> list[Item]:
         entries = [made[int(i)] for i in np.random.default_rng(seed).integers(0, size, n)]
         return [Item(entry["question"] + instruction, entry) for entry in entries]
 
     def score(items: Sequence[Item], texts: Sequence[str]) -> dict[str, np.ndarray]:
-        scores, forms = _judged(judge, extract, items, texts)
+        scores, forms = _judged(grade, extract, items, texts)
         correct = [float(x >= threshold - 1e-6) for x in scores]
-        return _parts(source.name, {"correct": correct, "format": forms, "score": scores}, len(texts))
+        return _parts(source.name, {"correct": correct, "format": forms, "score": scores}, items)
 
     source = Source(f"reasoning_gym-{dataset}", draw, score)
     return source
@@ -160,7 +221,7 @@ def math_verify(
 ) -> Source:
     """Mathematical problems with known answers, compared by the package math-verify: ``1/2``, ``0.5`` and ``\\frac12`` are the same.
 
-    Answers are LaTeX or plain; a model's one is what ``extract`` finds. Parts: "correct"; "format", of ``extract``. An answer that
+    Answers are LaTeX or plain, and of a sentence its last number is read; a model's one is what ``extract`` finds. Parts: "correct"; "format", of ``extract``. An answer that
     takes more than ``seconds`` to judge is wrong. Raises ``ValueError`` for a missing package or lists of different lengths, and
     when it scores, for a known answer that cannot be read.
     """
@@ -168,12 +229,12 @@ def math_verify(
     checks.not_empty(problems=problems)
     if len(problems) != len(answers):
         raise ValueError(f"problems and answers must be as many; got {len(problems)} and {len(answers)}")
-    judge = grader("math_verify", None, seconds)
+    grade = grader("math_verify", None, seconds)
     items = [Item(problem + instruction, answer) for problem, answer in zip(problems, answers, strict=True)]
 
     def score(items: Sequence[Item], texts: Sequence[str]) -> dict[str, np.ndarray]:
-        scores, forms = _judged(judge, extract, items, texts)
-        return _parts("math_verify", {"correct": scores, "format": forms}, len(texts))
+        scores, forms = _judged(grade, extract, items, texts)
+        return _parts("math_verify", {"correct": scores, "format": forms}, items)
 
     return Source("math_verify", _shuffled(items), score)
 
@@ -189,23 +250,38 @@ def _shuffled(items: list[Item]) -> Callable[[int, int], list[Item]]:
     return draw
 
 
-def _judged(judge: Callable, extract: Extract, items: Sequence[Item], texts: Sequence[str]) -> tuple[list, list]:
+def _judged(grade: Callable, extract: Extract, items: Sequence[Item], texts: Sequence[str]) -> tuple[list, list]:
     """Scores (0 where no answer is found) and forms."""
     if len(items) != len(texts):
         raise ValueError(f"items and texts must be as many; got {len(items)} and {len(texts)}")
     found = [extract(text) for text in texts]
-    scores = iter(judge([(item.data, answer) for item, (answer, _) in zip(items, found, strict=True) if answer]))
+    scores = iter(grade([(item.data, answer) for item, (answer, _) in zip(items, found, strict=True) if answer]))
     return [next(scores) if answer else 0.0 for answer, _ in found], [float(form) for _, form in found]
 
 
-def _parts(name: str, parts: dict[str, Any], n: int) -> dict[str, np.ndarray]:
-    arrays = {part: np.asarray(values, np.float32) for part, values in parts.items()}
-    if "correct" not in arrays:
-        raise ValueError(f'{name}: parts must hold "correct"; got {", ".join(arrays) or "none"}')
-    for part, values in arrays.items():
-        if values.shape != (n,) or not np.isfinite(values).all():
-            raise ValueError(f"{name}: {part!r} must be {n} finite numbers; got {values}")
-    return arrays
+def _parts(
+    name: str, parts: Any, items: Sequence[Item], abstains: Callable[[Any], Any] = lambda x: x is None
+) -> dict[str, np.ndarray]:
+    """Arrays of the parts, NaN where the verifier abstains."""
+    if not isinstance(parts, dict) or "correct" not in parts:
+        got = (", ".join(map(str, parts)) or "none") if isinstance(parts, dict) else type(parts).__name__
+        raise VerifierError(f'{name}: parts must hold "correct"; got {got}')
+    return {part: _numbers(f"{name}: {part!r}", values, items, abstains) for part, values in parts.items()}
+
+
+def _numbers(name: str, values: Any, items: Sequence[Item], abstains: Callable[[Any], Any]) -> np.ndarray:
+    try:
+        array = np.asarray(values, np.float32)
+    except (TypeError, ValueError):
+        array = np.zeros(())
+    if array.shape != (len(items),):
+        raise VerifierError(f"{name} must be {len(items)} finite numbers, or None to abstain; got {values!r}")
+    for item, given, number in zip(items, values, array, strict=True):
+        if not np.isfinite(number) and not abstains(given):
+            raise VerifierError(
+                f"{name} must be finite, or None to abstain; got {given} for the problem {item.prompt!r}"
+            )
+    return array
 
 
 def _need(module: str, package: str) -> None:
