@@ -11,10 +11,12 @@ curve.png and checkpoints in the folder. Datasets by name need the package reaso
 """
 
 import csv
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +57,8 @@ class Args:
             number for chain_sum, whole for others.
         instruction: put behind each problem of reasoning-gym; default by form.
         steps: updates.
-        prompt_length: tokens of the longest prompt; default: with room to spare for the first hundred problems.
+        prompt_length: tokens of the longest prompt; problems with longer ones are passed over, and counted in metrics.csv; default:
+            with room to spare for the first hundred problems.
         answer_length: tokens of the longest answer; default 16 for numbers, 64 for whole answers and files, else 256.
         save_every: updates between checkpoints.
         devices: to use; default: all, but one of a CPU's, which share its cores.
@@ -115,10 +118,29 @@ def source_of(args: Args) -> verifiers.Source:
     return verifiers.reasoning_gym(args.dataset, args.seed, **asked | easy | settings)
 
 
-def problems(source: verifiers.Source, seed: int, step: int, count: int) -> list[verifiers.Item]:
-    """Of one update. So many updates draw together, so that a source that shuffles shows all before it shows one again."""
+def problems(
+    source: verifiers.Source, words: lm.Tokenizer, args: Args, step: int
+) -> tuple[list[verifiers.Item], list[list[int]], int]:
+    """Of one update, with the tokens of their prompts, and how many were passed over since theirs are more than ``prompt_length``.
+
+    So many updates draw together, so that a source that shuffles shows all before it shows one again.
+    """
+    count, longest = args.config.num_prompts * args.config.oversample, args.prompt_length or 0
     block, place = divmod(step, BLOCK)
-    return _block(source, seed * 1_000_003 + block, count * BLOCK)[place * count : (place + 1) * count]
+    drawn = _block(source, args.seed * 1_000_003 + block, count * BLOCK)
+    items, prompts, passed = [], [], 0
+    for item in drawn[place * count :] + drawn[: place * count]:
+        tokens = tokens_of(words, item.prompt)
+        if len(tokens) > longest:
+            passed += 1
+            continue
+        items.append(item)
+        prompts.append(tokens)
+        if len(items) == count:
+            return items, prompts, passed
+    raise ValueError(
+        f"prompt_length = {longest} fits {len(items)} of {len(drawn)} prompts, and an update takes {count}"
+    )
 
 
 @lru_cache(maxsize=1)
@@ -150,9 +172,6 @@ def mesh_of(args: Args) -> jax.sharding.Mesh:
 
 def padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[jax.Array, jax.Array]:
     """Token ids and which of them are valid, ``[N, length]``, padded on the left."""
-    longest = max(map(len, rows))
-    if longest > length:
-        raise ValueError(f"prompt_length must be at least {longest}, the tokens of a prompt; got {length}")
     tokens, valid = np.full((len(rows), length), pad, np.int32), np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
         tokens[i, length - len(row) :], valid[i, length - len(row) :] = row, True
@@ -203,20 +222,28 @@ def main(argv: list[str]) -> None:
     checkpoints = Checkpoints(args.folder / "checkpoints", settings_of(args, config))
     done = checkpoints.latest() or 0
     rows = _rows_before(args.folder / "metrics.csv", done)
+    _cut_back(args.folder / "answers.txt", done)
     if done:
         saved = checkpoints.restore(done, without_the_model(state))
         state = jax.device_put(saved._replace(frozen=state.frozen, key=state.key), where)
         print(f"{args.folder}: resumed at step {done}", flush=True)
     with StopOnSignal() as stop, jax.set_mesh(mesh):
-        while done < args.steps and not stop.requested:
-            state, row, said = one_step(args, source, words, sample, learn, state, key_run, done, pad)
-            done += 1
-            rows.append({"step": done} | row)
-            print("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items() if name in SHOWN), flush=True)
-            _write(args.folder, rows, said)
-            if done % args.save_every == 0 or done == args.steps or stop.requested:
+        try:
+            while done < args.steps and not stop.requested:
+                state, row, said = one_step(args, source, words, sample, learn, state, key_run, done, pad)
+                done += 1
+                rows.append({"step": done} | row)
+                print("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items() if name in SHOWN), flush=True)
+                _write(args.folder, rows, said)
+                if done % args.save_every == 0:
+                    checkpoints.save(done, without_the_model(state))
+        finally:  # a verifier that raises costs no update
+            if done:
                 checkpoints.save(done, without_the_model(state))
-        checkpoints.wait()
+            checkpoints.wait()
+            print(f"{args.folder}: saved at step {done}" if done else f"{args.folder}: nothing to save", flush=True)
+    if passed := sum(row.get("overlong_prompts", 0) for row in rows):
+        print(f"{passed:.0f} problems with prompts of over {args.prompt_length} tokens were passed over")
     lines = [(name, *_smooth(rows, name)) for name in ("correct", "reward")]
     plot.draw(args.folder / "curve.png", [plot.Panel(source.name, "update", "mean of ten updates", lines)])
     print(f"{args.folder}/curve.png  metrics.csv  answers.txt")
@@ -226,55 +253,84 @@ def main(argv: list[str]) -> None:
 
 def settings_of(args: Args, config: grpo.Config) -> dict[str, Any]:
     """What a run must share with the one that it goes on from."""
-    names = ("dataset", "setting", "form", "instruction", "prompt_length", "answer_length", "seed")
+    names = ("dataset", "setting", "form", "instruction", "answer_length", "seed")
     length = {"steps": args.steps} if config.optimizer.uses_length else {}
     fixed = {f"config.{name}": value for name, value in asdict(config).items()}
     numbers = {f"hyper.{name}": value for name, value in args.hyper._asdict().items()}
     return {"model": str(args.model)} | {name: getattr(args, name) for name in names} | length | fixed | numbers
 
 
-SHOWN = ("step", "correct", "reward", "episode_length", "no_signal", "sampled_tokens_per_s", "trained_tokens_per_s")
+SHOWN = (
+    "step", "correct", "reward", "episode_length", "no_signal", "overlong_prompts", "abstained", "sampled_tokens_per_s",
+    "trained_tokens_per_s",
+)  # fmt: skip
 
 
 def one_step(args, source, words, sample, learn, state, key_run, done, pad):
     """Sample, verify, learn: ``(state, metrics, answers)``."""
     key_sample, key_learn = jax.random.split(jax.random.fold_in(key_run, done))
     config, group = args.config, args.config.group_size
-    items = problems(source, args.seed, done, config.num_prompts * config.oversample)
-    prompts = [tokens_of(words, item.prompt) for item in items]
+    items, prompts, passed = problems(source, words, args, done)
     tokens, valid = padded([p for p in prompts for _ in range(group)], args.prompt_length, pad)
     begin = time.monotonic()
     rollout = jax.block_until_ready(sample(state, key_sample, tokens, valid))
-    sampled = time.monotonic() - begin
+    sampled, count = time.monotonic() - begin, int(rollout.mask.sum())
     texts = texts_of(words, rollout)
-    parts = source.score([item for item in items for _ in range(group)], texts)
-    reward = jnp.asarray(grpo.rewards(config, args.hyper, parts, rollout.mask))
-    row, count = grpo.drawn(reward, rollout.mask, group), int(rollout.mask.sum())
+    parts = verifiers.judge(source, [item for item in items for _ in range(group)], texts)
+    _check_weights(args.hyper, parts, source.name)
+    judged = ~np.isnan(list(parts.values())).any(0)
+    reward = jnp.asarray(np.where(judged, grpo.rewards(config, args.hyper, parts, rollout.mask), 0))
+    rollout = rollout._replace(mask=rollout.mask & judged[:, None])  # who was not judged takes no part
+    row = grpo.drawn(reward, rollout.mask, group) | {"overlong_prompts": passed, "abstained": np.sum(~judged)}
+    row |= {"sampled_tokens_per_s": count / sampled}
     if config.oversample > 1:
-        chosen = grpo.rows_with_signal(reward, config)
+        chosen = grpo.informative_groups(jnp.asarray(parts["correct"]), rollout.mask, config)
         tokens, valid, rollout, reward = jax.tree.map(lambda x: x[chosen], (tokens, valid, rollout, reward))
     begin = time.monotonic()
     state, metrics = jax.block_until_ready(learn(state, key_learn, tokens, valid, rollout, reward))
-    learned, trained = time.monotonic() - begin, int(rollout.mask.sum()) + int(valid.sum())
-    row = {name: float(x) for name, x in (metrics | row).items()} | {name: float(x.mean()) for name, x in parts.items()}
-    row |= {"sampled_tokens_per_s": count / sampled, "trained_tokens_per_s": trained / learned}
+    trained = (int(rollout.mask.sum()) + int(valid.sum())) / (time.monotonic() - begin)
+    row = {name: float(x) for name, x in (metrics | row).items()} | {"trained_tokens_per_s": trained}
+    if taken := parts.keys() & (row.keys() | {"step"}):
+        raise verifiers.VerifierError(
+            f"{source.name}: a part may not be named as a metric is: {', '.join(sorted(taken))}"
+        )
+    row |= {name: float(x[judged].mean()) if judged.any() else math.nan for name, x in parts.items()}
     said = [f"{item.prompt!r} -> {texts[i * group]!r}" for i, item in enumerate(items)]
     return state, row, said
+
+
+def _check_weights(hyper: grpo.Hyper, parts: dict[str, np.ndarray], name: str) -> None:
+    """Raise for a weight of a part that the verifier does not give."""
+    for part in ("format", "close"):
+        weight = getattr(hyper, f"{part}_weight")
+        if weight and part not in parts:
+            raise verifiers.VerifierError(
+                f"{name}: hyper.{part}_weight = {weight:g} weighs a part that the verifier does not give; it gives {', '.join(parts)}"
+            )
 
 
 def _rows_before(path: Path, done: int) -> list[dict[str, Any]]:
     if not done or not path.exists():
         return []
     with path.open() as file:
-        found = [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+        found = [{name: float(x or "nan") for name, x in row.items()} for row in csv.DictReader(file)]
     return [row | {"step": int(row["step"])} for row in found if row["step"] <= done]
 
 
+def _cut_back(path: Path, done: int) -> None:
+    """Leave what was said up to step ``done``."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(takewhile(lambda line: line != f"step {done + 1}\n", lines)))
+
+
 def _write(folder: Path, rows: list[dict[str, Any]], said: list[str]) -> None:
-    with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+    fresh = folder / "metrics.tmp"  # whole or not at all
+    with fresh.open("w", newline="") as file:
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
+    fresh.replace(folder / "metrics.csv")
     with (folder / "answers.txt").open("a") as file:
         file.write("\n".join([f"step {rows[-1]['step']}", *said, ""]))
 

@@ -49,7 +49,7 @@ def weights(
         raise ValueError(f"weights: how='constant' takes a length and no other does; got how={how!r}, length={length}")
     if mask.ndim != 2:
         raise ValueError(f"weights: mask must be [N, T], got {mask.shape}")
-    m = (mask > 0).astype(float)
+    m = losses.wide((mask > 0).astype(mask.dtype))
     if how == "token_mean":
         return m / jnp.maximum(m.sum(), 1)
     if length is not None:
@@ -63,44 +63,54 @@ def weighted_sum(weight: Array, x: Array) -> Array:
     return jnp.sum(weight * jnp.where(weight != 0, x, 0))
 
 
-# Advantages of groups, [N] to [N]
+# Advantages of groups, [N] to [N]. Answers that do not count (``counts``, bool [N]; None: all do) have the advantage 0, and no part
+# in the mean and the deviation of their group.
 
 
-def zscore(reward: Array, group_size: int, ddof: int, eps: Scalar) -> Array:
+def zscore(reward: Array, group_size: int, ddof: int, eps: Scalar, counts: Array | None = None) -> Array:
     """``(R - mean) / (std + eps)`` within each group, ``[N]`` (GRPO, DeepSeekMath, 2402.03300, section 4.1.2).
 
-    The standard deviation divides by ``group_size - ddof``. Trainers differ: TRL takes 1 and 1e-4, others 0 or 1e-6. A group
-    without variance gives exactly 0. Raises ``ValueError`` unless groups of more than ``ddof`` divide the rows.
+    The standard deviation divides by the answers that count less ``ddof``. Trainers differ: TRL takes 1 and 1e-4, others 0 or 1e-6.
+    A group without variance gives exactly 0. Raises ``ValueError`` unless groups of more than ``ddof`` divide the rows.
     """
-    grouped, same = _groups("zscore", reward, group_size, ddof + 1)
-    std = jnp.where(same, 1, jnp.std(grouped, axis=1, keepdims=True, ddof=ddof))
-    return (_centre(grouped, same) / (std + eps)).reshape(reward.shape)
+    grouped, there, same = _groups("zscore", reward, group_size, ddof + 1, counts)
+    std = jnp.where(same, 1, jnp.std(grouped, axis=1, keepdims=True, ddof=ddof, where=there))
+    return (_centre(grouped, there, same) / (std + eps)).reshape(reward.shape)
 
 
-def centred(reward: Array, group_size: int) -> Array:
+def centred(reward: Array, group_size: int, counts: Array | None = None) -> Array:
     """``R - mean`` within each group, ``[N]`` (Dr. GRPO, 2503.20783, section 3.2); unbiased but for the factor (G-1)/G."""
-    return _centre(*_groups("centred", reward, group_size, 1)).reshape(reward.shape)
+    return _centre(*_groups("centred", reward, group_size, 1, counts)).reshape(reward.shape)
 
 
-def rloo(reward: Array, group_size: int) -> Array:
+def rloo(reward: Array, group_size: int, counts: Array | None = None) -> Array:
     """``R`` less the mean of the others in its group, ``[N]`` (Ahmadian et al. 2024, 2402.14740, section 3); unbiased."""
-    grouped, same = _groups("rloo", reward, group_size, 2)
-    return (_centre(grouped, same) * (group_size / (group_size - 1))).reshape(reward.shape)
+    grouped, there, same = _groups("rloo", reward, group_size, 2, counts)
+    size = there.sum(1, keepdims=True, dtype=grouped.dtype)
+    return (_centre(grouped, there, same) * (size / jnp.maximum(size - 1, 1))).reshape(reward.shape)
 
 
-def _groups(function: str, reward: Array, group_size: int, at_least: int) -> tuple[Array, Array]:
-    """Rewards ``[prompts, group_size]``, and which groups ``[prompts, 1]`` hold one number only."""
+def varied(x: Array, group_size: int, counts: Array | None = None) -> Array:
+    """Which groups of ``x [N]`` hold two numbers, bool ``[N / group_size]``."""
+    return ~_groups("varied", x, group_size, 1, counts)[2][:, 0]
+
+
+def _groups(
+    function: str, reward: Array, group_size: int, at_least: int, counts: Array | None
+) -> tuple[Array, Array, Array]:
+    """Rewards ``[prompts, group_size]``, which of them count, and which groups ``[prompts, 1]`` hold one number only, or none."""
     checks.positive_int(f"{function}: group_size", group_size, at_least)
     if reward.ndim != 1 or len(reward) % group_size:
         raise ValueError(f"{function}: reward must be [prompts * {group_size}], got {reward.shape}")
     grouped = losses.wide(reward).reshape(-1, group_size)
-    return grouped, grouped.max(1, keepdims=True) == grouped.min(1, keepdims=True)
+    there = jnp.ones(grouped.shape, bool) if counts is None else counts.reshape(grouped.shape)
+    low, high = (jnp.where(there, grouped, end) for end in (jnp.inf, -jnp.inf))
+    return grouped, there, high.max(1, keepdims=True) <= low.min(1, keepdims=True)
 
 
-def _centre(grouped: Array, same: Array) -> Array:
-    return jnp.where(
-        same, 0, grouped - grouped.mean(1, keepdims=True)
-    )  # a rounded mean of equal numbers is not that number
+def _centre(grouped: Array, there: Array, same: Array) -> Array:
+    mean = jnp.mean(grouped, axis=1, keepdims=True, where=there)
+    return jnp.where(same | ~there, 0, grouped - mean)  # a rounded mean of equal numbers is not that number
 
 
 # Advantages of tokens, [N, T]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import algorithm, lora, optim, run
+from jrl import algorithm, lora, optim, run, token_losses
 from jrl.algos import grpo, ppo_lm, sft
 from jrl.attention import mla
 from jrl.lm import tasks
@@ -77,6 +77,49 @@ def test_groups_without_signal_teach_nothing(answered):
     before, after, metrics = answered(TINY, reward=jnp.repeat(jnp.arange(4.0), 4))
     assert metrics["grad_norm"] == 0 and metrics["no_signal"] == 1
     close(before.params, after.params)
+
+
+def test_dynamic_sampling_goes_by_right_answers_whatever_else_is_rewarded():
+    config = replace(TINY, num_prompts=2, group_size=2, oversample=2)
+    parts = {"correct": jnp.array([1.0, 1, 0, 0, 0, 1, 1, 0]), "format": jnp.array([0.0, 1, 0, 1, 1, 0, 1, 1])}
+    mask = jnp.ones((8, 2), bool)
+    assert grpo.informative_groups(parts["correct"], mask, config).tolist() == [4, 5, 6, 7]
+    # The total reward misleads: it differs within the groups that are all right or all wrong, and is equal in the first mixed one.
+    reward = grpo.rewards(config, grpo.Hyper(format_weight=1.0), parts, mask)
+    assert token_losses.varied(reward, 2).tolist() == [True, True, False, True]
+    # An answer that nobody judged makes no group mixed.
+    assert grpo.informative_groups(parts["correct"], mask.at[4].set(False), config).tolist() == [6, 7, 0, 1]
+
+
+def test_a_task_with_a_format_learns_from_mixed_groups_first(monkeypatch):
+    """The format is worth ten right answers, and of a group that differs in it all may be wrong."""
+    learner = grpo.learner
+
+    def show(*args, **kwargs):
+        return learner(*args, **kwargs)._replace(learn=lambda state, *batch: (state, {"learned_from": batch[-1]}))
+
+    def verify(problem, tokens, mask):
+        return {"correct": (tokens[0] == 1).astype(jnp.float32), "format": (tokens[0] % 2).astype(jnp.float32)}
+
+    monkeypatch.setattr(grpo, "learner", show)
+    config = replace(TINY, num_prompts=2, group_size=2, oversample=8)
+    algo = grpo.make(TASK._replace(verify=verify), config, grpo.Hyper(format_weight=10.0))
+    reward = jax.jit(lambda key: algo.update(algo.init(key))[1])(jax.random.key(0))["learned_from"]
+    assert ((np.asarray(reward) == 11).reshape(2, 2).sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("name", grpo.METHODS)
+def test_answers_that_nobody_judged_have_no_part_in_their_group(name):
+    config, hyper = grpo.method(name, replace(TINY, group_size=3))
+    reward, log_prob, mask = jnp.array([0.0, 1, 99, 3]), jnp.zeros((4, 2)), jnp.ones((4, 2), bool).at[2].set(False)
+    found = grpo.advantages(replace(config, group_size=4), hyper, reward, log_prob, log_prob, mask)
+    rest = jnp.array([0, 1, 3])
+    three = grpo.advantages(config, hyper, reward[rest], log_prob[rest], log_prob[rest], mask[rest])
+    np.testing.assert_allclose(found[rest], three, rtol=1e-6)
+    assert (found[2] == 0).all()
+    metrics = grpo.drawn(reward, mask, 4)
+    assert (metrics["episodes"], metrics["episode_length"]) == (3, 2)
+    np.testing.assert_allclose(metrics["reward"], 4 / 3, rtol=1e-6)
 
 
 def test_what_stands_behind_the_end_does_not_matter(answered):

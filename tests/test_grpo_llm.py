@@ -111,7 +111,7 @@ def test_a_published_model_takes_steps_with_adapters(smollm2_file, tmp_path):
         (("--setting", "larger=2"), "say.py has no setting 'larger'; it has: seed, largest"),
         (("--dataset", "absent.py"), "no such file of problems: absent.py"),
         (("--model", "absent"), "absent must be a folder, or a .gguf file"),
-        (("--prompt-length", 1), "prompt_length must be at least 2, the tokens of a prompt; got 1"),
+        (("--prompt-length", 1), "prompt_length = 1 fits 0 of 400 prompts, and an update takes 4"),
         (("--setting", "seed=1"), "setting: seed is not the dataset's"),
         (("--config.supervised", 2), "config.supervised must be 0"),
     ],

@@ -221,6 +221,17 @@ def test_a_group_without_variance_gives_exactly_nothing(reward):
     assert (tl.whiten(jnp.full((2, 3), reward), jnp.ones((2, 3)), 0.0) == 0).all()
 
 
+@pytest.mark.parametrize("advantage", [lambda *x: tl.zscore(*x[:2], 1, 1e-4, *x[2:]), tl.centred, tl.rloo])
+def test_what_does_not_count_leaves_the_group_of_the_others(advantage):
+    reward = jnp.array([1.0, 99, 4, 2, 5, 99, 99, 99, 99, 99, 99, 99])  # three count, then one, then none
+    counts = reward < 99
+    found = advantage(reward, 4, counts)
+    np.testing.assert_allclose(found[jnp.array([0, 2, 3])], advantage(reward[jnp.array([0, 2, 3])], 3), rtol=1e-6)
+    assert (found[jnp.array([1, *range(4, 12)])] == 0).all()
+    np.testing.assert_array_equal(advantage(reward, 4, counts | True), advantage(reward, 4))
+    assert tl.varied(reward, 4, counts).tolist() == [True, False, False]
+
+
 def test_what_a_clip_cuts_off_has_no_gradient_however_large_the_ratio():
     grad = jax.grad(lambda x, a: tl.dual_clip(x, a, 0.2, 0.2, 3.0).sum())
     for a in (1.0, -1.0):

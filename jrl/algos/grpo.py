@@ -55,7 +55,8 @@ class Config:
         kl_in: loss, or reward (k1 alone).
         old_log_probs: of the sampler, or recomputed.
         truncated_importance: weigh tokens by the recomputed policy over the sampler's, at most hyper.importance_cap.
-        oversample: draw so many times the prompts, and learn from groups whose rewards differ first (DAPO's dynamic sampling).
+        oversample: factor on the prompts that are drawn, of which groups that are not all right or all wrong are learned from first
+            (DAPO's dynamic sampling).
         overlong: last tokens of the longest answer over which a penalty grows to hyper.overlong_weight; 0 for none.
         top_k: sample of the likeliest so many; 0 for all.
         top_p: sample of the likeliest that have this probability together.
@@ -229,7 +230,8 @@ class Learner(NamedTuple):
         init: ``(key, params, hyper, num_updates=None) -> State``.
         policy: ``State -> params`` of the model that answers.
         sample: ``(state, key, prompt [N, P], valid) -> Rollout``.
-        learn: ``(state, key, prompt, valid, rollout, reward [N]) -> (State, Metrics)``; groups stand side by side.
+        learn: ``(state, key, prompt, valid, rollout, reward [N]) -> (State, Metrics)``; groups stand side by side. An answer that
+            nobody judged is left out by masking all of its tokens: it has no gradient, and no part in its group's mean and deviation.
     """
 
     init: Callable[..., State]
@@ -286,9 +288,13 @@ def learner(model: Model, config: Config, *, length: int, end: int, pad: int) ->
         old = rollout_.log_prob
         if config.old_log_probs == "recomputed":
             old = jax.lax.stop_gradient(log_probs(policy(state), state, prompt, valid, rollout_))
-        ref = log_probs(state.frozen, state, prompt, valid, rollout_) if estimates_kl else jnp.zeros(old.shape)
+        ref = (
+            log_probs(state.frozen, state, prompt, valid, rollout_)
+            if estimates_kl
+            else jnp.zeros(old.shape, jnp.float32)
+        )
         advantage = advantages(config, state.hyper, reward, old, ref, rollout_.mask)
-        batch = Batch(prompt, valid, rollout_, old, ref, advantage, jnp.zeros(old.shape))
+        batch = Batch(prompt, valid, rollout_, old, ref, advantage, jnp.zeros(old.shape, jnp.float32))
         order = jax.vmap(lambda k: rollout.shuffle(k, config.rows))(jax.random.split(key, config.num_epochs))
         order = order.reshape(config.num_epochs * config.num_minibatches, -1)
         tx = optimizer(config, state.hyper, learning_rate_factor(config, state))
@@ -359,19 +365,21 @@ def learner(model: Model, config: Config, *, length: int, end: int, pad: int) ->
 
 
 def advantages(config: Config, hyper: Hyper, reward: Array, log_prob: Array, ref_log_prob: Array, mask: Array) -> Array:
-    """Advantages ``[N, T]`` of each token, of rewards ``[N]`` in groups side by side."""
+    """Advantages ``[N, T]`` of each token, of rewards ``[N]`` in groups side by side. An answer whose tokens are all masked, which
+    nobody judged, has no part in its group's mean and deviation."""
     beta = hyper.kl_weight if config.kl != "none" and config.kl_in == "reward" else 0.0
+    counts = mask.any(1)
     if config.advantage == "reinforce++":
         return token_losses.reinforce_plus_plus(reward, log_prob, ref_log_prob, mask, beta)
     if config.kl_in == "reward":
         reward = reward - beta * token_losses.masked(log_prob - ref_log_prob, mask).sum(1)
     match config.advantage:
         case "zscore":
-            found = token_losses.zscore(reward, config.group_size, config.ddof, hyper.advantage_eps)
+            found = token_losses.zscore(reward, config.group_size, config.ddof, hyper.advantage_eps, counts)
         case "centred":
-            found = token_losses.centred(reward, config.group_size)
+            found = token_losses.centred(reward, config.group_size, counts)
         case "rloo":
-            found = token_losses.rloo(reward, config.group_size)
+            found = token_losses.rloo(reward, config.group_size, counts)
     return jnp.broadcast_to(found[:, None], mask.shape)
 
 
@@ -409,7 +417,9 @@ def rewards(config: Config, hyper: Hyper, parts: dict[str, Array], mask: Array) 
         parts["correct"] + hyper.format_weight * parts.get("format", 0.0) + hyper.close_weight * parts.get("close", 0.0)
     )
     if config.overlong:
-        total += hyper.overlong_weight * token_losses.overlong_penalty(mask.sum(1), mask.shape[1], config.overlong)
+        total += hyper.overlong_weight * token_losses.overlong_penalty(
+            mask.sum(1, dtype=jnp.float32), mask.shape[1], config.overlong
+        )
     return total
 
 
@@ -424,24 +434,27 @@ def scores(parts: dict[str, Array], group_size: int) -> Metrics:
 
 
 def drawn(reward: Array, mask: Array, group_size: int) -> Metrics:
-    """Of all answers that were drawn: mean reward, share of groups whose rewards are all the same, number and length."""
+    """Statistics of the answers that count (some token is not masked): mean reward, share of groups without two rewards to compare,
+    number and mean length."""
+    counts = mask.any(1)
+    number = counts.sum(dtype=jnp.float32)
     return {
-        "reward": reward.mean(),
-        "no_signal": jnp.mean(same_rewards(reward, group_size), dtype=jnp.float32),
-        "episodes": jnp.float32(len(reward)),
-        "episode_length": mask.sum(1).mean(dtype=jnp.float32),
+        "reward": jnp.sum(reward, where=counts) / jnp.maximum(number, 1),
+        "no_signal": 1 - token_losses.varied(reward, group_size, counts).mean(dtype=jnp.float32),
+        "episodes": number,
+        "episode_length": mask.sum(dtype=jnp.float32) / jnp.maximum(number, 1),
     }
 
 
-def same_rewards(reward: Array, group_size: int) -> Array:
-    """Which groups have nothing to compare, bool ``[groups]``."""
-    grouped = reward.reshape(-1, group_size)
-    return grouped.max(1) == grouped.min(1)
+def informative_groups(correct: Array, mask: Array, config: Config) -> Array:
+    """Rows of as many groups as an update learns from, first those whose answers are neither all right nor all wrong.
 
-
-def rows_with_signal(reward: Array, config: Config) -> Array:
-    """Rows of as many groups as an update learns from, those whose rewards differ first (DAPO's dynamic sampling, 2503.14476)."""
-    order = jnp.argsort(same_rewards(reward, config.group_size), stable=True)[: config.num_prompts]
+    This is DAPO's dynamic sampling, ``0 < right answers < G`` (2503.14476, eq. 11): it goes by the verifier's ``correct [N]`` alone,
+    whatever else is rewarded. Where that is more than right and wrong, two answers differ in it. Answers whose tokens are all masked
+    do not count.
+    """
+    informative = token_losses.varied(correct, config.group_size, mask.any(1))
+    order = jnp.argsort(~informative, stable=True)[: config.num_prompts]
     return (order[:, None] * config.group_size + jnp.arange(config.group_size)[None]).ravel()
 
 
@@ -481,7 +494,7 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
         metrics = scores(answers.parts, config.group_size)
         metrics |= drawn(reward, answers.rollout.mask, config.group_size)
         if config.oversample > 1:
-            rows = rows_with_signal(reward, config)
+            rows = informative_groups(answers.parts["correct"], answers.rollout.mask, config)
             answers, reward = jax.tree.map(lambda x: x[rows], (answers, reward))
         problems, rollout_ = answers.problems, answers.rollout
         state, learned = learning.learn(state, key_learn, problems.prompt, problems.valid, rollout_, reward)

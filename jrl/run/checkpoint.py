@@ -104,9 +104,14 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): x for path, x in jax.tree.leaves_with_path(tree)}
 
 
+# Settings that change memory, speed and rounding alone: a run may go on with others.
+FREE = ("micro_batches", "remat", "implementation", "prompt_length")
+
+
 def same_config(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Raise ``RunError`` naming every setting in which a saved run differs from this one."""
-    names = sorted(saved.keys() | wanted.keys())
+    """Raise ``RunError`` naming every setting, but those of ``FREE``, in which a saved run differs from this one."""
+    saved, wanted = flat(saved), flat(wanted)
+    names = sorted(name for name in saved.keys() | wanted.keys() if name.rpartition(".")[2] not in FREE)
     differing = [n for n in names if saved.get(n) != wanted.get(n)]
     if "env_params.text" in differing and saved.get("env_params.file") == wanted.get("env_params.file"):
         raise RunError(f"{path} is a run of {saved['env_params.file']} as it was: the file has changed since")
@@ -119,6 +124,14 @@ def same_config(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
     if differing:
         listed = "; ".join(f"{n} was {_short(saved.get(n))}, is {_short(wanted.get(n))}" for n in differing[:5])
         raise RunError(f"checkpoint {path} is of another configuration: {listed}")
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by their path."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def restore_keys(host: Any, live: Any) -> Any:

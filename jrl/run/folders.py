@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from jrl.algorithm import Algorithm
-from jrl.run.checkpoint import RunError, disk_errors, same_config
+from jrl.run.checkpoint import RunError, disk_errors, flat, same_config
 
 
 def settings(
@@ -31,7 +31,7 @@ def settings(
     }
     if algo.uses_length:
         tree["env_steps"] = env_steps
-    return json.loads(json.dumps(_flatten(tree), default=_plain))
+    return json.loads(json.dumps(flat(tree), default=_plain))
 
 
 def _as_dict(tree: Any) -> Any:
@@ -46,13 +46,6 @@ def _as_dict(tree: Any) -> Any:
 def _plain(value: Any) -> Any:
     """What JSON has no word for: arrays as lists, other objects as they print."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def saved_setting(folder: Path, name: str) -> Any:
