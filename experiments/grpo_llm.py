@@ -186,7 +186,8 @@ def tokens_of(words: lm.Tokenizer, prompt: str) -> list[int]:
 
 
 def texts_of(words: lm.Tokenizer, rollout: Rollout) -> list[str]:
-    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+    tokens = np.asarray(rollout.tokens)
+    mask = np.asarray(rollout.mask) & ~np.isin(tokens, words.ends)
     return [words.decode(row[seen].tolist(), special=False) for row, seen in zip(tokens, mask, strict=True)]
 
 
@@ -200,16 +201,15 @@ def main(argv: list[str]) -> None:
     args = checked(cli.parse(Args, argv, doc=__doc__))
     mesh, source, policy = mesh_of(args), source_of(args), precision.parse(args.config.precision)
     shape, params, words = lm.load(args.model, policy.params)
-    end = words.eos
-    if end is None:
+    if not words.ends:
         raise ValueError(f"{args.model} names no end token")
-    pad = end if words.pad is None else words.pad
+    pad = words.ends[0] if words.pad is None else words.pad
     if args.prompt_length is None:
         shown = _block(source, args.seed * 1_000_003, args.config.num_prompts * BLOCK)[:100]
         args = replace(args, prompt_length=room_for([tokens_of(words, item.prompt) for item in shown]))
     config = replace(args.config, model=replace(shape, remat=True))
-    model = decoder(config.model, policy.compute)
-    learner = grpo.learner(model, config, length=args.answer_length or 0, end=end, pad=pad)
+    model = decoder(config.model, policy.compute, words.vocab_size)
+    learner = grpo.learner(model, config, length=args.answer_length or 0, end=words.ends, pad=pad)
     key_init, key_run = jax.random.split(jax.random.key(args.seed))
     start = (key_init, params, args.hyper, args.steps)
     of_params = sharding.shardings(mesh, transformer.axes(config.model), params)

@@ -65,7 +65,8 @@ def save(
 ) -> None:
     """Write ``config.json`` and the weights, of the dtype they have; in several files if one would hold over ``shard_bytes``.
 
-    ``more`` goes into ``config.json`` besides (``eos_token_id``, ``max_position_embeddings``). Raises ``ValueError`` for a decoder
+    ``more`` goes into ``config.json`` besides (``eos_token_id``, ``max_position_embeddings``); ``lm.save`` writes the tokenizer as
+    well. Raises ``ValueError`` for a decoder
     that is of none of the families, and for parameters of another shape.
     """
     folder = Path(folder)

@@ -20,8 +20,24 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[C
     if path.suffix == ".gguf":
         reader = gguf.read(path)
         words = tokenizer.from_gguf(reader)
-        return *gguf.load(reader, dtype), words
+        config, params = gguf.load(reader, dtype)
+        return _fitting(path, config, words), params, words
     if not path.is_dir():
         raise ValueError(f"{path} must be a folder, or a .gguf file")
     words = tokenizer.from_folder(path)
-    return *hf.load(path, dtype), words
+    config, params = hf.load(path, dtype)
+    return _fitting(path, config, words), params, words
+
+
+def save(folder: str | Path, config: Config, params: Any, words: Tokenizer) -> None:
+    """A folder in Hugging Face's layout that ``load`` reads, with the tokenizer's files as they were. Raises as ``hf.save`` does."""
+    hf.save(folder, _fitting(folder, config, words), params, more={"eos_token_id": list(words.ends)})
+    words.save(folder)
+
+
+def _fitting(path: str | Path, config: Config, words: Tokenizer) -> Config:
+    if words.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer's ids go up to {words.vocab_size - 1}, and the model's table has {config.vocab_size} rows"
+        )
+    return config

@@ -7,7 +7,7 @@
 policy, and under other parameters a token keeps the set of tokens that it was drawn from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,14 +42,19 @@ class Model(NamedTuple):
     balance: Callable[[Any, Array, Array], Any] = lambda params, tokens, valid: params
 
 
-def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float32) -> Model:
+def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float32, tokens: int | None = None) -> Model:
     """A decoder of ``nets/transformer.py`` whose stream and caches are ``dtype``; logits are float32.
 
-    Raises ``ValueError`` for one without a vocabulary or that is not causal.
+    Published tables are often longer than the tokenizer's vocabulary. With ``tokens``, that vocabulary's size, the ids behind it have
+    the logit -inf: they are never sampled, and have no part in any probability. Raises ``ValueError`` for a decoder without a
+    vocabulary or that is not causal, and for more tokens than it has.
     """
     checks.positive_int("transformer.vocab_size", config.vocab_size)
     if not config.causal:
         raise ValueError("a language model needs transformer.causal=True")
+    tokens = config.vocab_size if tokens is None else tokens
+    checks.positive_int("tokens", tokens)
+    checks.within("tokens", tokens, 1, config.vocab_size)
 
     def half(params: Any) -> Any:
         wide = jnp.dtype(dtype) == jnp.float32
@@ -61,17 +66,23 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         ids = valid.astype(jnp.int32)
         return transformer.blocks(params, params["embedding"][tokens], config, positions=at, segment_ids=ids)
 
-    def prefill(params: Any, tokens: Array, valid: Array, capacity: int) -> tuple[Array, Any]:
-        empty = transformer.init_cache(config, len(tokens), capacity, dtype)
-        return transformer.prefill(half(params), tokens, empty, config, valid=valid)
+    def known(logits: Array) -> Array:
+        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+        return logits if tokens == config.vocab_size else jnp.where(ids < tokens, logits, -jnp.inf)
+
+    def prefill(params: Any, prompt: Array, valid: Array, capacity: int) -> tuple[Array, Any]:
+        empty = transformer.init_cache(config, len(prompt), capacity, dtype)
+        logits, cache = transformer.prefill(half(params), prompt, empty, config, valid=valid)
+        return known(logits), cache
 
     def step(params: Any, token: Array, cache: Any, position: Array, start: Array) -> tuple[Array, Any]:
-        return transformer.decode(half(params), token, cache, position, config, start=start)
+        logits, cache = transformer.decode(half(params), token, cache, position, config, start=start)
+        return known(logits), cache
 
     return Model(
         lambda key: transformer.init(key, config),
         hidden,
-        lambda params, x: transformer.logits(half(params), x, config),
+        lambda params, x: known(transformer.logits(half(params), x, config)),
         prefill,
         step,
         config.vocab_size,
@@ -137,7 +148,7 @@ def supported(logits: Array, support: Support) -> tuple[Array, Array | None]:
 
 
 class Rollout(NamedTuple):
-    """Answers ``[B, T]``: what was said, up to and including the end token, and padding behind.
+    """Answers ``[B, T]``: what was said, up to and including the first end token, and padding behind.
 
     Attributes:
         tokens: int32.
@@ -159,21 +170,25 @@ def sample(
     prompt: Array,
     *,
     length: int,
-    end: int,
+    end: int | Sequence[int],
     valid: Array | None = None,
     pad: int = 0,
     support: Support = Support(),
 ) -> Rollout:
     """Answers of up to ``length`` tokens to prompts int ``[B, P]``, padded on the left where ``valid`` is false.
 
-    The key is one, from which each row's is folded, or one a row ``[B]``: a row does not depend on the rows beside it. The
-    loop stops when every row has said ``end``; ``pad`` may equal ``end``. Raises ``ValueError`` for wrong shapes and settings.
+    The key is one, from which each row's is folded, or one a row ``[B]``: a row does not depend on the rows beside it; a raw one of
+    ``jax.random.PRNGKey`` will do. The loop stops when every row has said ``end``, or one of several; ``pad`` may be one of them.
+    Raises ``ValueError`` for wrong shapes and settings.
     """
     checks.positive_int("length", length)
     check_support(support, model.vocab_size)
     if prompt.ndim != 2 or (valid is not None and valid.shape != prompt.shape):
         given = None if valid is None else list(valid.shape)
         raise ValueError(f"sample: prompt must be [B, P] and valid like it; got {list(prompt.shape)} and {given}")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    ends = jnp.atleast_1d(jnp.asarray(end, jnp.int32))
     batch, width = prompt.shape
     prompt, valid = sharding.rows((prompt, jnp.ones(prompt.shape, bool) if valid is None else valid))
     start = (width - valid.sum(1)).astype(jnp.int32)
@@ -186,7 +201,7 @@ def sample(
         token = jnp.where(alive, drawn, pad).astype(jnp.int32)
         log_prob = jnp.where(alive, _of(jax.nn.log_softmax(logits), drawn), 0.0)
         new = Rollout(token, alive, log_prob, None if keep is None else jnp.packbits(keep, axis=-1))
-        return jax.tree.map(lambda rows, x: rows.at[:, t].set(x), out, new), token, alive & (token != end)
+        return jax.tree.map(lambda rows, x: rows.at[:, t].set(x), out, new), token, alive & ~jnp.isin(token, ends)
 
     def go(carry: Any) -> Any:
         t, token, cache, alive, out = carry
@@ -196,7 +211,7 @@ def sample(
 
     shape = (batch, length)
     bits = jnp.zeros((*shape, -(-model.vocab_size // 8)), jnp.uint8) if support.truncates else None
-    empty = Rollout(jnp.full(shape, pad, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape), bits)
+    empty = Rollout(jnp.full(shape, pad, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32), bits)
     logits, cache = model.prefill(params, prompt, valid, width + length)
     out, token, alive = say(empty, logits, jnp.int32(0), jnp.ones(batch, bool))
     first = (jnp.int32(1), token, cache, alive, out)
@@ -244,7 +259,7 @@ def score(
         full = logits(params, hidden, bits)
         log_p = jax.nn.log_softmax(full)
         entropy = -jnp.sum(jnp.exp(log_p) * jnp.where(jnp.isneginf(log_p), 0.0, log_p), axis=-1)
-        kl = jnp.zeros(tokens.shape)
+        kl = jnp.zeros(tokens.shape, jnp.float32)
         if reference is not None:
             kl = token_losses.kl_exact(full, jax.lax.stop_gradient(logits(reference, ref_hidden, bits)))
         return Scored(_of(log_p, tokens), entropy, kl)

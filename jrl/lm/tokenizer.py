@@ -22,6 +22,11 @@ from jrl.lm import gguf
 from jrl.lm.hf import read_json
 
 Message = Mapping[str, Any]
+# Hugging Face's files. The last one names the tokens that end an answer, and is of the model.
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
 
 
 class Tokenizer(NamedTuple):
@@ -31,10 +36,12 @@ class Tokenizer(NamedTuple):
         raw: of the ``tokenizers`` library.
         special: texts of the special tokens by their role: ``eos_token``, ``bos_token`` and the like.
         template: of conversations, in Jinja; None if the model has none.
-        vocab_size: tokens that it knows (a model's table may be longer).
+        vocab_size: one more than the largest id that it knows (a model's table may be longer).
         bos: first token of a sequence, or None.
         eos: last token of an answer, or None.
         pad: filler; ``eos`` where the model has none of its own.
+        ends: all tokens that end an answer, ``eos`` first.
+        files: names and texts of the files that hold it in Hugging Face's layout.
     """
 
     raw: tokenizers.Tokenizer
@@ -44,6 +51,15 @@ class Tokenizer(NamedTuple):
     bos: int | None
     eos: int | None
     pad: int | None
+    ends: tuple[int, ...]
+    files: Mapping[str, str]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files into a folder, in place of another tokenizer's."""
+        for name in FILES:
+            (Path(folder) / name).unlink(missing_ok=True)
+        for name, text in self.files.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
 
     def encode(self, text: str, *, begin: bool = False) -> list[int]:
         """Tokens of the text; special tokens written in it are tokens.
@@ -102,7 +118,8 @@ def _compile(template: str) -> Any:
 def from_folder(folder: str | Path) -> Tokenizer:
     """Of ``tokenizer.json``, with ``tokenizer_config.json``, ``special_tokens_map.json`` and ``chat_template.jinja`` if there are.
 
-    Raises ``ValueError`` for a file that is missing or damaged.
+    Answers end with its ``eos_token``, and with ``eos_token_id`` of ``generation_config.json``, or of ``config.json`` where there is
+    none. Raises ``ValueError`` for a file that is missing or damaged.
     """
     folder = Path(folder)
     path = folder / "tokenizer.json"
@@ -121,7 +138,20 @@ def from_folder(folder: str | Path) -> Tokenizer:
     known = {x.content for x in raw.get_added_tokens_decoder().values()}
     plain = [x for x in special.values() if x not in known and raw.token_to_id(x) is not None]
     raw.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in plain])
-    return _tokenizer(raw, special, _template(folder, found), str(folder))
+    files = {name: (folder / name).read_text(encoding="utf-8") for name in FILES if (folder / name).is_file()}
+    return _tokenizer(raw, special, _template(folder, found), _ends(folder), files, str(folder))
+
+
+def _ends(folder: Path) -> list[int]:
+    """The tokens that end an answer by the model's configuration."""
+    path = next(
+        (folder / name for name in ("generation_config.json", "config.json") if (folder / name).is_file()), None
+    )
+    ends = None if path is None else read_json(path).get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(x, int) and x >= 0 for x in ends):
+        raise ValueError(f"{path}: eos_token_id must be a token's id, or a list of them; got {ends}")
+    return ends
 
 
 def _text(token: Any) -> Any:
@@ -141,13 +171,24 @@ def _template(folder: Path, found: Mapping[str, Any]) -> str | None:
     return template
 
 
-def _tokenizer(raw: tokenizers.Tokenizer, special: Mapping[str, str], template: str | None, where: str) -> Tokenizer:
+def _tokenizer(
+    raw: tokenizers.Tokenizer,
+    special: Mapping[str, str],
+    template: str | None,
+    ends: Sequence[int],
+    files: Mapping[str, str],
+    where: str,
+) -> Tokenizer:
     ids = {name: raw.token_to_id(text) for name, text in special.items()}
     for name in ("bos_token", "eos_token", "pad_token"):
         if name in special and ids[name] is None:
             raise ValueError(f"{where}: {name} {special[name]!r} is not a token")
     bos, eos, pad = (ids.get(name) for name in ("bos_token", "eos_token", "pad_token"))
-    return Tokenizer(raw, special, template, raw.get_vocab_size(), bos, eos, eos if pad is None else pad)
+    size = 1 + max(raw.get_vocab(with_added_tokens=True).values(), default=-1)
+    ends = tuple(dict.fromkeys(x for x in (eos, *ends) if x is not None))
+    if any(x >= size for x in ends):
+        raise ValueError(f"{where}: eos_token_id must be below {size}, the tokenizer's vocabulary; got {max(ends)}")
+    return Tokenizer(raw, special, template, size, bos, eos, eos if pad is None else pad, ends, files)
 
 
 # GGUF
@@ -198,4 +239,9 @@ def from_gguf(path: str | Path | GGUFReader) -> Tokenizer:
     if get("ggml.add_bos_token", False) and "bos_token" in special:
         bos = (special["bos_token"], found["bos_token"])
         raw.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    return _tokenizer(raw, special, get("chat_template", None), str(reader.data.filename))
+    template, more = get("chat_template", None), [get(f"ggml.{name}_token_id", None) for name in ("eot", "eom")]
+    files = {
+        "tokenizer.json": raw.to_str(),
+        "tokenizer_config.json": json.dumps(special | ({} if template is None else {"chat_template": template})),
+    }
+    return _tokenizer(raw, special, template, [x for x in more if x is not None], files, str(reader.data.filename))

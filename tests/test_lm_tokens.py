@@ -1,0 +1,152 @@
+"""A model and its tokenizer agree: on how many ids there are, on the tokens that end an answer, and after both are saved."""
+
+import json
+
+import gguf as gguf_package
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from jrl import lm
+from jrl.lm import hf, tokenizer
+from jrl.lm.sampling import Support, decoder, sample, score
+from jrl.nets import transformer
+
+SYMBOLS = ["<end>", "<turn>", "a", "b", "c"]
+SHAPE = transformer.Config(vocab_size=8, dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=16)
+TEMPLATE = "{{ messages[0].content }}"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model with three rows more than its tokenizer has ids, whose answers end with either of two."""
+    folder = tmp_path / "model"
+    hf.save(folder, SHAPE, transformer.init(jax.random.key(0), SHAPE), more={"eos_token_id": 4})
+    raw = tokenizers.Tokenizer(models.WordLevel({x: i for i, x in enumerate(SYMBOLS)}, "<end>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.save(str(folder / "tokenizer.json"))
+    write(folder / "tokenizer_config.json", {"eos_token": "<end>", "model_max_length": 99})
+    write(folder / "generation_config.json", {"eos_token_id": [1, 0]})
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def write(path, found):
+    path.write_text(json.dumps(found))
+
+
+def test_a_tokenizer_with_ids_beyond_the_table_is_refused(folder):
+    config, params, words = lm.load(folder)
+    assert (config.vocab_size, words.vocab_size) == (8, 5)
+    words.raw.add_tokens([f"new{i}" for i in range(4)])
+    words.raw.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="the tokenizer's ids go up to 8, and the model's table has 8 rows"):
+        lm.load(folder)
+    with pytest.raises(ValueError, match="the tokenizer's ids go up to 8"):
+        lm.save(folder, config, params, tokenizer.from_folder(folder))
+
+
+@pytest.mark.parametrize(
+    "found, ends, message",
+    [
+        ({"eos_token_id": [1, 0]}, (0, 1), None),
+        ({"eos_token_id": 3}, (0, 3), None),
+        ({}, (0,), None),
+        (None, (0, 4), None),  # then config.json tells
+        ({"eos_token_id": 7}, None, "eos_token_id must be below 5, the tokenizer's vocabulary; got 7"),
+        ({"eos_token_id": ["<end>"]}, None, "eos_token_id must be a token's id, or a list of them; got .'<end>'."),
+    ],
+)
+def test_the_tokens_that_end_an_answer(found, ends, message, folder):
+    path = folder / "generation_config.json"
+    path.unlink()
+    if found is not None:
+        write(path, found)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            lm.load(folder)
+    else:
+        assert lm.load(folder)[2].ends == ends
+
+
+@pytest.mark.parametrize("name", ["eot", "eom"])
+def test_gguf_names_the_end_of_a_turn(name, tmp_path):
+    writer = gguf_package.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*SYMBOLS, "ab"])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(0)
+    writer.add_uint32(f"tokenizer.ggml.{name}_token_id", 1)
+    writer.add_chat_template(TEMPLATE)
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    words = tokenizer.from_gguf(tmp_path / "x.gguf")
+    assert (words.eos, words.ends) == (0, (0, 1))
+    lm.save(tmp_path / "saved", SHAPE, transformer.init(jax.random.key(0), SHAPE), words)
+    again = lm.load(tmp_path / "saved")[2]
+    assert (again.ends, again.template, again.special) == (words.ends, TEMPLATE, words.special)
+    assert again.encode("abc") == words.encode("abc")
+
+
+def test_what_is_saved_is_what_was_loaded(folder, tmp_path):
+    config, params, words = lm.load(folder)
+    other = tmp_path / "other"
+    lm.save(other, config, params, words)
+    write(other / "special_tokens_map.json", {"eos_token": "<turn>"})  # of another tokenizer
+    lm.save(other, config, params, words)
+    again, loaded, read = lm.load(other)
+    assert again == config and read.ends == words.ends and read.chat([{"content": "a b"}]) == "a b"
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert read.encode("a b c") == words.encode("a b c") == [2, 3, 4]
+    assert read.files == words.files and not (other / "special_tokens_map.json").exists()
+    assert json.loads(read.files["tokenizer_config.json"])["model_max_length"] == 99
+
+
+@pytest.mark.parametrize("support", [Support(), Support(top_p=0.9)])
+def test_ids_that_no_tokenizer_knows_are_never_sampled_and_have_no_probability(support, folder):
+    config, params, words = lm.load(folder)
+    params["embedding"] = params["embedding"].at[5:].mul(50)  # which would be sampled nearly always
+    model = decoder(config, tokens=words.vocab_size)
+    prompt = jnp.full((64, 2), 2)
+
+    @jax.jit
+    def both(key, params):
+        rollout = sample(key, model, params, prompt, length=4, end=words.ends, support=support)
+        grad = jax.grad(lambda p: score(model, p, prompt, rollout, support=support, reference=params).entropy.sum())(
+            params
+        )
+        return rollout, score(model, params, prompt, rollout, support=support, reference=params), grad
+
+    rollout, scored, grad = both(jax.random.key(0), params)
+    tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+    assert tokens.max() < 5 and len(np.unique(tokens[mask])) > 2
+    np.testing.assert_allclose(scored.log_prob[mask], rollout.log_prob[mask], atol=1e-5)
+    assert (np.asarray(scored.entropy) < np.log(5) + 1e-5).all() and np.isfinite(scored.kl).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grad))
+    # Either end token ends an answer, and nothing else does before its length.
+    ends = np.isin(tokens, words.ends) & mask
+    assert ends.any(1).any() and {0, 1} <= set(tokens[ends].tolist())
+    assert (mask[:, 1:] == (mask[:, :-1] & ~ends[:, :-1])).all()
+
+
+def test_a_decoder_knows_no_more_tokens_than_it_has():
+    with pytest.raises(ValueError, match="tokens must be between 1 and 8; got 9"):
+        decoder(SHAPE, tokens=9)
+
+
+def test_a_raw_key_samples_as_a_typed_one(folder):
+    config, params, words = lm.load(folder)
+    prompt = jnp.full((3, 2), 2)
+    run = jax.jit(lambda key: sample(key, decoder(config), params, prompt, length=3, end=words.ends).tokens)
+    raw, typed = jax.random.PRNGKey(7), jax.random.key(7)
+    np.testing.assert_array_equal(run(raw), run(typed))
+    assert jax.eval_shape(run, jax.random.split(raw, 3)).shape == (3, 3)  # one a row
