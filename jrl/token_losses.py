@@ -57,6 +57,16 @@ def weights(
     return m / (jnp.maximum(m.sum(1, keepdims=True), 1) * len(m))
 
 
+def refuse_accumulation(accumulate: int, instead: str) -> None:
+    """Raise ``ValueError`` if an optimizer averages the gradients of several steps whose losses are means over their tokens: with
+    unequal numbers of tokens, that is not the gradient of the mean over all. ``instead`` says what is."""
+    if accumulate > 1:
+        raise ValueError(
+            f"config.optimizer.accumulate must be 1 where a loss is a mean over tokens, since a mean of such means is not the mean over "
+            f"all tokens; got {accumulate}: take {instead}"
+        )
+
+
 def weighted_sum(weight: Array, x: Array) -> Array:
     """Sum of ``weight * x`` over the elements whose weight is not 0; a scalar."""
     checks.same_shape("weighted_sum", weight=weight, x=x)

@@ -13,7 +13,7 @@ Everything is one pure function of a state, so that it vmaps over seeds and hype
 are verified outside of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -109,6 +109,8 @@ class Config:
             )
         if self.kl_in == "reward" and self.kl not in ("none", "k1"):
             raise ValueError(f"config.kl_in=reward takes config.kl=k1, the estimate without bias; got {self.kl}")
+        if self.reduction == "token_mean":
+            token_losses.refuse_accumulation(self.optimizer.accumulate, "config.micro_batches, which add up exactly")
         parts = self.num_minibatches * self.micro_batches
         if self.rows % parts:
             raise ValueError(
@@ -240,7 +242,7 @@ class Learner(NamedTuple):
     learn: Callable[..., tuple[State, Metrics]]
 
 
-def learner(model: Model, config: Config, *, length: int, end: int, pad: int) -> Learner:
+def learner(model: Model, config: Config, *, length: int, end: int | Sequence[int], pad: int) -> Learner:
     """GRPO of a model whose answers have up to ``length`` tokens, as pure functions. Raises ``ValueError`` for a wrong setting."""
     check_support(config.support(1.0), model.vocab_size)
     adapter = lora.lora(config.lora_rank, 2.0 * config.lora_rank) if config.lora_rank else lora.full()

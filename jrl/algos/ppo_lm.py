@@ -51,6 +51,7 @@ class Config:
         for name in ("num_answers", "num_epochs", "num_minibatches"):
             checks.positive_int(f"config.{name}", getattr(self, name))
         precision.parse(self.precision)
+        token_losses.refuse_accumulation(self.optimizer.accumulate, "fewer config.num_minibatches")
         if self.num_answers % self.num_minibatches:
             raise ValueError(
                 f"config.num_minibatches must divide num_answers = {self.num_answers}; got {self.num_minibatches}"
@@ -154,7 +155,7 @@ def make(
         key_actor, key_critic, key_run, key_optimizer = jax.random.split(key, 4)
         hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
         actor = model.init(key_actor) if start is None else start
-        critic = {"body": model.init(key_critic), "head": jnp.zeros(config.model.dim)}
+        critic = {"body": model.init(key_critic), "head": jnp.zeros(config.model.dim, jnp.float32)}
         params = {"actor": actor, "critic": critic}
         return State(
             params=params,
@@ -192,7 +193,7 @@ def make(
         state, metrics = learn(state, batch, key_learn)
         metrics |= {name: x.mean() for name, x in answers.parts.items()} | {
             "reward": scored.mean(),
-            "kl": jnp.sum(token_losses.masked(said.log_prob - ref, said.mask)) / said.mask.sum(),
+            "kl": jnp.sum(token_losses.masked(said.log_prob - ref, said.mask)) / said.mask.sum(dtype=jnp.float32),
             "explained_variance": losses.explained_variance(value, advantage + value, said.mask),
             "episodes": jnp.float32(config.num_answers),
             "episode_return": answers.parts["correct"].mean(),

@@ -36,6 +36,7 @@ class Config:
     def __post_init__(self) -> None:
         checks.positive_int("config.batch_size", self.batch_size)
         precision.parse(self.precision)
+        token_losses.refuse_accumulation(self.optimizer.accumulate, "a larger config.batch_size")
 
 
 class Hyper(NamedTuple):
@@ -87,14 +88,21 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
         hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
         params = model.init(key_params)
         opt_state = optimizer(config, hyper, 1.0, key_optimizer).init(params)
-        return State(params, opt_state, key_run, jnp.int32(0), jnp.int32(num_updates or 0), hyper)
+        return State(
+            params,
+            opt_state,
+            key_run,
+            jnp.int32(0),
+            jnp.asarray(0 if num_updates is None else num_updates, jnp.int32),
+            hyper,
+        )
 
     def update(state: State) -> tuple[State, Metrics]:
         key, key_draw = jax.random.split(state.key)
         problems = jax.vmap(task.draw)(jax.random.split(key_draw, config.batch_size))
         tokens = jax.vmap(task.demonstrate)(problems)
         mask = answer_mask(tokens)
-        shown = Rollout(tokens, mask, jnp.zeros(tokens.shape), None)
+        shown = Rollout(tokens, mask, jnp.zeros(tokens.shape, jnp.float32), None)
         weight = token_losses.weights(mask, "token_mean")
 
         def loss(params: Any) -> tuple[Array, Metrics]:

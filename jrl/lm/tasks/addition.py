@@ -25,7 +25,7 @@ def addition(digits: int = 2, shortest: int | None = None, reverse: bool = False
         key_length, key_number = jax.random.split(key)
         top = jnp.array([10**i for i in range(digits + 1)], jnp.int32)
         length = jnp.sum(parts.draw_length(key_length, bounds))
-        return jax.random.randint(key_number, (), jnp.where(length == 1, 0, top[length - 1]), top[length])
+        return jax.random.randint(key_number, (), jnp.where(length == 1, 0, top[length - 1]), top[length], jnp.int32)
 
     def draw(key: Array) -> Problem:
         a, b = jax.vmap(number)(jax.random.split(key))

@@ -60,7 +60,7 @@ def countdown(numbers: int = 3, shortest: int | None = None, largest: int = 20, 
         key_size, key_numbers, key_signs, key_order = jax.random.split(key, 4)
         keep = parts.draw_length(key_size, bounds)
         size = jnp.sum(keep, dtype=jnp.int32)
-        chosen = jax.random.randint(key_numbers, (numbers,), 1, largest + 1)
+        chosen = jax.random.randint(key_numbers, (numbers,), 1, largest + 1, jnp.int32)
         values = jax.vmap(lambda signs: value(Expression(chosen, signs, size)))(ways)
         way = jax.random.categorical(key_signs, jnp.where((values >= 1) & (values <= target), 0.0, -jnp.inf))
         order = jax.random.permutation(key_order, numbers)  # else the prompt would tell the order of an answer

@@ -19,7 +19,7 @@ def modular_addition(modulus: int = 11) -> Task:
     zero, plus, equals = 2, 2 + modulus, 3 + modulus
 
     def draw(key: Array) -> Problem:
-        a, b = jax.random.randint(key, (2,), 0, modulus)
+        a, b = jax.random.randint(key, (2,), 0, modulus, jnp.int32)
         prompt = jnp.stack([zero + a, jnp.int32(plus), zero + b, jnp.int32(equals)])
         return Problem(prompt, jnp.ones(4, bool), (a + b) % modulus)
 

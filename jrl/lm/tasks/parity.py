@@ -38,7 +38,9 @@ def parity(length: int = 8, shortest: int | None = None, chained: float = 1.0) -
         drawn = jax.random.bernoulli(key_bits, shape=(length,)).astype(jnp.int32)
         prompt = parts.prompt(jnp.append(ZERO + drawn, EQUALS), jnp.append(keep, True))
         chain = parts.answer(ZERO + jnp.cumsum(drawn) % 2, keep)
-        return Problem(*prompt, Parities(chain, jnp.sum(keep), jax.random.bernoulli(key_chained, chained)))
+        return Problem(
+            *prompt, Parities(chain, jnp.sum(keep, dtype=jnp.int32), jax.random.bernoulli(key_chained, chained))
+        )
 
     def demonstrate(problem: Problem) -> Array:
         chain, bits, chained = problem.answer

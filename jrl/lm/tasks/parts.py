@@ -69,4 +69,4 @@ def lengths(longest_name: str, longest: int, shortest: int | None, at_least: int
 def draw_length(key: Array, bounds: tuple[int, int]) -> Array:
     """Which of ``longest`` places a problem uses: the first so many, bool ``[longest]``, every length as likely as another."""
     shortest, longest = bounds
-    return jnp.arange(longest) < jax.random.randint(key, (), shortest, longest + 1)
+    return jnp.arange(longest) < jax.random.randint(key, (), shortest, longest + 1, jnp.int32)

@@ -48,7 +48,7 @@ def _arranged(
     def draw(key: Array) -> Problem:
         key_length, key_letters = jax.random.split(key)
         keep = parts.draw_length(key_length, bounds)
-        tokens = jax.random.randint(key_letters, (length,), FIRST, equals)
+        tokens = jax.random.randint(key_letters, (length,), FIRST, equals, jnp.int32)
         prompt = parts.prompt(jnp.append(tokens, equals), jnp.append(keep, True))
         return Problem(*prompt, parts.answer(*arrange(tokens, keep)))
 

@@ -1,0 +1,107 @@
+"""What every algorithm of a language model promises."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jrl import optim, run
+from jrl.algos import grpo, ppo_lm, sft
+from jrl.lm import tasks
+from jrl.nets import transformer
+
+TASK = tasks.make("modular_addition", modulus=3)
+SHAPE = transformer.Config(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16)
+CONFIGS = {
+    "sft": sft.Config(SHAPE, batch_size=2),
+    "ppo_lm": ppo_lm.Config(SHAPE, num_answers=4),
+    **{
+        name: grpo.method(name, grpo.Config(SHAPE, num_prompts=2, group_size=2, supervised=1))[0]
+        for name in ("grpo", "dapo", "reinforce++")
+    },
+}
+MODULES = {"sft": sft, "ppo_lm": ppo_lm}
+
+
+def make(name, config=None, task=TASK):
+    return MODULES.get(name, grpo).make(task, config or CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_length_of_a_run_may_be_traced(name):
+    state = jax.eval_shape(make(name).init, jax.random.key(0), None, jax.ShapeDtypeStruct((), jnp.int32))
+    assert (state.num_updates.shape, state.num_updates.dtype) == ((), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (CONFIGS["dapo"], "accumulate must be 1 .*; got 2: take config.micro_batches, which add up exactly"),
+        (CONFIGS["ppo_lm"], "accumulate must be 1 .*; got 2: take fewer config.num_minibatches"),
+        (CONFIGS["sft"], "accumulate must be 1 .*; got 2: take a larger config.batch_size"),
+    ],
+)
+def test_means_over_tokens_are_not_accumulated(config, message):
+    """Two micro-batches of 1 and 3 tokens: the mean of their means weighs the first token 1/2, the mean over all 1/4."""
+    with pytest.raises(ValueError, match=message):
+        replace(config, optimizer=optim.OptimizerConfig("adamw", accumulate=2))
+
+
+def test_means_over_answers_are_accumulated():
+    assert replace(CONFIGS["grpo"], optimizer=optim.OptimizerConfig(accumulate=2)).optimizer.accumulate == 2
+
+
+@pytest.mark.parametrize("name", ["sft", "ppo_lm", "grpo"])
+def test_a_raw_key_will_do(name):
+    """One of ``jax.random.PRNGKey``, wherever a key is taken."""
+    algo, raw = make(name), jax.ShapeDtypeStruct((2,), jnp.uint32)
+    state = jax.eval_shape(algo.init, raw)
+    jax.eval_shape(algo.update, state)
+    jax.eval_shape(algo.act, state, jax.ShapeDtypeStruct((), jnp.int32), raw)
+    jax.eval_shape(run.train_fn(algo, 10 * algo.env_steps_per_update), raw)
+
+
+def dtypes(function, *args):
+    found = jax.tree.leaves_with_path(jax.eval_shape(function, *args))
+    return {jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in found}
+
+
+VARIANTS = {
+    "parts": {"micro_batches": 2, "kl": "exact", "lora_rank": 2, "top_k": 3, "overlong": 1, "oversample": 2},
+    "recomputed": {"old_log_probs": "recomputed", "truncated_importance": True, "kl": "k3", "min_p": 0.1, "precision": "bfloat16"},
+    "constant": {"reduction": "constant", "advantage": "rloo", "loss": "gspo", "top_p": 0.9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *VARIANTS])
+def test_with_float64_at_hand_everything_stays_as_it_is(name):
+    config = replace(CONFIGS["grpo"], **VARIANTS[name]) if name in VARIANTS else CONFIGS[name]
+
+    def found():
+        algo = make(name, config)
+        key = jax.eval_shape(jax.random.key, 0)
+        state = jax.eval_shape(algo.init, key)
+        token = jax.ShapeDtypeStruct((), jnp.int32)
+        return dtypes(lambda s, k, t: (s, algo.update(s), algo.act(s, t, k)), state, key, token)
+
+    usual = found()
+    with jax.enable_x64(True):
+        assert found() == usual
+
+
+@pytest.mark.parametrize("name", tasks.names())
+def test_tasks_have_the_same_types_with_float64_at_hand(name):
+    def found():
+        task = tasks.make(name)
+
+        def one(key):
+            problem = task.draw(key)
+            tokens = task.demonstrate(problem)
+            return problem, tokens, task.verify(problem, tokens, tasks.answer_mask(tokens))
+
+        return dtypes(one, jax.eval_shape(jax.random.key, 0))
+
+    usual = found()
+    with jax.enable_x64(True):
+        assert found() == usual
