@@ -63,14 +63,17 @@ class Read(NamedTuple):
 def without_cache(model: Model) -> Model:
     """A model that reads the whole sequence for each token."""
 
+    def hidden(params: Any, tokens: Array, valid: Array) -> Array:
+        return model.hidden_and_load(params, tokens, valid, valid)[0]
+
     def prefill(params: Any, tokens: Array, valid: Array, capacity: int) -> tuple[Array, Read]:
         rest = ((0, 0), (0, capacity - tokens.shape[1]))
-        last = model.hidden(params, tokens, valid)[:, -1]
+        last = hidden(params, tokens, valid)[:, -1]
         return model.head(params, last), Read(jnp.pad(tokens, rest), jnp.pad(valid, rest))
 
     def step(params: Any, token: Array, read: Read, position: Array, start: Array) -> tuple[Array, Read]:
         read = Read(read.tokens.at[:, position].set(token), read.valid.at[:, position].set(True))
-        return model.head(params, model.hidden(params, *read)[:, position]), read
+        return model.head(params, hidden(params, *read)[:, position]), read
 
     return model._replace(prefill=prefill, step=step)
 

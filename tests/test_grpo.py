@@ -13,10 +13,11 @@ from jrl.attention import mla
 from jrl.lm import tasks
 from jrl.lm.policy import language_model
 from jrl.lm.sampling import Rollout
-from jrl.nets import transformer
+from jrl.nets import moe, transformer
 
 TASK = tasks.make("modular_addition", modulus=3)
 SHAPE = transformer.Config(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16)
+EXPERTS = [replace(SHAPE, experts=moe.Config(4, expert_dim=8, scores=scores)) for scores in ("softmax", "sigmoid")]
 TINY = grpo.Config(model=SHAPE, num_prompts=4, group_size=4, optimizer=optim.OptimizerConfig("adam"))
 
 
@@ -40,14 +41,14 @@ def test_every_method_takes_a_step(name):
 @pytest.fixture(scope="module")
 def answered():
     """A learner of each config, and the same answers and rewards for all."""
-    model = language_model(TASK, SHAPE, "float32")
-    params = model.init(jax.random.key(0))
     problems = jax.vmap(TASK.draw)(jax.random.split(jax.random.key(1), 4))
     problems = jax.tree.map(lambda x: jnp.repeat(x, 4, 0), problems)
 
     def learn(config, reward=jax.random.uniform(jax.random.key(3), (16,)), change=lambda rollout: rollout):
+        model = language_model(TASK, config.model, "float32")
         learner = grpo.learner(model, config, length=2, end=tasks.END, pad=tasks.PAD)
-        state = jax.jit(learner.init)(jax.random.key(2), params, grpo.Hyper(learning_rate=0.01, temperature=0.7))
+        hyper = grpo.Hyper(learning_rate=0.01, temperature=0.7, balance_weight=1.0)
+        state = jax.jit(learner.init)(jax.random.key(2), model.init(jax.random.key(0)), hyper)
         rollout = change(jax.jit(learner.sample)(state, jax.random.key(4), problems.prompt, problems.valid))
         learned = jax.jit(learner.learn)(state, jax.random.key(5), problems.prompt, problems.valid, rollout, reward)
         return (state, *learned)
@@ -59,13 +60,18 @@ def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), a, b)
 
 
-@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean", "constant"])
-def test_micro_batches_change_no_gradient(answered, reduction):
-    config = replace(TINY, reduction=reduction, kl="k3")
+@pytest.mark.parametrize(
+    "reduction, shape",
+    [("sequence_mean", SHAPE), ("token_mean", EXPERTS[0]), ("constant", EXPERTS[1])],
+    ids=["sequence_mean", "token_mean-softmax", "constant-sigmoid"],
+)
+def test_micro_batches_change_no_gradient_and_no_load_of_experts(answered, reduction, shape):
+    config = replace(TINY, model=shape, reduction=reduction, kl="k3")
     _, whole, metrics = answered(config)
     _, split, same = answered(replace(config, micro_batches=4))
     np.testing.assert_allclose(metrics["grad_norm"], same["grad_norm"], rtol=1e-4)
     close(whole.params, split.params)
+    assert np.asarray(whole.params["layers"].get("bias", 1)).any()
 
 
 def test_recomputed_log_probabilities_are_the_samplers(answered):

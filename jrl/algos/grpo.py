@@ -24,10 +24,10 @@ from jrl import checks, lora, optim, precision, rollout, token_losses
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
 from jrl.algos import sft
 from jrl.lm.policy import answer, language_model, reader
-from jrl.lm.sampling import Model, Rollout, Support, balanced, check_support, sample, score
+from jrl.lm.sampling import Model, Rollout, Support, check_support, sample, score
 from jrl.lm.tasks import END, PAD, Task
 from jrl.lm.tasks.environment import as_environment
-from jrl.nets import transformer
+from jrl.nets import moe, transformer
 
 Array = jax.Array
 Advantage = Literal["zscore", "centred", "rloo", "reinforce++"]
@@ -137,6 +137,7 @@ class Hyper(NamedTuple):
         dual_clip: bound on the ratio where the advantage is negative.
         kl_weight: beta.
         entropy_weight: of an entropy bonus.
+        balance_weight: of the loss that evens the load of experts routed by a softmax (moe.balance_loss).
         advantage_eps: added to zscore's standard deviation.
         temperature: of the answers.
         importance_cap: largest weight of a token by truncated importance.
@@ -154,6 +155,7 @@ class Hyper(NamedTuple):
     dual_clip: float = 3.0
     kl_weight: float = 0.04
     entropy_weight: float = 0.0
+    balance_weight: float = 1e-3
     advantage_eps: float = 1e-4
     temperature: float = 1.0
     importance_cap: float = 2.0
@@ -306,11 +308,11 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
             part = part._replace(weight=token_losses.weights(part.rollout.mask, config.reduction, fixed_length))
             tokens = token_losses.weights(part.rollout.mask, "token_mean")
             step = optim.minimize(tx, lambda p: loss(p, state, part, tokens), *carry)
-            return (step.params, step.opt_state), step.extra | {"grad_norm": step.grad_norm}
+            metrics, load = step.extra
+            params = step.params if config.lora_rank else model.balance(step.params, load)
+            return (params, step.opt_state), metrics | {"grad_norm": step.grad_norm}
 
         (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), order)
-        if not config.lora_rank:
-            params = balanced(model, params, prompt, rollout_.tokens, valid)
         metrics = jax.tree.map(jnp.mean, metrics)
         ratio, square = metrics.pop("ratio"), metrics.pop("square")
         metrics |= drawn(reward, rollout_.mask, config.group_size) | {
@@ -319,18 +321,20 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         state = state._replace(params=params, opt_state=opt_state, updates=state.updates + 1)
         return state, metrics
 
-    def loss(trained: Any, state: State, batch: Batch, tokens: Array) -> tuple[Array, Metrics]:
-        """Loss of a minibatch, the sum of its parts."""
+    def loss(trained: Any, state: State, batch: Batch, tokens: Array) -> tuple[Array, tuple[Metrics, moe.Load]]:
+        """Loss of a minibatch, the sum of its parts, and of the load of experts in all of them."""
 
-        def part(x: tuple[Batch, Array]) -> tuple[Array, Metrics]:
+        def part(x: tuple[Batch, Array]) -> tuple[Array, Metrics, moe.Load]:
             return part_loss(trained, state, *x)
 
         if config.micro_batches == 1:
-            return part((batch, tokens))
-        totals = jax.lax.map(jax.checkpoint(part), _split((batch, tokens), config.micro_batches))
-        return jax.tree.map(lambda x: x.sum(0), totals)
+            total, metrics, load = part((batch, tokens))
+        else:
+            parts = jax.lax.map(jax.checkpoint(part), _split((batch, tokens), config.micro_batches))
+            total, metrics, load = jax.tree.map(lambda x: x.sum(0), parts)
+        return total + state.hyper.balance_weight * model.balance_loss(load), (metrics, load)
 
-    def part_loss(trained: Any, state: State, batch: Batch, tokens: Array) -> tuple[Array, Metrics]:
+    def part_loss(trained: Any, state: State, batch: Batch, tokens: Array) -> tuple[Array, Metrics, moe.Load]:
         hyper, mask = state.hyper, batch.rollout.mask
         scored = score(
             model,
@@ -353,15 +357,19 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         total = token_losses.weighted_sum(batch.weight, each - hyper.entropy_weight * scored.entropy)
         clipped = token_losses.sequence_log_ratio(log_ratio, mask) if config.loss == "gspo" else log_ratio
         ratio, mean = jnp.exp(jnp.minimum(clipped, token_losses.LARGEST)), token_losses.weighted_sum
-        return total, {
-            "loss": total,
-            "entropy": mean(tokens, scored.entropy),
-            "kl": mean(tokens, kl),
-            "clip_fraction_low": mean(tokens, (ratio < 1 - hyper.clip_low).astype(jnp.float32)),
-            "clip_fraction_high": mean(tokens, (ratio > 1 + hyper.clip_high).astype(jnp.float32)),
-            "ratio": mean(tokens, ratio),
-            "square": mean(tokens, ratio**2),
-        }
+        return (
+            total,
+            {
+                "loss": total,
+                "entropy": mean(tokens, scored.entropy),
+                "kl": mean(tokens, kl),
+                "clip_fraction_low": mean(tokens, (ratio < 1 - hyper.clip_low).astype(jnp.float32)),
+                "clip_fraction_high": mean(tokens, (ratio > 1 + hyper.clip_high).astype(jnp.float32)),
+                "ratio": mean(tokens, ratio),
+                "square": mean(tokens, ratio**2),
+            },
+            scored.load,
+        )
 
     return Learner(init, policy, draw, learn)
 
@@ -484,7 +492,8 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
         """Parameters at random, or after supervised learning."""
         if not config.supervised:
             return model.init(key)
-        shown = before.init(key, sft.Hyper(hyper.supervised_learning_rate), config.supervised)
+        numbers = sft.Hyper(hyper.supervised_learning_rate, hyper.balance_weight)
+        shown = before.init(key, numbers, config.supervised)
         return jax.lax.scan(lambda s, _: (before.update(s)[0], None), shown, length=config.supervised)[0].params
 
     def update(state: State) -> tuple[State, Metrics]:

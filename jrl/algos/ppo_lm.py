@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jrl import checks, losses, optim, precision, rollout, token_losses
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
 from jrl.lm.policy import Answers, answer, language_model, reader
-from jrl.lm.sampling import Rollout, Support, answer_hidden, balanced, score
+from jrl.lm.sampling import Rollout, Support, answer_hidden, score
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
-from jrl.nets import transformer
+from jrl.nets import moe, transformer
 
 Array = jax.Array
 
@@ -70,6 +70,7 @@ class Hyper(NamedTuple):
         value_weight: weight of the value loss.
         kl_weight: beta.
         entropy_weight: of an entropy bonus.
+        balance_weight: of the loss that evens the load of experts routed by a softmax (moe.balance_loss), of actor and critic.
         temperature: of the answers.
         format_weight: of the format in the reward, where being correct counts 1.
         close_weight: of coming close, where the task says how close.
@@ -85,6 +86,7 @@ class Hyper(NamedTuple):
     value_weight: float = 0.5
     kl_weight: float = 0.05
     entropy_weight: float = 0.0
+    balance_weight: float = 1e-3
     temperature: float = 1.0
     format_weight: float = 0.0
     close_weight: float = 0.0
@@ -167,10 +169,10 @@ def make(
             hyper=hyper,
         )
 
-    def values(critic: Any, prompt: Array, tokens: Array, valid: Array) -> Array:
-        """Of the state before each token, float32 ``[N, T]``."""
-        hidden = answer_hidden(model, critic["body"], prompt, tokens, valid)
-        return jnp.einsum("ntd,d->nt", hidden.astype(jnp.float32), critic["head"].astype(jnp.float32))
+    def values(critic: Any, prompt: Array, said: Rollout, valid: Array) -> tuple[Array, moe.Load]:
+        """Of the state before each token, float32 ``[N, T]``, and the load of the critic's experts."""
+        hidden, load = answer_hidden(model, critic["body"], prompt, said, valid)
+        return jnp.einsum("ntd,d->nt", hidden.astype(jnp.float32), critic["head"].astype(jnp.float32)), load
 
     def score_of(answers: Answers, hyper: Hyper) -> Array:
         if reward is not None:
@@ -187,7 +189,7 @@ def make(
         scored = score_of(answers, hyper)
         ref = score(model, state.reference, prompt, said, valid=valid, support=support).log_prob
         rewards = token_losses.token_rewards(scored, said.log_prob, ref, said.mask, hyper.kl_weight)
-        value = token_losses.masked(values(state.params["critic"], prompt, said.tokens, valid), said.mask)
+        value = token_losses.masked(values(state.params["critic"], prompt, said, valid)[0], said.mask)
         advantage = token_losses.gae(value, rewards, said.mask, hyper.gamma, hyper.gae_lambda)
         batch = Batch(prompt, valid, said, value, token_losses.whiten(advantage, said.mask), advantage + value)
         state, metrics = learn(state, batch, key_learn)
@@ -209,30 +211,39 @@ def make(
         def minibatch(carry: tuple[Any, Any], rows: Array) -> tuple[tuple[Any, Any], Metrics]:
             part = jax.tree.map(lambda x: x[rows], batch)
             step = optim.minimize(tx, lambda p: loss(p, part, state.hyper), *carry)
-            return (step.params, step.opt_state), step.extra | {"grad_norm": step.grad_norm}
+            metrics, loads = step.extra
+            return (balanced(step.params, *loads), step.opt_state), metrics | {"grad_norm": step.grad_norm}
 
         (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), order)
-        params["actor"] = balanced(model, params["actor"], batch.prompt, batch.rollout.tokens, batch.valid)
         return state._replace(params=params, opt_state=opt_state), jax.tree.map(jnp.mean, metrics)
 
-    def loss(params: Any, batch: Batch, hyper: Hyper) -> tuple[Array, Metrics]:
+    def balanced(params: Any, actor_load: moe.Load, critic_load: moe.Load) -> Any:
+        critic = params["critic"]
+        return {
+            "actor": model.balance(params["actor"], actor_load),
+            "critic": critic | {"body": model.balance(critic["body"], critic_load)},
+        }
+
+    def loss(params: Any, batch: Batch, hyper: Hyper) -> tuple[Array, tuple[Metrics, tuple[moe.Load, moe.Load]]]:
         mask, support = batch.rollout.mask, Support(hyper.temperature)
         weight = token_losses.weights(mask, "token_mean")
         mean = lambda x: token_losses.weighted_sum(weight, x)  # noqa: E731
         now = score(model, params["actor"], batch.prompt, batch.rollout, valid=batch.valid, support=support)
         log_ratio = token_losses.masked(now.log_prob - batch.rollout.log_prob, mask)
         policy = mean(token_losses.clip(log_ratio, batch.advantage, hyper.clip_eps, hyper.clip_eps))
-        value = values(params["critic"], batch.prompt, batch.rollout.tokens, batch.valid)
+        value, critic_load = values(params["critic"], batch.prompt, batch.rollout, batch.valid)
         critic = mean(losses.clipped_value_loss(value, batch.value, batch.target, hyper.value_clip_eps))
         entropy = mean(now.entropy)
-        total = policy + hyper.value_weight * critic - hyper.entropy_weight * entropy
+        balance = model.balance_loss(now.load) + model.balance_loss(critic_load)
+        total = policy + hyper.value_weight * critic - hyper.entropy_weight * entropy + hyper.balance_weight * balance
         outside = jnp.abs(jnp.expm1(log_ratio)) > hyper.clip_eps
-        return total, {
+        metrics = {
             "policy_loss": policy,
             "value_loss": critic,
             "entropy": entropy,
             "clip_fraction": mean(outside.astype(jnp.float32)),
         }
+        return total, (metrics, (now.load, critic_load))
 
     return Algorithm(
         init=init,

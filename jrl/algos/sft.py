@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jrl import checks, optim, precision, token_losses
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
 from jrl.lm.policy import language_model, reader
-from jrl.lm.sampling import Rollout, balanced, score
+from jrl.lm.sampling import Rollout, score
 from jrl.lm.tasks import Task, answer_mask
 from jrl.lm.tasks.environment import as_environment
-from jrl.nets import transformer
+from jrl.nets import moe, transformer
 
 Array = jax.Array
 
@@ -44,18 +44,21 @@ class Hyper(NamedTuple):
 
     Attributes:
         learning_rate: at the start of the run; config.optimizer.schedule says how it goes on.
+        balance_weight: of the loss that evens the load of experts routed by a softmax (moe.balance_loss).
         max_grad_norm: global norm that gradients are scaled down to.
         optimizer: numbers of the optimizer.
     """
 
     learning_rate: float = 1e-3
+    balance_weight: float = 1e-3
     max_grad_norm: float = 1.0
     optimizer: optim.Hyper = optim.Hyper()
 
 
 def check_hyper(hyper: Hyper) -> None:
     """Raise ``ValueError`` for a concrete number outside its range; traced numbers pass."""
-    checks.within("hyper.learning_rate", hyper.learning_rate, 0, float("inf"))
+    for name in ("learning_rate", "balance_weight"):
+        checks.within(f"hyper.{name}", getattr(hyper, name), 0, float("inf"))
     checks.above_zero("hyper.max_grad_norm", hyper.max_grad_norm)
     optim.check_hyper(hyper.optimizer)
 
@@ -105,19 +108,21 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
         shown = Rollout(tokens, mask, jnp.zeros(tokens.shape, jnp.float32), None)
         weight = token_losses.weights(mask, "token_mean")
 
-        def loss(params: Any) -> tuple[Array, Metrics]:
-            log_prob = score(model, params, problems.prompt, shown, valid=problems.valid).log_prob
+        def loss(params: Any) -> tuple[Array, tuple[Metrics, moe.Load]]:
+            log_prob, _, _, load = score(model, params, problems.prompt, shown, valid=problems.valid)
             value = token_losses.weighted_sum(weight, -log_prob)
             certain = jnp.all(jnp.where(mask, log_prob > jnp.log(0.5), True), axis=1)
-            return value, {"loss": value, "sure_of_all": certain.mean()}
+            total = value + state.hyper.balance_weight * model.balance_loss(load)
+            return total, ({"loss": value, "sure_of_all": certain.mean()}, load)
 
         tx = optimizer(config, state.hyper, learning_rate_factor(config, state))
         step = optim.minimize(tx, loss, state.params, state.opt_state)
-        params = balanced(model, step.params, problems.prompt, tokens, problems.valid)
+        metrics, load = step.extra
+        params = model.balance(step.params, load)
         state = state._replace(params=params, opt_state=step.opt_state, key=key, updates=state.updates + 1)
-        metrics = step.extra | {
+        metrics |= {
             "episodes": jnp.float32(config.batch_size),
-            "episode_return": step.extra["sure_of_all"],
+            "episode_return": metrics["sure_of_all"],
             "episode_length": mask.sum(1).mean(dtype=jnp.float32),
             "grad_norm": step.grad_norm,
         }

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl import checks, sharding, token_losses
-from jrl.nets import transformer
+from jrl.nets import moe, transformer
 
 Array = jax.Array
 AT_ONCE = 2**25  # logits that scoring holds at once
@@ -25,21 +25,24 @@ class Model(NamedTuple):
 
     Attributes:
         init: ``key -> params``.
-        hidden: ``(params, tokens [B, L], valid [B, L]) -> [B, L, dim]``, before the head; padding stands on the left.
+        hidden_and_load: ``(params, tokens [B, L], valid [B, L], counted [B, L]) -> (hidden [B, L, dim], load)``: the stream before
+            the head, and the load of experts by the tokens that are counted. Invalid tokens are padding on the left.
         head: ``(params, [..., dim]) -> logits [..., V]`` float32.
         prefill: ``(params, tokens [B, P], valid, capacity) -> (logits [B, V], cache)`` after the prompt.
         step: ``(params, token [B], cache, position, start [B]) -> (logits [B, V], cache)``.
         vocab_size: V.
-        balance: ``(params, tokens [B, L], valid) -> params`` after a step of learning, with routers' biases moved towards an even load.
+        balance: ``(params, load) -> params`` after a step of learning, with routers' biases moved towards an even load.
+        balance_loss: ``load -> []``, the loss that evens the load of routers without a bias; 0 for all others.
     """
 
     init: Callable[[Array], Any]
-    hidden: Callable[[Any, Array, Array], Array]
+    hidden_and_load: Callable[[Any, Array, Array, Array], tuple[Array, moe.Load]]
     head: Callable[[Any, Array], Array]
     prefill: Callable[[Any, Array, Array, int], tuple[Array, Any]]
     step: Callable[[Any, Array, Any, Array, Array], tuple[Array, Any]]
     vocab_size: int
-    balance: Callable[[Any, Array, Array], Any] = lambda params, tokens, valid: params
+    balance: Callable[[Any, moe.Load], Any] = lambda params, load: params
+    balance_loss: Callable[[moe.Load], Array | float] = lambda load: 0.0
 
 
 def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float32, tokens: int | None = None) -> Model:
@@ -60,11 +63,13 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         wide = jnp.dtype(dtype) == jnp.float32
         return params if wide else jax.tree.map(lambda x: x.astype(dtype), params)
 
-    def hidden(params: Any, tokens: Array, valid: Array) -> Array:
+    def hidden_and_load(params: Any, tokens: Array, valid: Array, counted: Array) -> tuple[Array, moe.Load]:
         params = half(params)
         at = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
         ids = valid.astype(jnp.int32)
-        return transformer.blocks(params, params["embedding"][tokens], config, positions=at, segment_ids=ids)
+        return transformer.blocks_and_loads(
+            params, params["embedding"][tokens], config, positions=at, segment_ids=ids, counted=counted
+        )
 
     def known(logits: Array) -> Array:
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
@@ -81,12 +86,13 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
 
     return Model(
         lambda key: transformer.init(key, config),
-        hidden,
+        hidden_and_load,
         lambda params, x: known(transformer.logits(half(params), x, config)),
         prefill,
         step,
         config.vocab_size,
-        lambda params, tokens, valid: transformer.balanced(params, tokens, config, valid=valid),
+        lambda params, load: transformer.balanced(params, load, config),
+        lambda load: transformer.balance_loss(load, config),
     )
 
 
@@ -225,11 +231,13 @@ class Scored(NamedTuple):
         log_prob: in the distribution that it was drawn from.
         entropy: of that distribution.
         kl: of that distribution to the reference's, over the whole vocabulary; 0 without a reference.
+        load: of experts, by the tokens of prompts and answers without their padding.
     """
 
     log_prob: Array
     entropy: Array
     kl: Array
+    load: moe.Load
 
 
 def score(
@@ -246,7 +254,8 @@ def score(
 
     ``reference`` are parameters that the exact KL is taken to.
     """
-    of = lambda p: answer_hidden(model, p, prompt, rollout.tokens, valid)  # noqa: E731
+    hidden, load = answer_hidden(model, params, prompt, rollout, valid)
+    ref_hidden = None if reference is None else answer_hidden(model, reference, prompt, rollout, valid)[0]
 
     def logits(params: Any, hidden: Array, bits: Array | None) -> Array:
         full = model.head(params, hidden) / support.temperature
@@ -254,7 +263,7 @@ def score(
             return full
         return jnp.where(jnp.unpackbits(bits, axis=-1, count=model.vocab_size).astype(bool), full, -jnp.inf)
 
-    def of_rows(x: tuple[Array, Any, Array, Array | None]) -> Scored:
+    def of_rows(x: tuple[Array, Any, Array, Array | None]) -> tuple[Array, Array, Array]:
         hidden, ref_hidden, tokens, bits = x
         full = logits(params, hidden, bits)
         log_p = jax.nn.log_softmax(full)
@@ -262,29 +271,30 @@ def score(
         kl = jnp.zeros(tokens.shape, jnp.float32)
         if reference is not None:
             kl = token_losses.kl_exact(full, jax.lax.stop_gradient(logits(reference, ref_hidden, bits)))
-        return Scored(_of(log_p, tokens), entropy, kl)
+        return _of(log_p, tokens), entropy, kl
 
-    inputs = (of(params), None if reference is None else of(reference), rollout.tokens, rollout.kept)
+    inputs = (hidden, ref_hidden, rollout.tokens, rollout.kept)
     if rollout.tokens.size * model.vocab_size <= AT_ONCE:
-        return of_rows(inputs)
-    return jax.lax.map(jax.checkpoint(of_rows), inputs)  # row by row: all logits would be larger than the model
+        return Scored(*of_rows(inputs), load)
+    # Row by row: all logits would be larger than the model.
+    return Scored(*jax.lax.map(jax.checkpoint(of_rows), inputs), load)
 
 
-def answer_hidden(model: Model, params: Any, prompt: Array, tokens: Array, valid: Array | None = None) -> Array:
-    """The stream that predicts each token of the answers ``[B, T]``, ``[B, T, dim]``."""
-    return model.hidden(params, *_read(prompt, tokens, valid))[:, prompt.shape[1] - 1 :]
+def answer_hidden(
+    model: Model, params: Any, prompt: Array, rollout: Rollout, valid: Array | None = None
+) -> tuple[Array, moe.Load]:
+    """The stream that predicts each token of the answers ``[B, T]``, ``[B, T, dim]``, and the load of experts by what was read."""
+    hidden, load = model.hidden_and_load(params, *_read(prompt, rollout, valid))
+    return hidden[:, prompt.shape[1] - 1 :], load
 
 
-def balanced(model: Model, params: Any, prompt: Array, tokens: Array, valid: Array | None = None) -> Any:
-    """Parameters after a step of learning from answers ``[B, T]``: see ``Model.balance``."""
-    return model.balance(params, *_read(prompt, tokens, valid))
-
-
-def _read(prompt: Array, tokens: Array, valid: Array | None) -> tuple[Array, Array]:
-    """What the model reads of prompts and answers, and which of it is no padding before a prompt, ``[B, P + T - 1]``."""
+def _read(prompt: Array, rollout: Rollout, valid: Array | None) -> tuple[Array, Array, Array]:
+    """What the model reads of prompts and answers, which of it is no padding before a prompt, and which is no padding behind an
+    answer either, ``[B, P + T - 1]``."""
     valid = jnp.ones(prompt.shape, bool) if valid is None else valid
-    whole = jnp.concatenate([prompt, tokens], axis=1)[:, :-1]
-    return sharding.rows((whole, jnp.pad(valid, [(0, 0), (0, tokens.shape[1] - 1)], constant_values=True)))
+    whole = jnp.concatenate([prompt, rollout.tokens], axis=1)[:, :-1]
+    behind = jnp.ones(rollout.mask.shape, bool)
+    return sharding.rows((whole, *(jnp.concatenate([valid, x], axis=1)[:, :-1] for x in (behind, rollout.mask))))
 
 
 def _of(log_p: Array, token: Array) -> Array:

@@ -1,6 +1,7 @@
 """A mixture of experts in place of a feed-forward layer: each token goes through a few of many SwiGLUs, and none is dropped.
 
-    softmax   Mixtral (2401.04088, section 2): the k largest router logits, weighted by their softmax
+    softmax   Mixtral (2401.04088, section 2): the k largest router logits, weighted by their softmax. A term of the loss evens the
+              load: ``balance_loss``.
     sigmoid   DeepSeek-V3 (2412.19437, eq. 12-16): s = sigmoid(logits); the k largest s + bias, weighted by s over the sum of the
               chosen s, times a factor. The bias evens the load and has no gradient: ``balance`` moves it after each step.
 
@@ -9,7 +10,7 @@ Shared experts see every token besides. Tokens are sorted by expert and multipli
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,15 +91,23 @@ def shapes(config: Config, dim: int) -> dict[str, tuple[tuple[int, ...], tuple[s
 
 def route(params: Any, x: Array, config: Config) -> tuple[Array, Array]:
     """Experts of each token, int32 ``[N, k]``, and their weights, float32 ``[N, k]``, for tokens ``[N, dim]``."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)  # half a width would send tokens elsewhere
-    logits = jnp.matmul(x.astype(wide), params["router"].astype(wide))
+    return _choose(params, _logits(params, x), config)
+
+
+def _logits(params: Any, x: Array) -> Array:
+    """The router's, float32 ``[N, E]``, in full precision on every platform: half a width would send tokens elsewhere."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.matmul(x.astype(wide), params["router"].astype(wide), precision="highest")
+
+
+def _choose(params: Any, logits: Array, config: Config) -> tuple[Array, Array]:
     if config.scores == "softmax":
         best, chosen = jax.lax.top_k(logits, config.chosen)
         return chosen, jax.nn.softmax(best) * config.scale
     scores = jax.nn.sigmoid(logits)
     biased = jax.lax.stop_gradient(scores + jnp.broadcast_to(params["bias"].astype(jnp.float32), scores.shape))
     if config.groups > 1:
-        by_group = biased.reshape(x.shape[0], config.groups, -1)
+        by_group = biased.reshape(len(logits), config.groups, -1)
         strength = jax.lax.top_k(by_group, min(2, by_group.shape[-1]))[0].sum(-1)
         _, kept = jax.lax.top_k(strength, config.chosen_groups)
         allowed = jax.nn.one_hot(kept, config.groups, dtype=bool).any(1)
@@ -110,10 +119,29 @@ def route(params: Any, x: Array, config: Config) -> tuple[Array, Array]:
     return chosen, weight * config.scale
 
 
-def apply(params: Any, x: Array, config: Config) -> tuple[Array, Array]:
-    """The layer for tokens ``[..., dim]``, and the share of choices that fell on each expert, float32 ``[E]``."""
+class Load(NamedTuple):
+    """How tokens fell on experts, as sums over tokens: the load of a batch is the sum of the loads of its parts.
+
+    Attributes:
+        chosen: tokens that chose each expert, int32 ``[..., E]``.
+        probability: softmax of the router's logits, summed over tokens, float32 ``[..., E]``; this has a gradient.
+    """
+
+    chosen: Array
+    probability: Array
+
+
+def no_load() -> Load:
+    """Of a layer without experts."""
+    return Load(jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.float32))
+
+
+def apply(params: Any, x: Array, config: Config, counted: Array | None = None) -> tuple[Array, Load]:
+    """The layer for tokens ``[..., dim]``, and the load of its experts ``[E]`` by the tokens that are ``counted``, bool ``[...]``
+    (all if not given): where padding goes is nothing to be evened."""
     tokens = x.reshape(-1, x.shape[-1])
-    chosen, weight = route(params, tokens, config)
+    logits = _logits(params, tokens)
+    chosen, weight = _choose(params, logits, config)
     order = jnp.argsort(chosen.ravel(), stable=True)
     sizes = jnp.bincount(chosen.ravel(), length=config.experts).astype(jnp.int32)
     rows = tokens[order // config.chosen]
@@ -124,7 +152,13 @@ def apply(params: Any, x: Array, config: Config) -> tuple[Array, Array]:
     out = jnp.zeros_like(tokens).at[order // config.chosen].add(answers)
     if config.shared:
         out = out + (jax.nn.silu(tokens @ p("shared_gate")) * (tokens @ p("shared_up"))) @ p("shared_down")
-    return out.reshape(x.shape), sizes / jnp.maximum(sizes.sum(), 1).astype(jnp.float32)
+    return out.reshape(x.shape), _load(chosen, logits, counted)
+
+
+def _load(chosen: Array, logits: Array, counted: Array | None) -> Load:
+    counted = jnp.ones(len(chosen), bool) if counted is None else counted.ravel()
+    times = jnp.zeros(logits.shape[-1], jnp.int32).at[chosen].add(counted[:, None].astype(jnp.int32))
+    return Load(times, jnp.sum(jax.nn.softmax(logits), axis=0, where=counted[:, None]))
 
 
 def _under_vmap(product: Callable[..., Array]) -> Callable[..., Array]:
@@ -159,9 +193,21 @@ def _backward(saved: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Arra
 by_group.defvjp(lambda x, w, sizes: (_times(x, w, sizes), (x, w, sizes)), _backward)
 
 
-def balance(bias: Array, load: Array, rate: Array | float = 1e-3) -> Array:
-    """The bias after a step: up by ``rate`` where an expert had less than an even share, down where it had more.
+def balance(bias: Array, chosen: Array, rate: Array | float = 1e-3) -> Array:
+    """The bias ``[..., E]`` after a step: up by ``rate`` where an expert was ``chosen`` less often than the mean, down where more often.
 
     2412.19437, section 2.1.2 (auxiliary-loss-free balancing, 2408.15664).
     """
-    return bias + rate * jnp.sign(load.mean(-1, keepdims=True) - load)
+    step = rate * jnp.sign(chosen.mean(-1, keepdims=True) - chosen)
+    return bias + step.astype(bias.dtype)
+
+
+def balance_loss(load: Load, config: Config) -> Array:
+    """``E sum_i f_i P_i``, averaged over layers: least where the load is even, and k there (2101.03961, eq. 4-6).
+
+    f_i is the number of tokens that chose expert i over the number of tokens, so that the f of a layer sum to k, as in Mixtral of
+    ``transformers``; P_i is the mean probability of expert i. 0 without tokens.
+    """
+    tokens = jnp.maximum(load.chosen.sum(-1, keepdims=True) / config.chosen, 1)
+    f, p = load.chosen / tokens, load.probability / tokens
+    return config.experts * jnp.mean(jnp.sum(f * p, axis=-1))

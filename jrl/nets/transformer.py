@@ -211,13 +211,13 @@ def ffn(layer: Any, x: Array, config: Config) -> Array:
     return ffn_and_load(layer, x, config)[0]
 
 
-def ffn_and_load(layer: Any, x: Array, config: Config) -> tuple[Array, Array]:
-    """``ffn``, and the share of tokens' choices that fell on each expert, float32 ``[experts]``."""
+def ffn_and_load(layer: Any, x: Array, config: Config, counted: Array | None = None) -> tuple[Array, moe.Load]:
+    """``ffn``, and the load of its experts by the tokens that are ``counted`` (``moe.apply``)."""
     x = rms_norm(x, layer["ffn_norm"], config.norm_eps)
     if config.experts.experts:
-        return moe.apply(layer, x, config.experts)
+        return moe.apply(layer, x, config.experts, counted)
     inner = jax.nn.silu(_linear(layer, "gate", x)) * _linear(layer, "up", x)
-    return _linear(layer, "down", inner), jnp.zeros(0)
+    return _linear(layer, "down", inner), moe.no_load()
 
 
 def _linear(layer: Any, name: str, x: Array) -> Array:
@@ -273,9 +273,10 @@ def blocks_and_loads(
     positions: Array | None = None,
     segment_ids: Array | None = None,
     valid: Array | None = None,
-) -> tuple[Array, Array]:
+    counted: Array | None = None,
+) -> tuple[Array, moe.Load]:
     """All layers and the last norm: vectors ``[B, T, dim]`` to ``[B, T, dim]``, and the load of the experts of each
-    of ``params["layers"]``, float32 ``[layers, experts]``, which ``moe.balance`` evens.
+    of ``params["layers"]``, ``[layers, experts]``, which ``balanced`` and ``balance_loss`` even.
 
     Args:
         params: of ``init``.
@@ -284,16 +285,18 @@ def blocks_and_loads(
         positions: int ``[B, T]``, for rotary positions; 0, 1, 2 ... if not given. What is seen goes by the order in the array.
         segment_ids: int ``[B, T]``, contiguous: tokens see their own segment alone.
         valid: bool ``[B, T]``, false for padding (not with nsa and rwkv, where padding is a segment of its own).
+        counted: bool ``[B, T]``, tokens that are part of the load; ``valid`` if not given.
     """
+    counted = valid if counted is None else counted
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
     tokens = Tokens(positions, segment_ids, valid)
 
-    def run(x: Array, layer: Any, config: Config) -> tuple[Array, Array]:
+    def run(x: Array, layer: Any, config: Config) -> tuple[Array, moe.Load]:
         y = rms_norm(x, layer["attention_norm"], config.norm_eps)
         mixed = MIXERS[config.attention].sequence(layer, y, tokens, config)
         x = x + out(layer, mixed)
-        answer, load = ffn_and_load(layer, x, config)
+        answer, load = ffn_and_load(layer, x, config, counted)
         return x + answer, load
 
     for name, shape in stacks(config).items():
@@ -302,15 +305,19 @@ def blocks_and_loads(
     return rms_norm(x, params["norm"], config.norm_eps), loads
 
 
-def balanced(params: Any, tokens: Array, config: Config, *, valid: Array, rate: float = 1e-3) -> Any:
-    """Parameters with the bias of each router moved to even the load of its experts by ``tokens`` int ``[B, T]``, as after every
-    step of DeepSeek-V3 (``moe.balance``). The parameters themselves if no router has a bias."""
+def balanced(params: Any, load: moe.Load, config: Config, rate: float = 1e-3) -> Any:
+    """Parameters with the bias of each router moved to even the ``load`` of its experts in a step of learning, as after every step
+    of DeepSeek-V3 (``moe.balance``). The parameters themselves if no router has a bias."""
     if not (config.experts.experts and config.experts.scores == "sigmoid"):
         return params
-    at, ids = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0), valid.astype(jnp.int32)
-    _, loads = blocks_and_loads(params, params["embedding"][tokens], config, positions=at, segment_ids=ids)
     layers = params["layers"]
-    return params | {"layers": layers | {"bias": moe.balance(layers["bias"], loads, rate).astype(layers["bias"].dtype)}}
+    return params | {"layers": layers | {"bias": moe.balance(layers["bias"], load.chosen, rate)}}
+
+
+def balance_loss(load: moe.Load, config: Config) -> Array | float:
+    """``moe.balance_loss``, where routers have no bias that evens the load; 0 if they have one, and without experts."""
+    softmax = config.experts.experts and config.experts.scores == "softmax"
+    return moe.balance_loss(load, config.experts) if softmax else 0.0
 
 
 def logits(params: Any, x: Array, config: Config) -> Array:
