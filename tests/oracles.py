@@ -1,5 +1,7 @@
 """Attention as the papers write it, for tests: who sees what is said token by token, then one softmax over it."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,61 +35,78 @@ def dense(q, k, v, causal=True, window=None, segment_ids=None, scale=None):
 
 
 def nsa(phi, q, streams, gates, config, segment_ids=None, known=None):
-    """Native sparse attention, and the blocks that each query selects, ``{(b, kv head, t): blocks}``, unless they are known."""
-    batch, length, heads, dim = q.shape
-    size, scale = config.select_block, dim**-0.5
-    share = heads // streams[0].shape[2]
-    number = max(0, (length - config.block) // config.stride + 1)
-    out, chosen = {}, {}
+    """Native sparse attention, each segment by itself, and the blocks of its segment that each query selects,
+    ``{(b, kv head, t): blocks}``, unless they are known."""
+    batch, length = q.shape[:2]
+    rows, chosen = [], {}
     for b in range(batch):
-        same = lambda s, t, b=b: segment_ids is None or segment_ids[b][s] == segment_ids[b][t]  # noqa: E731
-        start = [min(s for s in range(length) if same(s, t)) for t in range(length)]
-        over, window = np.zeros((length, number), bool), np.zeros((length, length), bool)
+        ids = np.zeros(length, int) if segment_ids is None else np.asarray(segment_ids[b])
+        edges = [0, *(np.flatnonzero(np.diff(ids)) + 1).tolist(), length]
+        parts = []
+        for first, end in itertools.pairwise(edges):
+            alone = [x[b, first:end] for x in (q, *streams, gates)]
+            out, blocks = nsa_of_segment(
+                phi,
+                alone[0],
+                alone[1:7],
+                alone[7],
+                config,
+                known and (lambda kv, t, b=b, first=first: known[b, kv, first + t]),
+            )
+            parts.append(out)
+            chosen |= {(b, kv, first + t): found for (kv, t), found in blocks.items()}
+        rows.append(jnp.concatenate(parts))
+    return jnp.stack(rows), chosen
+
+
+def nsa_of_segment(phi, q, streams, gates, config, known=None):
+    """Of one segment, ``[T, H, Dv]`` for q ``[T, H, D]``, streams ``[T, K, D]`` and gates ``[T, H, 3]``."""
+    length, heads, dim = q.shape
+    size, scale = config.select_block, dim**-0.5
+    share = heads // streams[0].shape[1]
+    number = max(0, (length - config.block) // config.stride + 1)
+    t, s, i = np.arange(length)[:, None], np.arange(length)[None], np.arange(number)[None]
+    over, window = i * config.stride + config.block - 1 <= t, (s <= t) & (t - s < config.window)
+    out, chosen = {}, {}
+    for kv in range(streams[0].shape[1]):
+        k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (x[:, kv] for x in streams)
+        at = [slice(i * config.stride, i * config.stride + config.block) for i in range(number)]
+        kc = jnp.stack([phi("k", k_cmp[s]) for s in at]) if number else jnp.zeros((0, dim))
+        vc = jnp.stack([phi("v", v_cmp[s]) for s in at]) if number else jnp.zeros((0, v_cmp.shape[-1]))
+        mine = range(kv * share, (kv + 1) * share)
+        far = {
+            h: masked_mean(q[:, h], kc, vc, over, scale) if number else (jnp.zeros((length, vc.shape[-1])), None)
+            for h in mine
+        }
+        picked = np.zeros((length, length), bool)
         for t in range(length):
-            for i in range(number):
-                first = i * config.stride
-                over[t, i] = first + config.block - 1 <= t and first >= start[t]
-            for s in range(length):
-                window[t, s] = max(start[t], t - config.window + 1) <= s <= t
-        for kv in range(streams[0].shape[2]):
-            k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = (x[b, :, kv] for x in streams)
-            at = [slice(i * config.stride, i * config.stride + config.block) for i in range(number)]
-            kc = jnp.stack([phi("k", k_cmp[s]) for s in at]) if number else jnp.zeros((0, dim))
-            vc = jnp.stack([phi("v", v_cmp[s]) for s in at]) if number else jnp.zeros((0, v_cmp.shape[-1]))
-            mine = range(kv * share, (kv + 1) * share)
-            far = {
-                h: masked_mean(q[b, :, h], kc, vc, over, scale) if number else (jnp.zeros((length, vc.shape[-1])), None)
-                for h in mine
-            }
-            picked = np.zeros((length, length), bool)
-            for t in range(length):
-                if known:
-                    blocks = known[b, kv, t]
-                else:
-                    p = sum(np.asarray(far[h][1][t]) for h in mine) if number else []
-                    blocks = select(p, t, start[t], length, config)
-                chosen[b, kv, t] = blocks
-                for s in range(start[t], t + 1):
-                    picked[t, s] = s // size in blocks
-            for h in mine:
-                parts = (
-                    far[h][0],
-                    masked_mean(q[b, :, h], k_slc, v_slc, picked, scale)[0],
-                    masked_mean(q[b, :, h], k_win, v_win, window, scale)[0],
-                )
-                out[b, h] = sum(gates[b, :, h, n, None] * part for n, part in enumerate(parts))
-    return jnp.stack([jnp.stack([out[b, h] for h in range(heads)], 1) for b in range(batch)]), chosen
+            if known:
+                blocks = known(kv, t)
+            else:
+                p = sum(np.asarray(far[h][1][t]) for h in mine) if number else []
+                blocks = select(p, t, config)
+            chosen[kv, t] = blocks
+            for s in range(t + 1):
+                picked[t, s] = s // size in blocks
+        for h in mine:
+            parts = (
+                far[h][0],
+                masked_mean(q[:, h], k_slc, v_slc, picked, scale)[0],
+                masked_mean(q[:, h], k_win, v_win, window, scale)[0],
+            )
+            out[h] = sum(gates[:, h, n, None] * part for n, part in enumerate(parts))
+    return jnp.stack([out[h] for h in range(heads)], 1), chosen
 
 
-def select(p, t, start, length, config):
+def select(p, t, config):
     """The blocks of query t, for the summed probabilities p of compressed blocks: equation 9, then the largest."""
     size, per_select, per_block = (
         config.select_block,
         config.select_block // config.stride,
         config.block // config.stride,
     )
-    candidates = range(start // size, t // size + 1)
-    always = [j for j in candidates if j < start // size + config.initial or j > t // size - config.local]
+    candidates = range(t // size + 1)
+    always = [j for j in candidates if j < config.initial or j > t // size - config.local]
     importance = {}
     for j in candidates:
         at = [per_select * j + m - n for m in range(per_select) for n in range(per_block)]

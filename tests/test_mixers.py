@@ -1,4 +1,4 @@
-"""Latent attention and RWKV: the equations one token at a time, and decoding that gives the same."""
+"""Latent attention and RWKV one token at a time; and every kind of mixing gives the same behind padding and in a packed row."""
 
 import dataclasses
 
@@ -8,8 +8,9 @@ import numpy as np
 import oracles
 import pytest
 
-from jrl.attention import mla, rwkv
+from jrl.attention import mla, nsa, rwkv
 from jrl.attention.rotary import rms_norm, rope
+from jrl.nets import moe, transformer
 
 LATENT = mla.Config(latent=6, nope_dim=4, rope_dim=2, value_dim=5)
 
@@ -137,3 +138,70 @@ def test_a_decay_that_fades_all_at_once_leaves_the_rest_exact():
         np.testing.assert_allclose(rwkv.mix(r, k, v, log_w, u)[0], wanted(log_w), atol=2e-4)
         g = grad(log_w)
         assert jnp.isfinite(g).all()
+
+
+# A sequence is the same alone, behind padding, and in a packed row
+
+SHAPE = transformer.Config(11, dim=16, num_heads=2, num_kv_heads=1, ffn_dim=16, window=5, latent=LATENT)
+DECODERS = {
+    "dense": {},
+    "dense in blocks": {"implementation": "xla"},
+    "experts": {"experts": moe.Config(4, expert_dim=8)},
+    "window": {"attention": "window"},
+    "mla": {"attention": "mla"},
+    "rwkv": {"attention": "rwkv"},
+    "nsa": {"attention": "nsa", "sparse": nsa.Config(4, 2, 4, 4, window=5)},
+    "nsa, blocks longer than padding": {
+        "attention": "nsa",
+        "sparse": nsa.Config(8, 8, 16, 3, window=5, pooling="mean"),
+    },
+}
+LENGTH, PADDING, SEGMENTS = 40, np.array([0, 1, 3, 5, 8, 13]), np.array([5, 1, 9, 25])
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder(request):
+    """Shape, parameters, a sequence, and its logits with neither padding nor neighbours."""
+    config = dataclasses.replace(SHAPE, **DECODERS[request.param])
+    params = jax.tree.map(lambda x: 3 * x, transformer.init(jax.random.key(0), config))  # far from uniform
+    tokens = jax.random.randint(jax.random.key(1), (LENGTH,), 0, 11)
+    return config, params, tokens, jax.jit(lambda p: transformer.forward(p, tokens[None], config)[0])(params)
+
+
+def padded(tokens, length):
+    """The first tokens behind each number of pads ``[6, length]``, and their positions, below 0 for padding."""
+    at = np.arange(length)[None] - PADDING[:, None]
+    return jnp.where(at >= 0, tokens[np.maximum(at, 0)], 0), at
+
+
+def test_padding_and_packing_change_no_logits(decoder):
+    config, params, tokens, alone = decoder
+    rows, at = padded(tokens, LENGTH)
+    inside = np.concatenate([np.arange(n) for n in SEGMENTS])  # the packed row: so many first tokens of the sequence
+    ids = np.concatenate([at >= 0, np.repeat(np.arange(4), SEGMENTS)[None]])
+    at = np.concatenate([at, inside[None]])
+    rows = jnp.concatenate([rows, tokens[inside][None]])
+    forward = jax.jit(
+        lambda p: transformer.forward(p, rows, config, positions=jnp.array(at), segment_ids=jnp.array(ids))
+    )
+    out = np.asarray(forward(params))
+    np.testing.assert_allclose(out[at >= 0], alone[at[at >= 0]], atol=2e-4, rtol=2e-4)
+
+
+def test_padding_changes_no_logits_of_the_cache(decoder):
+    """For a prompt that is read at once, and for one that is read token by token."""
+    config, params, tokens, alone = decoder
+    rows, at = padded(tokens, LENGTH)
+    empty = transformer.init_cache(config, len(PADDING), LENGTH)
+    prefill = jax.jit(
+        lambda cache: transformer.prefill(params, rows[:, :16], cache, config, valid=jnp.array(at[:, :16] >= 0))
+    )
+    step = jax.jit(lambda x, cache, t: transformer.decode(params, x, cache, t, config, start=jnp.array(PADDING)))
+
+    last, filled = prefill(empty)
+    for begin, cache, out in ((0, empty, []), (16, filled, [last])):
+        for t in range(begin, LENGTH):
+            logits, cache = step(rows[:, t], cache, jnp.int32(t))
+            out.append(logits)
+        read = at.T[-len(out) :]
+        np.testing.assert_allclose(np.stack(out)[read >= 0], alone[read[read >= 0]], atol=2e-4, rtol=2e-4)

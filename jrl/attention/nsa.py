@@ -12,9 +12,9 @@ Query t sees its past three times, and gates put the answers together (eq. 5): `
 Equation 9 is written here for blocks counted from 0, where the paper's ``-m-n`` holds for blocks counted from 1. Selection takes no
 gradient through the choice; ties go to the lowest index. Each branch may have its own keys and values, as in the paper.
 
-With ``segment_ids`` (episodes, packed sequences) nothing is seen beyond the segment: a block of compression that began
-before it is not seen, and its first block is the one with its first token. Segments must be contiguous. Blocks begin at
-multiples of l' and d in the whole sequence, so that a segment is cut into them by where it lies.
+With ``segment_ids`` (episodes, packed sequences, padding) nothing is seen beyond the segment, and blocks count from its first token:
+a segment gives the same answers alone, behind padding, and anywhere in a packed row. Segments must be contiguous. ``nsa_blocks``
+says how.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl import checks
-from jrl.attention import platforms
+from jrl.attention import nsa_blocks, platforms
 from jrl.attention.dense import group, masked_softmax
 from jrl.attention.flash import flash
 from jrl.attention.nsa_select import selected_attention
@@ -148,8 +148,14 @@ def phi(params: Any, block: Array) -> Array:
     return x + jnp.broadcast_to(p["b_out"], x.shape)
 
 
-def compress(params: Any, x: Array, config: Config) -> Array:
-    """``[B, S, K, D]`` to one row for each block, ``[B, N, K, D]`` with ``N = (S - l) // d + 1``."""
+def compress(params: Any, x: Array, config: Config, first: Array | None = None) -> Array:
+    """``[B, S, K, D]`` to one row for each block, ``[B, N, K, D]``.
+
+    ``first`` int ``[B, N]`` has the index of each block's first token; 0, d, 2 d ... for the ``N = (S - l) // d + 1`` of a whole row
+    if not given.
+    """
+    if first is not None:
+        return phi(params, jnp.moveaxis(nsa_blocks.gather(x, first, config.block), 2, 3))
     number, per_block = config.num_compressed(x.shape[1]), config.block // config.stride
     strides = number + per_block - 1 if number else 0
     parts = x[:, : strides * config.stride].reshape(x.shape[0], strides, config.stride, *x.shape[2:])
@@ -157,24 +163,30 @@ def compress(params: Any, x: Array, config: Config) -> Array:
     return phi(params, jnp.moveaxis(blocks, 2, 3))
 
 
-# The branches for a few queries q [B, C, H, D] that stand at t [B, C], in segments that begin at start [B, C]
+# The branches for a few queries q [B, C, H, D] that stand at t [B, C] and see keys from start [B, C] on
 
 
 def compressed_attention(
-    q: Array, k: Array, v: Array, t: Array, start: Array, config: Config, scale: float
+    q: Array, k: Array, v: Array, first: Array, t: Array, start: Array, config: Config, scale: float
 ) -> tuple[Array, Array]:
-    """Attention to compressed blocks ``[B, N, K, D]``: ``[B, C, H, Dv]``, and importance ``[B, K, C, N]``, in float32."""
+    """Attention to compressed blocks ``[B, N, K, D]``: ``[B, C, H, Dv]``, and importance ``[B, K, C, N]``, in float32.
+
+    ``first`` int ``[B, N]`` has the index of each block's first token.
+    """
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bckgd,bnkd->bkgcn", group(q, k.shape[2]), k, preferred_element_type=wide) * scale
-    first = jnp.arange(k.shape[1])[None, None] * config.stride
+    first = first[:, None]
     seen = (first + config.block - 1 <= t[..., None]) & (first >= start[..., None])
     p = masked_softmax(scores, seen[:, None, None])
     out = jnp.einsum("bkgcn,bnkd->bckgd", p.astype(v.dtype), v, preferred_element_type=wide)
     return out.reshape(*q.shape[:3], -1), jax.lax.stop_gradient(p.sum(2))
 
 
-def select(importance: Array, t: Array, start: Array, num_blocks: int, config: Config) -> Array:
-    """Blocks that each query reads, int32 ``[B, K, C, n]``, ``num_blocks`` where there are fewer than n to choose from."""
+def select(importance: Array, own: Array, oldest: Array, num_blocks: int, config: Config) -> Array:
+    """Blocks that each query reads, int32 ``[B, K, C, n]``, ``num_blocks`` where there are fewer than n to choose from.
+
+    It may read blocks from ``oldest`` to its ``own``, both int ``[B, C]``.
+    """
     per_select, per_block = config.select_block // config.stride, config.block // config.stride
     width = num_blocks * per_select
     total = sum(
@@ -183,7 +195,7 @@ def select(importance: Array, t: Array, start: Array, num_blocks: int, config: C
     )
     score = jnp.asarray(total).reshape(*importance.shape[:-1], num_blocks, per_select).sum(-1)
     block = jnp.arange(num_blocks)[None, None]
-    own, first = t[..., None] // config.select_block, start[..., None] // config.select_block
+    own, first = own[..., None], oldest[..., None]
     candidate = (block <= own) & (block >= first)
     forced = (block < first + config.initial) | (block > own - config.local)
     score = jnp.where(forced[:, None], jnp.inf, score)
@@ -245,7 +257,7 @@ def attend(
     scale = dim**-0.5 if scale is None else scale
     t = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
     segment_ids = segments("token", batch, length, segment_ids, None, NO_QUERY)
-    start = jnp.zeros_like(t) if segment_ids is None else segment_starts(segment_ids)
+    origin = None if segment_ids is None else segment_starts(segment_ids)
     chosen = choose(implementation, q, streams, config)
     cudnn = implementation is None
     near = _window(q, streams, segment_ids, Rule(window=config.window), scale, chosen, interpret, cudnn)
@@ -256,8 +268,9 @@ def attend(
         gates,
         near,
         t,
-        start,
+        jnp.zeros_like(t) if origin is None else origin,
         config,
+        origin=origin,
         scale=scale,
         chunk=chunk,
         implementation=chosen,
@@ -299,6 +312,7 @@ def mix(
     start: Array,
     config: Config,
     *,
+    origin: Array | None = None,
     scale: float | None = None,
     chunk: int | None = None,
     implementation: Implementation | None = None,
@@ -306,12 +320,17 @@ def mix(
 ) -> Array:
     """``attend`` for queries ``[B, T, H, D]`` that stand at ``t`` among the keys and see them from ``start`` on, both int ``[B, T]``.
 
-    ``near [B, T, H, Dv]`` is the window branch's answer.
+    ``near [B, T, H, Dv]`` is the window branch's answer. Blocks count from ``origin`` int ``[B, S]``, the index of the first token
+    of each key's segment, or from the first key if it is not given. No query may see further back than its own segment.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kernels = choose(implementation, q, streams, config) == "pallas_tpu"
-    far, chosen = _compress_and_choose(params, q, streams, t, start, config, scale, chunk, kernels, interpret)
-    picked = _attend_selected(q, streams, chosen, t, start, config, scale, chunk, kernels, interpret)
+    if origin is None:
+        blocks = nsa_blocks.of_one_segment(streams.k_select.shape[1], t, start, config)
+    else:
+        blocks = nsa_blocks.of_segments(origin, t, start, config)
+    far, chosen = _compress_and_choose(params, q, streams, blocks, t, start, config, scale, chunk, kernels, interpret)
+    picked = _attend_selected(q, streams, blocks, chosen, t, start, scale, chunk, kernels, interpret)
     parts = jnp.stack([x.astype(gates.dtype) for x in (far, picked, near)], axis=-1)
     return jnp.sum(parts * gates[..., None, :], axis=-1).astype(near.dtype)
 
@@ -323,66 +342,78 @@ def segment_starts(segment_ids: Array) -> Array:
     return jax.lax.cummax(jnp.where(segment_ids != before, at, 0), axis=1)
 
 
-def _compress_and_choose(params, q, streams, t, start, config, scale, chunk, kernels, interpret):
+def _compress_and_choose(params, q, streams, blocks, t, start, config, scale, chunk, kernels, interpret):
     """The compression branch's answer ``[B, T, H, Dv]`` and the blocks that each query selects ``[B, K, T, n]``."""
     (length, num_keys), kv_heads = (q.shape[1], streams.k_compress.shape[1]), streams.k_compress.shape[2]
-    num_blocks = -(-num_keys // config.select_block)
+    num_blocks = blocks.token.shape[1]
     if not config.num_compressed(num_keys):
         out = jnp.zeros((*q.shape[:3], streams.v_compress.shape[-1]), q.dtype)
         importance = jnp.zeros((q.shape[0], kv_heads, length, 0), jnp.float32)
-        return out, select(importance, t, start, num_blocks, config)
-    k = compress(params.get("k"), streams.k_compress, config)
-    v = compress(params.get("v"), streams.v_compress, config)
+        return out, select(importance, blocks.own, blocks.oldest, num_blocks, config)
+    first = None if blocks.segments is None else blocks.first
+    k = compress(params.get("k"), streams.k_compress, config, first)
+    v = compress(params.get("v"), streams.v_compress, config, first)
+    queries = (t, start, blocks.own, blocks.oldest)
     if kernels:
-        return _compress_by_kernel(q, k, v, t, start, num_blocks, config, scale, interpret)
+        return _compress_by_kernel(q, k, v, blocks.first, queries, num_blocks, config, scale, interpret)
 
     @jax.checkpoint
-    def of_chunk(k: Array, v: Array, q: Array, t: Array, start: Array) -> tuple[Array, Array]:
-        out, importance = compressed_attention(q, k, v, t, start, config, scale)
-        return out.astype(v.dtype), select(importance, t, start, num_blocks, config)
+    def of_chunk(k: Array, v: Array, q: Array, t: Array, start: Array, own: Array, oldest: Array):
+        out, importance = compressed_attention(q, k, v, blocks.first, t, start, config, scale)
+        return out.astype(v.dtype), select(importance, own, oldest, num_blocks, config)
 
     fast = max(CHUNK, WIDE_SCORES // (q.shape[0] * q.shape[2] * k.shape[1])) if platforms.wide() else CHUNK
     rows = min(fast if chunk is None else chunk, length)
-    parts = jax.tree.map(lambda x: _split(x, rows), (q, t, start))
+    parts = jax.tree.map(lambda x: _split(x, rows), (q, *queries))
     out, chosen = jax.lax.map(lambda part: of_chunk(k, v, *part), parts)
     out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])[:, :length]
     chosen = jnp.moveaxis(chosen, 0, 2).reshape(q.shape[0], kv_heads, -1, chosen.shape[-1])
     return out, chosen[:, :, :length]
 
 
-def _compress_by_kernel(q, k, v, t, start, num_blocks, config, scale, interpret):
+def _compress_by_kernel(q, k, v, first, queries, num_blocks, config, scale, interpret):
     from jrl.attention import nsa_tpu
 
     (batch, length, heads, _), rows = q.shape, nsa_tpu.ROWS
-    pad = lambda x, to: jnp.pad(x, [(0, 0), (0, to - x.shape[1])] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
     whole, number = length + -length % rows, nsa_tpu.columns(num_blocks, config)
-    by_head = pad(group(q, k.shape[2]), whole).transpose(0, 2, 3, 1, 4)
-    k, v = (pad(x, number).transpose(0, 2, 1, 3) for x in (k, v))
-    out, chosen = nsa_tpu.compressed_attention(
-        by_head, k, v, pad(t, whole), pad(start, whole), num_blocks, config, scale, interpret
-    )
+    by_head = _pad_to(group(q, k.shape[2]), whole).transpose(0, 2, 3, 1, 4)
+    k, v = (_pad_to(x, number).transpose(0, 2, 1, 3) for x in (k, v))
+    first = _pad_to(first, number, num_blocks * config.select_block)
+    queries = tuple(_pad_to(x, whole) for x in queries)
+    out, chosen = nsa_tpu.compressed_attention(by_head, k, v, first, queries, num_blocks, config, scale, interpret)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, whole, heads, -1)[:, :length], chosen[:, :, :length]
 
 
-def _attend_selected(q, streams, chosen, t, start, config, scale, chunk, kernels, interpret):
-    (batch, length, heads, _), size, kv_heads = q.shape, config.select_block, streams.k_select.shape[2]
-    pad = lambda x, to: jnp.pad(x, [(0, 0), (0, -x.shape[1] % to)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
-    blocks = lambda x: pad(x, size).reshape(batch, -1, size, *x.shape[2:]).transpose(0, 3, 1, 2, 4)  # noqa: E731
-    k, v = blocks(streams.k_select), blocks(streams.v_select)
-    grouped = group(q, kv_heads)
+def _attend_selected(q, streams, blocks, chosen, t, start, scale, chunk, kernels, interpret):
+    (batch, length, heads, _), kv_heads = q.shape, streams.k_select.shape[2]
+    _, num_blocks, size = blocks.token.shape
+
+    def lay(x: Array) -> Array:
+        """Keys or values ``[B, S, K, D]`` in blocks ``[B, K, blocks, l', D]``."""
+        if blocks.segments is not None:
+            x = nsa_blocks.permute(x, blocks.segments.order, blocks.segments.place)
+        return _pad_to(x, num_blocks * size).reshape(batch, num_blocks, size, *x.shape[2:]).transpose(0, 3, 1, 2, 4)
+
+    k, v, chosen = lay(streams.k_select), lay(streams.v_select), nsa_blocks.read(chosen, blocks)
+    grouped = group(q, kv_heads).transpose(0, 2, 1, 3, 4)
     if kernels:
         from jrl.attention import nsa_tpu
 
-        rows = nsa_tpu.ROWS
-        chosen = jnp.pad(chosen, [(0, 0), (0, 0), (0, -length % rows), (0, 0)])
-        by_head = pad(grouped, rows).transpose(0, 2, 1, 3, 4)
-        out = nsa_tpu.selected_attention(by_head, k, v, chosen, pad(t, rows), pad(start, rows), scale, interpret)
+        whole = length + -length % nsa_tpu.ROWS
+        grouped, chosen = (jnp.moveaxis(_pad_to(jnp.moveaxis(x, 2, 1), whole), 1, 2) for x in (grouped, chosen))
+        t, start = _pad_to(t, whole), _pad_to(start, whole)
+        out = nsa_tpu.selected_attention(grouped, k, v, blocks.token, chosen, t, start, scale, interpret)
     else:
-        out = selected_attention(grouped.transpose(0, 2, 1, 3, 4), k, v, chosen, t, start, scale, chunk)
+        out = selected_attention(grouped, k, v, blocks.token, chosen, t, start, scale, chunk)
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, -1, heads, v.shape[-1])[:, :length]
+
+
+def _pad_to(x: Array, length: int, value: int = 0) -> Array:
+    """``x [B, L, ...]`` with ``value`` behind, ``[B, length, ...]``."""
+    return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2), constant_values=value)
 
 
 def _split(x: Array, rows: int) -> Array:
     """``[B, T, ...] -> [chunks, B, rows, ...]``, padded with zeros."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % rows)] + [(0, 0)] * (x.ndim - 2))
+    x = _pad_to(x, x.shape[1] + -x.shape[1] % rows)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, rows, *x.shape[2:]), 1, 0)

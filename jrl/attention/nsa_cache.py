@@ -18,8 +18,8 @@ class Cache(NamedTuple):
 
     Attributes:
         recent: the last l tokens of the compression branch, which the next block is made of.
-        compressed: one row for each block of compression, ``[B, N, K, D]``.
-        select: all tokens of the selection branch, ``[B, capacity, K, D]``.
+        compressed: one row for each block of compression, ``[B, N, K, D]``, counted from the first token of the sequence.
+        select: all tokens of the selection branch, ``[B, capacity, K, D]``, from the first token of the sequence on.
         window: the last w tokens of the window branch.
     """
 
@@ -44,15 +44,19 @@ def init(
     return Cache(*(kv.init(batch, size, kv_heads, head_dim, value_dim, dtype) for size in sizes))
 
 
-def write(params: Any, cache: Cache, streams: nsa.Streams, position: Array, config: nsa.Config) -> Cache:
-    """The cache with the token at ``position`` (int32 ``[]`` or ``[B]``); ``streams`` holds its ``[B, K, D]`` of each branch."""
+def write(
+    params: Any, cache: Cache, streams: nsa.Streams, position: Array, config: nsa.Config, *, start: Array | int = 0
+) -> Cache:
+    """The cache with the token at ``position``; ``streams`` holds its ``[B, K, D]`` of each branch.
+
+    The sequence began at ``start``, where its blocks count from; both are int32 ``[]`` or ``[B]``.
+    """
     k_compress, v_compress, k_select, v_select, k_window, v_window = streams
     recent = kv.write(cache.recent, k_compress, v_compress, position)
     batch, rows = k_compress.shape[0], cache.compressed.k.shape[1]
-    at = per_row(position, batch)
-    first = at + 1 - config.block  # of the block that ends here, if one does
+    first = per_row(position - start, batch) + 1 - config.block  # of the block that ends here, if one does
     block = jnp.where((first >= 0) & (first % config.stride == 0), first // config.stride, rows)
-    in_order = (first[:, None] + jnp.arange(config.block)[None]) % config.block
+    in_order = (per_row(position, batch)[:, None] + 1 + jnp.arange(config.block)[None]) % config.block
 
     def add(name: str, tokens: Array, compressed: Array) -> Array:
         tokens = jnp.take_along_axis(tokens, in_order[..., None, None], axis=1)
@@ -62,22 +66,30 @@ def write(params: Any, cache: Cache, streams: nsa.Streams, position: Array, conf
     return Cache(
         recent=recent,
         compressed=KV(add("k", recent.k, cache.compressed.k), add("v", recent.v, cache.compressed.v)),
-        select=kv.write(cache.select, k_select, v_select, position),
+        select=kv.write(cache.select, k_select, v_select, position - start),
         window=kv.write(cache.window, k_window, v_window, position),
     )
 
 
-def fill(params: Any, cache: Cache, streams: nsa.Streams, config: nsa.Config) -> Cache:
-    """The cache after a whole sequence from position 0, ``[B, T, K, D]`` of each branch."""
+def fill(params: Any, cache: Cache, streams: nsa.Streams, config: nsa.Config, *, start: Array | int = 0) -> Cache:
+    """The empty ``cache`` after tokens from position 0 on, ``[B, T, K, D]`` of each branch.
+
+    The sequence begins at ``start`` int32 ``[]`` or ``[B]``; what stands before it is padding.
+    """
     k_compress, v_compress, k_select, v_select, k_window, v_window = streams
-    compressed = cache.compressed
-    if config.num_compressed(k_compress.shape[1]):
-        rows = [nsa.compress(params.get(name), x, config) for name, x in (("k", k_compress), ("v", v_compress))]
-        compressed = kv.fill(compressed, *rows)
+    batch, length = k_compress.shape[:2]
+    start, compressed = per_row(start, batch), cache.compressed
+    if number := config.num_compressed(length):
+        first = start[:, None] + jnp.arange(number)[None] * config.stride
+        over = (first + config.block <= length)[..., None, None]
+        rows = (nsa.compress(params.get(name), x, config, first) for name, x in (("k", k_compress), ("v", v_compress)))
+        compressed = kv.fill(compressed, *(jnp.where(over, x, 0) for x in rows))
     return Cache(
         recent=kv.fill(cache.recent, k_compress, v_compress),
         compressed=compressed,
-        select=kv.fill(cache.select, k_select, v_select),
+        select=jax.tree.map(
+            lambda x: jax.vmap(jnp.roll, (0, 0, None))(x, -start, 0), kv.fill(cache.select, k_select, v_select)
+        ),
         window=kv.fill(cache.window, k_window, v_window),
     )
 
@@ -94,23 +106,25 @@ def decode_step(
 ) -> Array:
     """The row of ``nsa.attend`` at ``position``: ``[B, H, Dv]`` for a query ``[B, H, D]`` and gates ``[B, H, 3]``.
 
-    ``position`` and ``start`` (the first position that may be seen) are int32 ``[]`` or ``[B]``; the token at ``position`` was
-    written before.
+    ``position`` and ``start`` (the first position that may be seen, with which the tokens were written) are int32 ``[]`` or ``[B]``;
+    the token at ``position`` was written before.
     """
     batch, heads, dim = q.shape
     if gates.shape != (batch, heads, 3):
         raise ValueError(f"gates must be {[batch, heads, 3]}: compression, selection, window; got {list(gates.shape)}")
     scale = dim**-0.5 if scale is None else scale
-    t, begin = per_row(position, batch)[:, None], per_row(start, batch)[:, None]
+    t = per_row(position - start, batch)[:, None]  # among the tokens of the sequence
+    zero = jnp.zeros_like(t)
     one = q[:, None]
     compressed = jax.tree.map(lambda x: x.astype(q.dtype), cache.compressed)
-    out_compress, importance = nsa.compressed_attention(one, compressed.k, compressed.v, t, begin, config, scale)
+    first = jnp.broadcast_to(jnp.arange(compressed.k.shape[1])[None] * config.stride, compressed.k.shape[:2])
+    out_compress, importance = nsa.compressed_attention(one, compressed.k, compressed.v, first, t, zero, config, scale)
 
     size, capacity, kv_heads = config.select_block, *cache.select.k.shape[1:3]
-    chosen = nsa.select(importance, t, begin, capacity // size, config)  # [B, K, 1, n]
+    chosen = nsa.select(importance, t // size, zero, capacity // size, config)  # [B, K, 1, n]
     grouped = group(one, kv_heads).transpose(0, 2, 1, 3, 4)
     k, v = (take_blocks(x, chosen[:, :, 0], size)[:, :, None].astype(q.dtype) for x in cache.select)
-    scores, seen = selected_scores(grouped, k, chosen, t, begin, scale)
+    scores, seen = selected_scores(grouped, k, chosen, t, scale)
     p = nsa.masked_softmax(scores, seen)
     values = v.reshape(*v.shape[:3], -1, v.shape[-1])
     out_select = jnp.einsum("bkcgs,bkcsd->bkgd", p.astype(q.dtype), values, preferred_element_type=p.dtype)
@@ -121,7 +135,7 @@ def decode_step(
     return jnp.asarray(out).astype(q.dtype)
 
 
-def selected_scores(q: Array, k: Array, chosen: Array, t: Array, start: Array, scale: float) -> tuple[Array, Array]:
+def selected_scores(q: Array, k: Array, chosen: Array, t: Array, scale: float) -> tuple[Array, Array]:
     """Scores ``[B, K, C, G, n l']`` of the tokens of chosen blocks, and which are seen ``[B, K, C, 1, n l']``.
 
     q is ``[B, K, C, G, D]``; k has the keys of the chosen blocks, ``[B, K, C, n, l', D]``.
@@ -129,7 +143,7 @@ def selected_scores(q: Array, k: Array, chosen: Array, t: Array, start: Array, s
     size = k.shape[-2]
     inside = jnp.broadcast_to(jnp.arange(size), (*chosen.shape, size))
     position = (chosen[..., None] * size + inside).reshape(*chosen.shape[:3], -1)
-    seen = (position <= t[:, None, :, None]) & (position >= start[:, None, :, None])
+    seen = position <= t[:, None, :, None]
     keys = k.reshape(*k.shape[:3], -1, k.shape[-1])
     wide = jnp.promote_types(q.dtype, jnp.float32)
     return jnp.einsum("bkcgd,bkcsd->bkcgs", q, keys, preferred_element_type=wide) * scale, seen[:, :, :, None]

@@ -67,22 +67,30 @@ def tiles(q: Array, k: Array, selected: int, chunk: int | None = None) -> Tiles:
 
 
 def selected_attention(
-    q: Array, k: Array, v: Array, chosen: Array, t: Array, start: Array, scale: float, chunk: int | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    token: Array,
+    chosen: Array,
+    t: Array,
+    start: Array,
+    scale: float,
+    chunk: int | None = None,
 ) -> Array:
     """Attention of q ``[B, K, T, G, D]`` to the tokens of its chosen blocks ``[B, K, T, n]``: ``[B, K, T, G, Dv]``.
 
-    Keys and values are ``[B, K, blocks, l', D]``; a block that is not there reads nothing. Queries stand at ``t`` and see
-    tokens from ``start`` on, both ``[B, T]``. A query that sees nothing gets 0.
+    Keys and values are ``[B, K, blocks, l', D]``, and ``token`` int ``[B, blocks, l']`` has their indices; a block that is not there
+    reads nothing. Queries stand at ``t`` and see tokens from ``start`` on, both ``[B, T]``. A query that sees nothing gets 0.
     """
     length, sizes = q.shape[2], tiles(q, k, chosen.shape[-1], chunk)
     pad = lambda x, axis: jnp.pad(x, [(0, -length % sizes.chunk if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
     one = functools.partial(_attend, scale=scale, sizes=sizes)
-    over_heads = jax.vmap(one, (0, 0, 0, 0, None, None))
-    out = jax.vmap(over_heads)(pad(q, 2), k, v, pad(chosen, 2), pad(t, 1), pad(start, 1))
+    over_heads = jax.vmap(one, (0, 0, 0, None, 0, None, None))
+    out = jax.vmap(over_heads)(pad(q, 2), k, v, token, pad(chosen, 2), pad(t, 1), pad(start, 1))
     return out[:, :, :length]
 
 
-# One sequence and one head of keys: q [T, G, D], k [blocks, l', D], chosen [T, n], t and start [T]
+# One sequence and one head of keys: q [T, G, D], k [blocks, l', D], token [blocks, l'], chosen [T, n], t and start [T]
 
 
 class Plan(NamedTuple):
@@ -111,12 +119,12 @@ def plan(chosen: Array, blocks: int, sizes: Tiles) -> Plan:
     return Plan(query.reshape(most, rows), jnp.minimum(block, blocks - 1), slots.reshape(chosen.shape))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _attend(q, k, v, chosen, t, start, scale, sizes):
-    return _forward(q, k, v, chosen, t, start, scale, sizes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _attend(q, k, v, token, chosen, t, start, scale, sizes):
+    return _forward(q, k, v, token, chosen, t, start, scale, sizes)[0]
 
 
-def _forward(q, k, v, chosen, t, start, scale, sizes):
+def _forward(q, k, v, token, chosen, t, start, scale, sizes):
     """Output ``[T, G, Dv]`` and log-sum-exp ``[T, G]``, infinite for a query that sees nothing."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     tiny, least = jnp.finfo(wide).tiny, jnp.finfo(wide).min
@@ -124,7 +132,7 @@ def _forward(q, k, v, chosen, t, start, scale, sizes):
     def of_chunk(x: Any) -> tuple[Array, Array]:
         q, chosen, t, start = x
         there = plan(chosen, len(k), sizes)
-        scores = _scorer(q, k, t, start, scale)
+        scores = _scorer(q, k, token, t, start, scale)
 
         def of_tiles(x: tuple[Array, Array]) -> tuple[Array, Array, Array]:
             s = scores(*x)[0]
@@ -145,20 +153,20 @@ def _forward(q, k, v, chosen, t, start, scale, sizes):
     return _join(jax.lax.map(of_chunk, _chunks((q, chosen, t, start), sizes)), 2)
 
 
-def _save(q, k, v, chosen, t, start, scale, sizes):
-    out, lse = _forward(q, k, v, chosen, t, start, scale, sizes)
-    return out, (q, k, v, chosen, t, start, out, lse)
+def _save(q, k, v, token, chosen, t, start, scale, sizes):
+    out, lse = _forward(q, k, v, token, chosen, t, start, scale, sizes)
+    return out, (q, k, v, token, chosen, t, start, out, lse)
 
 
 def _backward(scale, sizes, saved, d_out):
-    q, k, v, chosen, t, start, out, lse = saved
+    q, k, v, token, chosen, t, start, out, lse = saved
     wide = jnp.promote_types(q.dtype, jnp.float32)
     overlap = jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
 
     def of_chunk(carry: tuple[Array, Array], x: Any) -> tuple[tuple[Array, Array], Array]:
         q, chosen, t, start, d_out, lse, overlap = x
         there = plan(chosen, len(k), sizes)
-        scores = _scorer(q, k, t, start, scale)
+        scores = _scorer(q, k, token, t, start, scale)
         d_out, lse, overlap = _with_none(d_out), _with_none(lse, jnp.inf), _with_none(overlap)
 
         def of_tiles(carry: tuple[Array, Array], x: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
@@ -180,13 +188,15 @@ def _backward(scale, sizes, saved, d_out):
 
     zeros = spread((jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)), q)
     (dk, dv), dq = jax.lax.scan(of_chunk, zeros, _chunks((q, chosen, t, start, d_out, lse, overlap), sizes))
-    return _join(dq, 2), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+    return _join(dq, 2), dk.astype(k.dtype), dv.astype(v.dtype), None, None, None, None
 
 
 _attend.defvjp(_save, _backward)
 
 
-def _scorer(q: Array, k: Array, t: Array, start: Array, scale: float) -> Callable[..., tuple[Array, Array, Array]]:
+def _scorer(
+    q: Array, k: Array, token: Array, t: Array, start: Array, scale: float
+) -> Callable[..., tuple[Array, Array, Array]]:
     """``(query [m, R], block [m])`` to scores ``[m, R, G, l']``, minus infinity for what is not seen, with queries and keys."""
     q, t, start = _with_none(q), _with_none(t, -1), _with_none(start)
     wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -194,8 +204,8 @@ def _scorer(q: Array, k: Array, t: Array, start: Array, scale: float) -> Callabl
     def scores(query: Array, block: Array) -> tuple[Array, Array, Array]:
         queries, keys = q[query], k[block]
         s = jnp.einsum("mrgd,msd->mrgs", queries, keys, preferred_element_type=wide) * scale
-        token = (block[:, None] * k.shape[1] + jnp.arange(k.shape[1])[None])[:, None]
-        seen = (token <= t[query][..., None]) & (token >= start[query][..., None])
+        at = token[block][:, None]
+        seen = (at <= t[query][..., None]) & (at >= start[query][..., None])
         return jnp.where(seen[:, :, None], s, -jnp.inf), queries, keys
 
     return scores

@@ -57,29 +57,38 @@ def _vmem_of(tokens: int, k: Array, v: Array, width: int) -> int:
 # Selection: every query reads its own blocks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def selected_attention(
-    q: Array, k: Array, v: Array, chosen: Array, t: Array, start: Array, scale: float, interpret: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    token: Array,
+    chosen: Array,
+    t: Array,
+    start: Array,
+    scale: float,
+    interpret: bool,
 ) -> Array:
     """The same as ``nsa.selected_attention``: ``[B, K, T, G, Dv]``, T a multiple of ROWS."""
-    call = _over_selected(_select_forward, q, k, v, chosen, t, start, scale)
+    call = _over_selected(_select_forward, q, k, v, token, chosen, t, start, scale)
     return call((_queries(q.shape[3], v.shape[-1]),), (_like(q, v.shape[-1]),), interpret)(q, k, v)[0]
 
 
-def _save_selected(q, k, v, chosen, t, start, scale, interpret):
-    return selected_attention(q, k, v, chosen, t, start, scale, interpret), (q, k, v, chosen, t, start)
+def _save_selected(q, k, v, token, chosen, t, start, scale, interpret):
+    saved = (q, k, v, token, chosen, t, start)
+    return selected_attention(*saved, scale, interpret), saved
 
 
 def _selected_backward(scale, interpret, saved, d_out):
-    q, k, v, chosen, t, start = saved
+    q, k, v, token, chosen, t, start = saved
     parts = _parts(k, v)
-    call = _over_selected(_select_backward, q, k, v, chosen, t, start, scale, d_out, parts=parts)
+    call = _over_selected(_select_backward, q, k, v, token, chosen, t, start, scale, d_out, parts=parts)
     tokens = lambda x: jax.ShapeDtypeStruct((*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4]), jnp.float32)  # noqa: E731
     part = lambda x: (1, 1, tokens(x).shape[2] // parts, x.shape[4])  # noqa: E731
     spec = lambda x: pl.BlockSpec(part(x), lambda b, h, p, i: (b, h, p, 0), pipeline_mode=pl.Buffered(1))  # noqa: E731
     specs = (_queries(q.shape[3], q.shape[-1]), spec(k), spec(v))
     dq, dk, dv = call(specs, (_like(q, q.shape[-1]), tokens(k), tokens(v)), interpret)(q, k, v, d_out)
-    return dq, dk.reshape(k.shape).astype(k.dtype), dv.reshape(v.shape).astype(v.dtype), None, None, None
+    return dq, dk.reshape(k.shape).astype(k.dtype), dv.reshape(v.shape).astype(v.dtype), None, None, None, None
 
 
 selected_attention.defvjp(_save_selected, _selected_backward)
@@ -93,17 +102,21 @@ def _parts(k: Array, v: Array) -> int:
     return min(fits, default=num_blocks)
 
 
-def _over_selected(kernel, q, k, v, chosen, t, start, scale, *more, parts=1):
+def _over_selected(kernel, q, k, v, token, chosen, t, start, scale, *more, parts=1):
     """``(out_specs, out_shapes, interpret) -> (q, k, v, *more) -> outputs`` of a kernel over selected blocks."""
     batch, kv_heads, length, group, _ = q.shape
-    size, count, per = k.shape[3], chosen.shape[-1], max(1, LANES // k.shape[3])
-    chosen = jnp.pad(chosen, [(0, 0)] * 3 + [(0, -count % per)], constant_values=k.shape[2])
+    (num_blocks, size), count = k.shape[2:4], chosen.shape[-1]
+    per = max(1, LANES // size)
+    chosen = jnp.pad(chosen, [(0, 0)] * 3 + [(0, -count % per)], constant_values=num_blocks)
     count = chosen.shape[-1]
+    # A row of lanes for each block, as often as blocks stand side by side in them, and one of none: past every query.
+    token = jnp.pad(jnp.tile(token, (1, 1, per)), [(0, 0), (0, 1), (0, 0)], constant_values=num_blocks * size)
     smem = functools.partial(pl.BlockSpec, memory_space=pltpu.SMEM)
     scalars = (chosen.reshape(batch, kv_heads, 1, length * count), t[:, None], start[:, None])
     in_specs = [
         smem((1, 1, 1, ROWS * count), lambda b, h, p, i: (b, h, 0, i)),
         *[smem((1, 1, ROWS), lambda b, h, p, i: (b, 0, i))] * 2,
+        _row(token.shape[1:]),
         _queries(group, q.shape[-1]),
         *(_head((x.shape[2] * size, x.shape[-1])) for x in (k, v)),
         *(_queries(group, x.shape[-1]) for x in more),
@@ -113,21 +126,21 @@ def _over_selected(kernel, q, k, v, chosen, t, start, scale, *more, parts=1):
     def with_outputs(out_specs, out_shapes, interpret):
         call = _call(body, (batch, kv_heads, parts, length // ROWS), in_specs, out_specs, out_shapes, interpret)
         flat = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # noqa: E731
-        return lambda q, k, v, *rest: call(*scalars, q, flat(k), flat(v), *rest)
+        return lambda q, k, v, *rest: call(*scalars, token, q, flat(k), flat(v), *rest)
 
     return with_outputs
 
 
-def _rows_of(chosen, t, start, q, k, v, i, count, size, per):
+def _rows_of(chosen, t, start, token, k, v, i, count, size, per):
     """For query i of a step: its blocks ``[(first tokens, keys, values, seen)]``, ``per`` of them side by side in the lanes."""
     num_blocks = k.shape[2] // size
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, per * size), 1)
     groups = []
     for j in range(0, count, per):
         at = [chosen[0, 0, 0, i * count + j + b] for b in range(per)]
-        position = lane + at[0] * size
+        position = token[0, pl.ds(at[0], 1), :]
         for b in range(1, per):
-            position = jnp.where(lane >= b * size, lane + (at[b] - b) * size, position)
+            position = jnp.where(lane >= b * size, token[0, pl.ds(at[b], 1), :], position)
         seen = (position <= t[0, 0, i]) & (position >= start[0, 0, i])
         first = [pl.multiple_of(jnp.minimum(a, num_blocks - 1) * size, size) for a in at]
         keys, values = (jnp.concatenate([x[0, 0, pl.ds(f, size), :] for f in first], axis=0) for x in (k, v))
@@ -145,9 +158,9 @@ def _softmax_of(q_i, groups, scale):
     return [w * share for w in weight]
 
 
-def _select_forward(chosen, t, start, q, k, v, out, *, count, size, per, scale):
+def _select_forward(chosen, t, start, token, q, k, v, out, *, count, size, per, scale):
     def query(i, _):
-        groups = _rows_of(chosen, t, start, q, k, v, i, count, size, per)
+        groups = _rows_of(chosen, t, start, token, k, v, i, count, size, per)
         p = _softmax_of(q[0, 0, i], groups, scale)
         parts = [_dot(x.astype(v.dtype), values, 1, 0) for x, (_, _, values, _) in zip(p, groups, strict=True)]
         out[0, 0, i] = _add(parts).astype(out.dtype)
@@ -156,7 +169,7 @@ def _select_forward(chosen, t, start, q, k, v, out, *, count, size, per, scale):
     jax.lax.fori_loop(0, ROWS, query, 0)
 
 
-def _select_backward(chosen, t, start, q, k, v, d_out, dq, dk, dv, *, count, size, per, scale):
+def _select_backward(chosen, t, start, token, q, k, v, d_out, dq, dk, dv, *, count, size, per, scale):
     _zero_at_first(dk, dv)
     tokens = dk.shape[2]
     base = pl.program_id(2) * tokens  # first token of the part that is summed now
@@ -170,7 +183,7 @@ def _select_backward(chosen, t, start, q, k, v, d_out, dq, dk, dv, *, count, siz
             dv[0, 0, pl.ds(at, size), :] += dv_block
 
     def query(i, _):
-        groups = _rows_of(chosen, t, start, q, k, v, i, count, size, per)
+        groups = _rows_of(chosen, t, start, token, k, v, i, count, size, per)
         q_i, d_i = q[0, 0, i], d_out[0, 0, i]
         p = _softmax_of(q_i, groups, scale)
         dp = [_dot(d_i, values, 1, 1) for _, _, values, _ in groups]
@@ -195,8 +208,8 @@ def compressed_attention(
     q: Array,
     k: Array,
     v: Array,
-    t: Array,
-    start: Array,
+    first: Array,
+    queries: tuple[Array, Array, Array, Array],
     num_blocks: int,
     config: nsa.Config,
     scale: float,
@@ -204,7 +217,9 @@ def compressed_attention(
 ) -> tuple[Array, Array]:
     """The compression branch's answer ``[B, K, G, T, Dv]`` and the blocks chosen ``[B, K, T, n]``, as ``nsa.select`` gives them.
 
-    For q ``[B, K, G, T, D]`` and compressed keys and values ``[B, K, N, D]``, T a multiple of ROWS and N of ``columns``.
+    For q ``[B, K, G, T, D]`` and compressed keys and values ``[B, K, N, D]``, T a multiple of ROWS and N of ``columns``. ``first``
+    ``[B, N]`` has the index of the first token of each compressed block; ``queries`` are the index of each query, of the first token
+    that it sees, its own block and the oldest one that it may read, all ``[B, T]``.
     """
     batch, kv_heads, group, length, _ = q.shape
     count = min(config.selected, num_blocks)
@@ -212,24 +227,21 @@ def compressed_attention(
     out_specs = (_heads(group, v.shape[-1]), pl.BlockSpec((1, 1, ROWS, count), lambda b, h, p, i: (b, h, i, 0)))
     out_shapes = (_like(q, v.shape[-1]), jax.ShapeDtypeStruct((batch, kv_heads, length, count), jnp.int32))
     scratch = [pltpu.VMEM((ROWS, k.shape[2]), jnp.float32)]
-    return tuple(
-        _over_compressed(body, q, k, v, out_specs, out_shapes, interpret, scratch)(t[..., None], start[..., None])
-    )
+    return tuple(_over_compressed(body, q, k, v, first, queries, out_specs, out_shapes, interpret, scratch))
 
 
-def _save_compressed(q, k, v, t, start, num_blocks, config, scale, interpret):
-    return compressed_attention(q, k, v, t, start, num_blocks, config, scale, interpret), (q, k, v, t, start)
+def _save_compressed(q, k, v, first, queries, num_blocks, config, scale, interpret):
+    saved = (q, k, v, first, queries)
+    return compressed_attention(*saved, num_blocks, config, scale, interpret), saved
 
 
 def _compressed_backward(num_blocks, config, scale, interpret, saved, d_answers):
-    q, k, v, t, start = saved
+    q, k, v, first, queries = saved
     body = functools.partial(_compress_backward, config=config, scale=scale)
     wide = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)  # noqa: E731
     specs = (_heads(q.shape[2], q.shape[-1]), _head(k.shape[2:]), _head(v.shape[2:]))
-    call = _over_compressed(
-        body, q, k, v, specs, (_like(q, q.shape[-1]), wide(k), wide(v)), interpret, [], d_answers[0]
-    )
-    dq, dk, dv = call(t[..., None], start[..., None])
+    shapes = (_like(q, q.shape[-1]), wide(k), wide(v))
+    dq, dk, dv = _over_compressed(body, q, k, v, first, queries[:2], specs, shapes, interpret, [], d_answers[0])
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
@@ -241,18 +253,24 @@ def columns(num_blocks: int, config: nsa.Config) -> int:
     return (num_blocks + -num_blocks % LANES) * (config.select_block // config.stride)
 
 
-def _over_compressed(body, q, k, v, out_specs, out_shapes, interpret, scratch, *more):
+def _over_compressed(body, q, k, v, first, queries, out_specs, out_shapes, interpret, scratch, *more):
     batch, kv_heads, group, length, _ = q.shape
+    first, columns = first[:, None], [x[..., None] for x in queries]
     column = pl.BlockSpec((1, ROWS, 1), lambda b, h, p, i: (b, i, 0))
-    in_specs = [column, column, _heads(group, q.shape[-1]), _head(k.shape[2:]), _head(v.shape[2:])]
+    in_specs = [
+        _row(first.shape[1:]),
+        *[column] * len(columns),
+        _heads(group, q.shape[-1]),
+        _head(k.shape[2:]),
+        _head(v.shape[2:]),
+    ]
     in_specs += [_heads(group, x.shape[-1]) for x in more]
     call = _call(body, (batch, kv_heads, 1, length // ROWS), in_specs, out_specs, out_shapes, interpret, scratch)
-    return lambda t, start: call(t, start, q, k, v, *more)
+    return call(first, *columns, q, k, v, *more)
 
 
-def _seen(t, start, number, config):
-    first = config.stride * jax.lax.broadcasted_iota(jnp.int32, (ROWS, number), 1)
-    return (first + config.block - 1 <= t[0]) & (first >= start[0])
+def _seen(first, t, start, config):
+    return (first[0] + config.block - 1 <= t[0]) & (first[0] >= start[0])
 
 
 def _probabilities(q_g, k, seen, scale):
@@ -262,8 +280,8 @@ def _probabilities(q_g, k, seen, scale):
     return weight / jnp.where(total > 0, total, 1.0)
 
 
-def _compress_forward(t, start, q, k, v, out, chosen, importance, *, config, scale, num_blocks):
-    seen = _seen(t, start, k.shape[2], config)
+def _compress_forward(first, t, start, own, oldest, q, k, v, out, chosen, importance, *, config, scale, num_blocks):
+    seen = _seen(first, t, start, config)
     importance[...] = jnp.zeros(importance.shape, jnp.float32)
 
     def head(g, _):
@@ -275,10 +293,9 @@ def _compress_forward(t, start, q, k, v, out, chosen, importance, *, config, sca
     jax.lax.fori_loop(0, q.shape[2], head, 0)
     score = jnp.concatenate(list(_block_scores(importance, config)), axis=1)
     block = jax.lax.broadcasted_iota(jnp.int32, score.shape, 1)
-    own, first = jax.lax.div(t[0], config.select_block), jax.lax.div(start[0], config.select_block)
-    forced = (block < first + config.initial) | (block > own - config.local)
+    forced = (block < oldest[0] + config.initial) | (block > own[0] - config.local)
     score = jnp.where(forced, jnp.inf, score)
-    score = jnp.where((block <= own) & (block >= first), score, -1.0)
+    score = jnp.where((block <= own[0]) & (block >= oldest[0]), score, -1.0)
     place = jax.lax.broadcasted_iota(jnp.int32, (ROWS, chosen.shape[-1]), 1)
 
     def pick(j, carry):
@@ -311,9 +328,9 @@ def _block_scores(importance, config):
         yield score
 
 
-def _compress_backward(t, start, q, k, v, d_out, dq, dk, dv, *, config, scale):
+def _compress_backward(first, t, start, q, k, v, d_out, dq, dk, dv, *, config, scale):
     _zero_at_first(dk, dv)
-    seen = _seen(t, start, k.shape[2], config)
+    seen = _seen(first, t, start, config)
 
     def head(g, _):
         q_g, d_g = q[0, 0, g], d_out[0, 0, g]
@@ -387,6 +404,11 @@ def _heads(group: int, dim: int) -> pl.BlockSpec:
 def _head(shape: tuple[int, ...]) -> pl.BlockSpec:
     """All of a key head ``[1, 1, S, D]``; held once, not twice, while the queries go by."""
     return pl.BlockSpec((1, 1, *shape), lambda b, h, p, i: (b, h, 0, 0), pipeline_mode=pl.Buffered(1))
+
+
+def _row(shape: tuple[int, ...]) -> pl.BlockSpec:
+    """What all key heads of a row share ``[1, *shape]``."""
+    return pl.BlockSpec((1, *shape), lambda b, h, p, i: (b, 0, 0), pipeline_mode=pl.Buffered(1))
 
 
 def _like(q: Array, dim: int) -> Any:

@@ -26,9 +26,6 @@ Kind = Literal["none", "dense", "nsa"]
 class AttentionConfig:
     """Shape of a memory of attention.
 
-    Blocks of nsa begin at multiples of their size in the steps ever taken, not in the episode: what an episode's steps give
-    depends, slightly, on where among them it began, though on nothing that was seen before it.
-
     Attributes:
         kind: none, dense, or nsa (native sparse attention).
         context: steps that are remembered; what is further back is out of sight.
@@ -88,15 +85,13 @@ class Memory(NamedTuple):
         k: keys, before rotary positions ``[B, context, layers, branches, K, D]``.
         v: values.
         alive: whether the step belongs to the episode under way ``[B, context]``.
-        position: of the step in its episode, int32 ``[B, context]``.
-        steps: ever taken, int32 ``[B]``: blocks of nsa begin at its multiples.
+        position: of the step in its episode, int32 ``[B, context]``; blocks of nsa count by it.
     """
 
     k: Array
     v: Array
     alive: Array
     position: Array
-    steps: Array
 
 
 class Timeline(NamedTuple):
@@ -106,7 +101,6 @@ class Timeline(NamedTuple):
     v: Array
     episode: Array
     position: Array
-    steps: Array
 
 
 def empty(config: AttentionConfig, dim: int) -> Memory:
@@ -118,7 +112,6 @@ def empty(config: AttentionConfig, dim: int) -> Memory:
         jnp.zeros(rows, jnp.float32),
         jnp.zeros(config.context, bool),
         jnp.zeros(config.context, jnp.int32),
-        jnp.int32(0),
     )
 
 
@@ -128,9 +121,7 @@ def memory_at(line: Timeline, t: Array, b: Array, context: int) -> Memory:
     at = b[:, None]
     own = line.episode[b, t + context]
     alive = line.episode[at, rows] == own[:, None]
-    return Memory(
-        line.k[at, rows], line.v[at, rows], alive, line.position[at, rows], (line.steps[b] + t + 1).astype(jnp.int32)
-    )
+    return Memory(line.k[at, rows], line.v[at, rows], alive, line.position[at, rows])
 
 
 class AttentionMemory(nn.Module):
@@ -155,17 +146,16 @@ class AttentionMemory(nn.Module):
             k, v = jnp.concatenate([past_k, k], axis=2), jnp.concatenate([past_v, v], axis=2)
             keys.append(jnp.moveaxis(k, 0, 2))
             values.append(jnp.moveaxis(v, 0, 2))
-            mixed = self._mix(layer, y, q, k, v, episode, position, memory.steps, shape)
+            mixed = self._mix(layer, y, q, k, v, episode, position, shape)
             x = x + transformer.out(layer, mixed)
             x = x + transformer.ffn(layer, x, shape)
         x = rms_norm(x, params["norm"], shape.norm_eps)
-        line = Timeline(jnp.stack(keys, axis=2), jnp.stack(values, axis=2), episode, position, memory.steps)
+        line = Timeline(jnp.stack(keys, axis=2), jnp.stack(values, axis=2), episode, position)
         return line, jnp.swapaxes(x, 0, 1)
 
-    def _mix(self, layer, y, q, k, v, episode, position, steps, shape):
+    def _mix(self, layer, y, q, k, v, episode, position, shape):
         """Attention of queries ``[B, T, H, D]`` to the timeline of each branch ``[n, B, context + T, K, D]``."""
         context, length = self.config.context, k.shape[2]
-        at = jnp.arange(length)[None]
         q = rope(q, position[:, context:], shape.rope_theta)
         k = rope(k, position[None], shape.rope_theta)
         horizon = context + 1
@@ -174,17 +164,16 @@ class AttentionMemory(nn.Module):
             return _window(q, k[0], v[0], episode, window, context)
         sparse = self.config.sparse()
         near = _window(q, k[2], v[2], episode, min(sparse.window, horizon), context)
-        # Blocks begin at multiples of the steps ever taken, wherever the timeline begins.
-        size = sparse.select_block
-        shift = (steps - context) % size
-        grown = lambda x: jnp.pad(x, [(0, 0), (0, size + -length % size)] + [(0, 0)] * (x.ndim - 2))  # noqa: E731
-        place = lambda x: jax.vmap(jnp.roll, in_axes=(0, 0, None))(grown(x), shift, 0)  # noqa: E731
-        starts = nsa.segment_starts(episode)[:, context:]
-        t = jnp.broadcast_to(at[:, context:], starts.shape)
-        start = jnp.maximum(starts, t - context) + shift[:, None]
-        streams = nsa.Streams(place(k[0]), place(v[0]), place(k[1]), place(v[1]), k[2], v[2])
+        # Blocks count from the first step of the episode, which may lie before the timeline: room for the rest of a block there.
+        room = sparse.select_block - 1
+        early = jnp.maximum(position[:, :1] + jnp.arange(-room, 0, dtype=jnp.int32)[None], 0)
+        position = jnp.concatenate([early, position], axis=1)
+        at = jnp.broadcast_to(jnp.arange(room + length, dtype=jnp.int32)[None], position.shape)
+        grown = (jnp.pad(x, [(0, 0), (room, 0), (0, 0), (0, 0)]) for x in (k[0], v[0], k[1], v[1]))
+        streams, t = nsa.Streams(*grown, k[2], v[2]), at[:, room + context :]
+        start = jnp.maximum(room + nsa.segment_starts(episode)[:, context:], t - context)
         gates = mixers.branch_gates(layer, y)
-        return nsa.mix(layer["compress"], q, streams, gates, near, t + shift[:, None], start, sparse)
+        return nsa.mix(layer["compress"], q, streams, gates, near, t, start, sparse, origin=at - position)
 
 
 def _positions(memory: Memory, first: Array) -> Array:

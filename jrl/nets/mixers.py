@@ -185,7 +185,8 @@ def _sparse_sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array
 def _sparse_prefill(layer: Any, y: Array, tokens: Tokens, cache: Any, config: Any) -> tuple[Array, Any]:
     q, k, v = _placed(layer, y, tokens, config)
     streams = _streams(k, v)
-    cache = nsa_cache.fill(layer["compress"], cache, streams, config.sparse)
+    start = 0 if tokens.segment_ids is None else nsa.segment_starts(tokens.segment_ids)[:, -1]
+    cache = nsa_cache.fill(layer["compress"], cache, streams, config.sparse, start=start)
     return _sparse_attend(layer, y, q, streams, tokens, config), cache
 
 
@@ -207,7 +208,7 @@ def _sparse_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
 
 def _sparse_step(layer: Any, y: Array, cache: Any, position: Array, start: Array | int, config: Any):
     q, k, v = _placed_step(layer, y, position, start, config)
-    cache = nsa_cache.write(layer["compress"], cache, _streams(k, v), position, config.sparse)
+    cache = nsa_cache.write(layer["compress"], cache, _streams(k, v), position, config.sparse, start=start)
     gates = branch_gates(layer, y)
     return nsa_cache.decode_step(q, gates, cache, position, config.sparse, start=start), cache
 
