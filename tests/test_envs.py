@@ -12,6 +12,7 @@ from jrl.algos import dqn, ppo, pqn, r2d2, td
 from jrl.envs import Discrete, Environment, probes, strict, wrappers
 from jrl.envs import gymnax as ours
 from jrl.envs.types import example_action
+from jrl.lm import tasks
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
@@ -339,6 +340,15 @@ def test_arguments_of_the_wrong_kind_are_refused_in_one_line(module):
         module.make(env, module.Config(), {})
     with pytest.raises(ValueError, match="an environment's name must be text; got 3"):
         envs.make(3)
+
+
+def test_environments_and_tasks_may_be_static_arguments():
+    for make in (
+        lambda: envs.make("CartPole-v1"),
+        lambda: wrappers.sticky_actions(envs.make("Garnet", seed=2)),
+        lambda: tasks.as_environment(tasks.make("parity", length=3)),
+    ):
+        assert isinstance(hash(make()), int) and make().settings == make().settings != ()
 
 
 def test_any_record_of_the_protocol_is_an_environment(key):

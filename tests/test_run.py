@@ -19,7 +19,7 @@ from scipy.stats import trim_mean
 
 from jrl import envs, host, nets, optim, run
 from jrl.algos import ppo
-from jrl.run import cli, layout, log, program, progress, stats
+from jrl.run import cli, folders, layout, log, program, progress, stats
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
@@ -465,40 +465,29 @@ def make(goal=1.0):
 """
 
 
-def test_what_an_environment_is_made_of_is_recorded_and_compared(tmp_path):
-    path = tmp_path / "mine.py"
+def test_what_an_environment_is_made_of_is_recorded():
+    def recorded(env):
+        settings = folders.settings(ppo.make(env, TINY), jax.random.key(0), 16, 1, {"": ppo.Hyper()}, 1)
+        return {name.removeprefix("env_params."): x for name, x in settings.items() if name.startswith("env_params.")}
+
+    garnet = {"seed": 3, "num_states": 10, "num_actions": 4, "branching": 3, "time_limit": 100, "one_hot": True}
+    assert recorded(envs.make("Garnet", seed=3)) == garnet
+    assert recorded(envs.make("Recall", delay=4)) == {"delay": 4, "queries": 16, "symbols": 4}
+    assert recorded(envs.make("CartPole-v1", gravity=5.0))["gravity"] == 5
+    limited = envs.wrappers.time_limit(envs.wrappers.sticky_actions(envs.make("Garnet", seed=3), 0.5), 7)
+    assert recorded(limited) == garnet | {"wrappers": ["sticky_actions(probability=0.5)", "time_limit(steps=7)"]}
+
+
+def test_a_run_does_not_go_on_in_another_environment(tmp_path):
+    path, folder = tmp_path / "mine.py", tmp_path / "run"
     path.write_text(ENV_FILE)
-    wrap = envs.wrappers.time_limit
-    for name, before, after, message in (
-        (
-            "garnet",
-            lambda: envs.make("Garnet", seed=3),
-            lambda: envs.make("Garnet", seed=4),
-            "env_params.seed was 3, is 4",
-        ),
-        (
-            "recall",
-            lambda: envs.make("Recall", delay=4),
-            lambda: envs.make("Recall", delay=4, queries=2),
-            "env_params.queries was 16, is 2",
-        ),
-        (
-            "wrapped",
-            lambda: envs.make("Garnet"),
-            lambda: wrap(envs.make("Garnet"), 7),
-            "env_params.wrappers was null, is",
-        ),
-        ("file", lambda: envs.make(path), lambda: envs.make(path, goal=2.0), "env_params.goal was null, is 2.0"),
-    ):
-        folder = tmp_path / name
-        train(ppo.make(before(), TINY), 1, run_dir=folder)
-        train(ppo.make(before(), TINY), 1, run_dir=folder, resume=True)
-        with pytest.raises(run.RunError, match=message):
-            train(ppo.make(after(), TINY), 1, run_dir=folder, resume=True)
-    assert json.loads((tmp_path / "file/config.json").read_text())["settings"]["env_params.text"] == ENV_FILE
+    train(ppo.make(envs.make(path), TINY), 1, run_dir=folder)
+    assert json.loads((folder / "config.json").read_text())["settings"]["env_params.text"] == ENV_FILE
+    with pytest.raises(run.RunError, match=r"env_params.goal was null, is 2.0"):
+        train(ppo.make(envs.make(path, goal=2.0), TINY), 1, run_dir=folder, resume=True)
     path.write_text(ENV_FILE.replace("1.0", "3.0"))
     with pytest.raises(run.RunError, match=r"is a run of mine.py as it was: the file has changed since"):
-        train(ppo.make(envs.make(path), TINY), 1, run_dir=tmp_path / "file", resume=True)
+        train(ppo.make(envs.make(path), TINY), 1, run_dir=folder, resume=True)
 
 
 def test_a_resume_without_evaluation_keeps_the_one_there_is(tmp_path):

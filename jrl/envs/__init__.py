@@ -10,7 +10,7 @@ from jrl.envs import gymnax, probes, tabular, wrappers
 from jrl.envs.recall import recall
 from jrl.envs.spaces import Box, Discrete, MultiDiscrete, Space
 from jrl.envs.strict import strict
-from jrl.envs.types import Environment, MaskedObs, observation_spec
+from jrl.envs.types import Environment, MaskedObs, observation_spec, with_settings
 
 __all__ = [
     "Box",
@@ -54,7 +54,7 @@ def make(name: str | Path, **params: Any) -> Environment:
     name = str(name)
     if name.endswith(".py"):
         made = strict(_from_file(Path(name), params))
-        return made._replace(settings={**made.settings, **params, **user_file.text_of(Path(name))})
+        return with_settings(made, params | user_file.text_of(Path(name)))
     if name in gymnax.IDS:
         return strict(gymnax.make(name, **params))
     if name not in _registered:
@@ -62,7 +62,7 @@ def make(name: str | Path, **params: Any) -> Environment:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
         raise ValueError(f"unknown environment {name!r}; {hint} (or a path to a .py file)")
     made = strict(user_file.call(name, _registered[name], params))
-    return made._replace(settings={**made.settings, **user_file.settings_of(_registered[name], params)})
+    return with_settings(made, user_file.settings_of(_registered[name], params))
 
 
 def _from_file(path: Path, params: dict[str, Any]) -> Environment:

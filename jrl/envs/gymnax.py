@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl.envs.types import Box, Discrete, Environment, Space
+from jrl.envs.types import Box, Discrete, Environment, Space, with_settings
 from jrl.user_file import same_kind
 
 # Listed here so that a wrong name is refused without the import. MNISTBandit-bsuite downloads its images: left out.
@@ -76,7 +76,7 @@ def make(name: str, **params: Any) -> Environment:
         return observe(obs), state, reward, terminated, env.is_truncated(state, env_params)
 
     listed = ", ".join(f"{field}={value}" for field, value in params.items())
-    return Environment(
+    made = Environment(
         name=f"{name}({listed})" if params else name,
         reset=reset,
         step=step,
@@ -84,8 +84,8 @@ def make(name: str, **params: Any) -> Environment:
         time_limit=int(env_params.max_steps_in_episode),
         first_truncation=int(env_params.max_steps_in_episode),
         draw=_drawer(env, env_params),
-        settings=vars(env_params),
     )
+    return with_settings(made, vars(env_params))
 
 
 def _space(space: Any) -> Space:

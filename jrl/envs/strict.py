@@ -74,7 +74,7 @@ def _record(env: Any) -> Environment:
         )
     name = str(getattr(env, "name", None) or getattr(env, "__name__", None) or type(env).__name__)
     fields: dict[str, Any] = {field: getattr(env, field, None) for field in Environment._fields}
-    fields |= {"name": name, "settings": fields["settings"] or {}}
+    fields |= {"name": name, "settings": fields["settings"] or ()}
     for field in ("reset", "step"):
         if not callable(fields[field]):
             raise ValueError(f"{name}: {field} must be a function; got {fields[field]!r}")

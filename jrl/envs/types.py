@@ -7,8 +7,7 @@ is still to be estimated). Both may be true. The rollout resets.
 """
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +44,8 @@ class Environment(NamedTuple):
         first_truncation: no episode is truncated sooner than after this many steps; None if unknown. It lets a learner
             skip values that cannot be needed.
         draw: ``(states: list, path) -> None`` writes a GIF of an episode, or None.
-        settings: what it was made of, by name, as a run records and compares it: parameters, wrappers, a file's text.
+        settings: what it was made of, as pairs of a name and a value, which a run records and compares: parameters, wrappers,
+            a file's text.
     """
 
     name: str
@@ -55,7 +55,16 @@ class Environment(NamedTuple):
     time_limit: int | None = None
     first_truncation: int | None = None
     draw: Callable[[list[State], str], None] | None = None
-    settings: Mapping[str, Any] = MappingProxyType({})
+    settings: tuple[tuple[str, Any], ...] = ()
+
+
+R = TypeVar("R", bound=Any)
+
+
+def with_settings(record: R, settings: Mapping[str, Any]) -> R:
+    """An environment (or another record with ``settings``) with more of them on record; it stays hashable."""
+    plain = {name: x if isinstance(x, int | float | str | tuple | None) else str(x) for name, x in settings.items()}
+    return record._replace(settings=tuple((dict(record.settings) | plain).items()))
 
 
 def observation_spec(env: Environment) -> Any:

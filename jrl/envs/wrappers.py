@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl.envs.types import Environment, MaskedObs, example_action, observation_spec
+from jrl.envs.types import Environment, MaskedObs, example_action, observation_spec, with_settings
 
 Array = jax.Array
 
@@ -114,5 +114,5 @@ def _wrapped(env: Environment, name: str, settings: dict[str, Any], **changed: A
             inner([state[0] for state in states], path)
 
     listed = ", ".join(f"{field}={value}" for field, value in settings.items())
-    wrappers = [*env.settings.get("wrappers", []), f"{name}({listed})"]
-    return env._replace(**changed, draw=draw, settings={**env.settings, "wrappers": wrappers})
+    wrappers = (*dict(env.settings).get("wrappers", ()), f"{name}({listed})")
+    return with_settings(env._replace(**changed, draw=draw), {"wrappers": wrappers})

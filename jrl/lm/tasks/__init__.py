@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jrl import user_file
+from jrl.envs.types import with_settings
 from jrl.lm.tasks.addition import addition
 from jrl.lm.tasks.countdown import countdown
 from jrl.lm.tasks.environment import as_environment
@@ -65,13 +66,13 @@ def make(name: str, **settings: Any) -> Task:
     """
     if name.endswith(".py"):
         made = strict(_from_file(Path(name), settings))
-        return made._replace(settings={**settings, **user_file.text_of(Path(name))})
+        return with_settings(made, settings | user_file.text_of(Path(name)))
     if name not in _registered:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
         raise ValueError(f"unknown task {name!r}; {hint} (or a path to a .py file)")
     made = strict(user_file.call(name, _registered[name], settings))
-    return made._replace(settings=user_file.settings_of(_registered[name], settings))
+    return with_settings(made, user_file.settings_of(_registered[name], settings))
 
 
 def _from_file(path: Path, settings: dict[str, Any]) -> Task:

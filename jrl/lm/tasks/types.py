@@ -5,8 +5,7 @@ Tokens are int32 ids of ``Task.symbols``. A prompt is padded on the left, so tha
 lies behind it never matters.
 """
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +41,7 @@ class Task(NamedTuple):
             where there is partial credit, "close". ``mask`` is true up to and including the end token. A reward is a weighted
             sum of these; other parts are shown.
         demonstrate: ``problem -> tokens [T] int32``, a correct answer with its end token, then padding.
-        settings: what it was made of, by name, as a run records and compares it.
+        settings: what it was made of, as pairs of a name and a value, which a run records and compares.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Task(NamedTuple):
     draw: Callable[[Key], Problem]
     verify: Callable[[Problem, Array, Array], dict[str, Array]]
     demonstrate: Callable[[Problem], Array]
-    settings: Mapping[str, Any] = MappingProxyType({})
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 def answer_mask(tokens: Array) -> Array:
