@@ -498,6 +498,15 @@ def test_a_resume_without_evaluation_keeps_the_one_there_is(tmp_path):
     assert train(algo, 3, run_dir=tmp_path / "run", resume=True, eval_episodes=2).summary["eval"]["env_steps"] == 48
 
 
+@pytest.mark.parametrize("name", ["summary.json", "evaluations.json"])
+def test_a_damaged_record_is_refused_by_its_path(name, tmp_path):
+    algo = make("Probe-action")
+    train(algo, 1, run_dir=tmp_path / "run", eval_episodes=1)
+    (tmp_path / "run" / name).write_text('{"eval": ')
+    with pytest.raises(run.RunError, match=f"{name} is damaged: it is no JSON"):
+        train(algo, 1, run_dir=tmp_path / "run", resume=True)
+
+
 def test_tensorboard_has_the_settings_and_the_final_evaluation(tmp_path):
     from tensorboardX.proto.event_pb2 import Event
 

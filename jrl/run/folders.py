@@ -101,6 +101,16 @@ def _version(package: str) -> str | None:
         return None
 
 
+def read_json(path: Path, default: Any) -> Any:
+    """What ``write_json`` wrote, or the default if nothing did. Raises ``RunError`` for a damaged file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return default
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: it is no JSON ({error})") from None
+
+
 def write_json(path: Path, data: Any) -> None:
     """Whole or not at all."""
     fresh = path.with_suffix(".tmp")

@@ -1,7 +1,6 @@
 """The run loop: chunks of compiled updates, with everything that has to happen on the host between them."""
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -270,10 +269,8 @@ class _Run:
                 for member, row in np.argwhere(~np.isfinite(values)).tolist():
                     update = int(env_steps[row]) // self.algo.env_steps_per_update
                     self.bad[member] = min(update, self.bad.get(member, update))
-        path = self.folder / "evaluations.json"
-        if path.exists():
-            saved = json.loads(path.read_text())
-            self.evaluations = [e for e in saved if e["env_steps"] <= self.done * self.algo.env_steps_per_update]
+        saved = folders.read_json(self.folder / "evaluations.json", [])
+        self.evaluations = [e for e in saved if e["env_steps"] <= self.done * self.algo.env_steps_per_update]
 
     def _progress(self) -> Progress:
         per_update = self.algo.env_steps_per_update * len(self.members.labels)
@@ -461,9 +458,8 @@ class _Run:
             "run_seconds": round(self.seconds, 3),
             "env_steps_per_second": round(trained / self.seconds) if trained else None,
         }
-        before: dict[str, Any] = {}
-        if self.first and self.folder is not None and (self.folder / "summary.json").exists():
-            before = json.loads((self.folder / "summary.json").read_text())
+        resumed = self.first and self.folder is not None
+        before = folders.read_json(self.folder / "summary.json", {}) if resumed else {}
         if not trained:
             speed = {name: before.get(name, value) for name, value in speed.items()}
         return {
