@@ -278,8 +278,9 @@ def one_step(args, source, words, sample, learn, state, key_run, done, pad):
     texts = texts_of(words, rollout)
     parts = verifiers.judge(source, [item for item in items for _ in range(group)], texts)
     _check_weights(args.hyper, parts, source.name)
-    judged = ~np.isnan(list(parts.values())).any(0)
-    reward = jnp.asarray(np.where(judged, grpo.rewards(config, args.hyper, parts, rollout.mask), 0))
+    judged = np.isfinite(np.stack(list(parts.values()))).all(0)
+    reward = grpo.rewards(config, args.hyper, jax.tree.map(jnp.asarray, parts), rollout.mask)
+    reward = jnp.where(judged, reward, 0)
     rollout = rollout._replace(mask=rollout.mask & judged[:, None])  # who was not judged takes no part
     row = grpo.drawn(reward, rollout.mask, group) | {"overlong_prompts": passed, "abstained": np.sum(~judged)}
     row |= {"sampled_tokens_per_s": count / sampled}
@@ -290,10 +291,7 @@ def one_step(args, source, words, sample, learn, state, key_run, done, pad):
     state, metrics = jax.block_until_ready(learn(state, key_learn, tokens, valid, rollout, reward))
     trained = (int(rollout.mask.sum()) + int(valid.sum())) / (time.monotonic() - begin)
     row = {name: float(x) for name, x in (metrics | row).items()} | {"trained_tokens_per_s": trained}
-    if taken := parts.keys() & (row.keys() | {"step"}):
-        raise verifiers.VerifierError(
-            f"{source.name}: a part may not be named as a metric is: {', '.join(sorted(taken))}"
-        )
+    checks.apart(f"{source.name}: the verifier's parts", parts, [*row, "step"])
     row |= {name: float(x[judged].mean()) if judged.any() else math.nan for name, x in parts.items()}
     said = [f"{item.prompt!r} -> {texts[i * group]!r}" for i, item in enumerate(items)]
     return state, row, said

@@ -56,6 +56,12 @@ def not_empty(**fields: Sized) -> None:
             raise ValueError(f"{name} must name at least one")
 
 
+def apart(what: str, names: Iterable[str], taken: Iterable[str]) -> None:
+    """Raise ``ValueError`` for names that are taken by metrics."""
+    if both := sorted(set(names) & set(taken)):
+        raise ValueError(f"{what} may not have the name of a metric: {', '.join(both)}")
+
+
 def within(field: str, value: Any, low: float, high: float) -> None:
     """Raise ``ValueError`` unless a concrete number is finite and lies in ``[low, high]``; traced values pass unchecked."""
     bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"

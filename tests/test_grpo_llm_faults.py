@@ -111,7 +111,7 @@ def test_long_prompts_are_passed_over_and_counted_and_unjudged_answers_take_no_p
 @pytest.mark.parametrize(
     "score, prompts, more, message",
     [
-        (lambda items, texts: {"correct": right(items, texts), "reward": right(items, texts)}, PROMPTS, (), "a part may not be named as a metric is: reward"),
+        (lambda items, texts: {"correct": right(items, texts), "reward": right(items, texts)}, PROMPTS, (), "say: the verifier's parts may not have the name of a metric: reward"),
         (lambda items, texts: None, PROMPTS, (), "'correct' must be 4 finite numbers, or None to abstain; got None"),
         (right, PROMPTS, ("--hyper.format-weight", 0.5), "hyper.format_weight = 0.5 weighs a part that the verifier does not give; it gives correct"),
         (right, ("say 3" + " 3" * 40,), (), "prompt_length = 4 fits 0 of 200 prompts, and an update takes 2"),

@@ -10,6 +10,7 @@ from jrl import optim, run
 from jrl.algos import grpo, ppo_lm, sft
 from jrl.lm import tasks
 from jrl.nets import transformer
+from jrl.run import checkpoint, folders
 
 TASK = tasks.make("modular_addition", modulus=3)
 SHAPE = transformer.Config(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16)
@@ -62,6 +63,18 @@ def test_a_raw_key_will_do(name):
     jax.eval_shape(run.train_fn(algo, 10 * algo.env_steps_per_update), raw)
 
 
+@pytest.mark.parametrize(
+    "name, part", [("grpo", "episode_return"), ("grpo", "loss"), ("grpo", "reward"), ("ppo_lm", "policy_loss"), ("ppo_lm", "kl")]
+)  # fmt: skip
+def test_a_part_may_not_hide_a_metric(name, part):
+    def verify(*args):
+        return TASK.verify(*args) | {part: jnp.float32(0)}
+
+    algo = make(name, task=TASK._replace(verify=verify))
+    with pytest.raises(ValueError, match=f"verify's parts may not have the name of a metric: {part}"):
+        jax.eval_shape(lambda key: algo.update(algo.init(key)), jax.random.key(0))
+
+
 def dtypes(function, *args):
     found = jax.tree.leaves_with_path(jax.eval_shape(function, *args))
     return {jax.tree_util.keystr(path): (x.shape, x.dtype) for path, x in found}
@@ -105,3 +118,17 @@ def test_tasks_have_the_same_types_with_float64_at_hand(name):
     usual = found()
     with jax.enable_x64(True):
         assert found() == usual
+
+
+def test_settings_that_change_no_mathematics_may_change_on_resume(tmp_path):
+    config = CONFIGS["grpo"]
+    algo = make("grpo", config)
+
+    def settings(config):
+        return folders.settings(make("grpo", config), jax.random.key(0), 100, 1, {"": algo.hyper}, 1)
+
+    model = replace(config.model, remat=True, implementation="reference")
+    free, other = replace(config, model=model, micro_batches=2), replace(config, num_epochs=2)
+    checkpoint.same_config(settings(config), settings(free), tmp_path)
+    with pytest.raises(checkpoint.RunError, match=r"another configuration: config.num_epochs was 1, is 2$"):
+        checkpoint.same_config(settings(config), settings(other), tmp_path)

@@ -1,8 +1,10 @@
 """Verifiers on the host: extraction of answers, your own functions, the packages, and answers that never end."""
 
 import importlib.util
+import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -129,6 +131,16 @@ def test_answers_that_never_end_break_or_shout_are_wrong_and_the_next_ones_are_j
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert scores == [[1, 1, 1]] * 3
+
+
+def test_what_the_judging_process_cannot_read_is_no_wrong_answer(monkeypatch):
+    module = types.ModuleType("only_here")  # which that process cannot import
+    module.Known = type("Known", (), {"__module__": "only_here"})
+    monkeypatch.setitem(sys.modules, "only_here", module)
+    judge = grading.grader("python", None, 5.0)
+    with pytest.raises(ValueError, match="python: what is known cannot be read: No module named 'only_here'"):
+        judge([(module.Known(), "4")])
+    assert judge([(4, "4")]) == [1]
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -437,10 +437,12 @@ def scores(parts: dict[str, Array], group_size: int) -> Metrics:
     """Mean parts, and the chance that one answer, or one of half a group, is right."""
     right = parts["correct"].reshape(-1, group_size).sum(1)
     k = min(group_size, max(2, group_size // 2))
-    return {name: x.mean() for name, x in parts.items()} | {
+    own = {
         "episode_return": parts["correct"].mean(),
         f"pass_at_{k}": token_losses.pass_at_k(group_size, right, k).mean(),
     }
+    checks.apart("verify's parts", parts, own)
+    return own | {name: x.mean() for name, x in parts.items()}
 
 
 def drawn(reward: Array, mask: Array, group_size: int) -> Metrics:
@@ -502,14 +504,15 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
         prompts = config.num_prompts * config.oversample
         answers = answer(key_answer, task, model, learning.policy(state), prompts, config.group_size, support)
         reward = rewards(config, state.hyper, answers.parts, answers.rollout.mask)
-        metrics = scores(answers.parts, config.group_size)
-        metrics |= drawn(reward, answers.rollout.mask, config.group_size)
+        scored = scores(answers.parts, config.group_size)
+        metrics = drawn(reward, answers.rollout.mask, config.group_size)
         if config.oversample > 1:
             rows = informative_groups(answers.parts["correct"], answers.rollout.mask, config)
             answers, reward = jax.tree.map(lambda x: x[rows], (answers, reward))
         problems, rollout_ = answers.problems, answers.rollout
         state, learned = learning.learn(state, key_learn, problems.prompt, problems.valid, rollout_, reward)
-        return state._replace(key=key), learned | metrics
+        checks.apart(f"{task.name}: verify's parts", scored, learned | metrics)
+        return state._replace(key=key), learned | metrics | scored
 
     return Algorithm(
         init=init,

@@ -193,7 +193,7 @@ def make(
         advantage = token_losses.gae(value, rewards, said.mask, hyper.gamma, hyper.gae_lambda)
         batch = Batch(prompt, valid, said, value, token_losses.whiten(advantage, said.mask), advantage + value)
         state, metrics = learn(state, batch, key_learn)
-        metrics |= {name: x.mean() for name, x in answers.parts.items()} | {
+        metrics |= {
             "reward": scored.mean(),
             "kl": jnp.sum(token_losses.masked(said.log_prob - ref, said.mask)) / said.mask.sum(dtype=jnp.float32),
             "explained_variance": losses.explained_variance(value, advantage + value, said.mask),
@@ -201,6 +201,8 @@ def make(
             "episode_return": answers.parts["correct"].mean(),
             "episode_length": said.mask.sum(1).mean(dtype=jnp.float32),
         }
+        checks.apart(f"{task.name}: verify's parts", answers.parts, metrics)
+        metrics |= {name: x.mean() for name, x in answers.parts.items()}
         return state._replace(key=key, updates=state.updates + 1), metrics
 
     def learn(state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:

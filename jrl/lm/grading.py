@@ -56,8 +56,11 @@ def grader(kind: str, settings: Any, seconds: float) -> Callable[[Sequence[tuple
         scores = []
         with lock:
             for pair in pairs:
-                reply = ask(started(), pair, seconds) or "0"
+                child = started()
+                reply = ask(child, pair, seconds) or "0"
                 if reply.startswith("!"):
+                    child.kill()
+                    child.wait()
                     raise ValueError(f"{kind}: {reply[1:]}")
                 scores.append(float(reply))
         return scores
@@ -128,6 +131,9 @@ def _serve() -> None:
             known, answer = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
+        except Exception as error:
+            print(f"!what is known cannot be read: {error}".replace("\n", " "), file=replies, flush=True)
+            return  # the rest of its bytes would be taken for the next question
         try:
             reply = str(judge(known, answer))
         except _Unreadable as error:
