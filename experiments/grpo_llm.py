@@ -64,7 +64,8 @@ class Args:
         devices: to use; default: all, but one of a CPU's, which share its cores.
         model_devices: of these, so many hold the model together; the others hold it too, and share the answers.
         seed: of everything.
-        folder: of the run; if there is a checkpoint, the run goes on from it.
+        folder: of the run; if there is a checkpoint, the run goes on from it, with the settings that it had: only prompt_length,
+            save_every, the devices and config.micro_batches may be others, which change no mathematics.
         config: static settings; its model is that of the file.
         hyper: hyperparameters.
     """
@@ -222,11 +223,11 @@ def main(argv: list[str]) -> None:
     checkpoints = Checkpoints(args.folder / "checkpoints", settings_of(args, config))
     done = checkpoints.latest() or 0
     rows = _rows_before(args.folder / "metrics.csv", done)
-    _cut_back(args.folder / "answers.txt", done)
     if done:
         saved = checkpoints.restore(done, without_the_model(state))
         state = jax.device_put(saved._replace(frozen=state.frozen, key=state.key), where)
         print(f"{args.folder}: resumed at step {done}", flush=True)
+    _cut_back(args.folder / "answers.txt", done)
     with StopOnSignal() as stop, jax.set_mesh(mesh):
         try:
             while done < args.steps and not stop.requested:
