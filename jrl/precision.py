@@ -2,13 +2,14 @@
 
 Mixed precision as in Micikevicius et al. 2018 (arXiv 1710.03740) with bfloat16 (Kalamkar et al. 2019, arXiv 1905.12322):
 float32 parameters, half-width matrix products, float32 outputs. What comes after a network (softmax, log-probabilities,
-returns, losses, optimizer moments, normalizer statistics) is computed in float32 under every policy.
+returns, losses, optimizer moments, normalizer statistics) is computed in float32 under every policy, and the few parameters in
+``FLOAT32`` are kept in it.
 
 How parameters of half width are stepped (rounding, master copies, loss scaling) is in ``jrl.rounding``.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,10 @@ NAMED = {
     "float16": ("float32", "float16", "float32"),
     "pure_bfloat16": ("bfloat16", "bfloat16", "bfloat16"),
 }
+# Parameters that are float32 under every policy, by one that stands beside them. Routers, since half a width sends tokens to other
+# experts (DeepSeek-V3, 2412.19437, section 3.3.1; ``transformers`` keeps its e_score_correction_bias and multiplies in float32), and
+# RWKV's decay and bonus (time_decay and time_first, which ``transformers`` keeps), since a decay is an exponential of an exponential.
+FLOAT32 = {"router": ("router", "bias"), "decay_down": ("decay", "bonus")}
 
 
 @dataclass(frozen=True)
@@ -82,12 +87,29 @@ def cast(tree: Any, dtype: str) -> Any:
     return jax.tree.map(leaf, tree)
 
 
+def stays_float32(path: tuple[str, ...], paths: Container[tuple[str, ...]]) -> bool:
+    """Whether the parameter at ``path`` is one of ``FLOAT32``, among parameters at ``paths``."""
+    return bool(path) and any(path[-1] in names and (*path[:-1], by) in paths for by, names in FLOAT32.items())
+
+
+def cast_params(params: Any, dtype: str) -> Any:
+    """``cast`` of parameters, except for those that stay float32 under every policy."""
+    paths = {_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: cast(x, "float32" if stays_float32(_names(path), paths) else dtype), params
+    )
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(str(getattr(part, "key", getattr(part, "name", part))) for part in path)
+
+
 def apply(policy: Policy | str, target: Any) -> Any:
     """The target under a policy: a network, a function ``(params, *inputs) -> outputs``, or a whole algorithm.
 
-    A network (``jrl.nets.Network``) then keeps its parameters, computes and answers in the policy's dtypes; recurrent
-    memory stays in the output dtype between steps. Applied twice, the inner policy says how to compute and the outer one
-    what goes in and comes out. An algorithm (``jrl.algorithm.Algorithm``, vmapped or not) is made anew with
+    A network (``jrl.nets.Network``) then keeps its parameters, computes and answers in the policy's dtypes, except that the
+    parameters of ``FLOAT32`` stay float32; recurrent memory stays in the output dtype between steps. Applied twice, the inner policy
+    says how to compute and the outer one what goes in and comes out. An algorithm (``jrl.algorithm.Algorithm``, vmapped or not) is made anew with
     ``config.precision`` replaced. Raises ``ValueError`` for a wrong string, ``TypeError`` for anything else.
     """
     policy = policy if isinstance(policy, Policy) else parse(policy)
@@ -95,7 +117,7 @@ def apply(policy: Policy | str, target: Any) -> Any:
         return target.remake(replace(target.config, precision=str(policy)))
     if hasattr(target, "unroll"):
         return target._replace(
-            init=lambda key: cast(target.init(key), policy.params),
+            init=lambda key: cast_params(target.init(key), policy.params),
             step=_over_function(policy, target.step),
             unroll=_over_function(policy, target.unroll),
             memory=cast(target.memory, policy.output),
@@ -108,7 +130,7 @@ def apply(policy: Policy | str, target: Any) -> Any:
 
 def _over_function(policy: Policy, function: Callable[..., Any]) -> Callable[..., Any]:
     def run(params: Any, *inputs: Any, **options: Any) -> Any:
-        outputs = function(cast(params, policy.compute), *cast(inputs, policy.compute), **options)
+        outputs = function(cast_params(params, policy.compute), *cast(inputs, policy.compute), **options)
         return cast(outputs, policy.output)
 
     return run

@@ -104,7 +104,10 @@ def kahan_summation(inner: Transform = IDENTITY) -> Transform:
 
 
 def master_weights(inner: Transform = IDENTITY) -> Transform:
-    """Parameters that are the rounding of a float32 copy, which is what ``inner`` steps."""
+    """Parameters that are the rounding of a float32 copy, which is what ``inner`` steps.
+
+    A float32 parameter is its own copy, so that what moves it between steps lasts (the bias of a router: ``moe.balance``).
+    """
 
     def init(params: Any) -> _Master:
         # A copy even where the parameters are float32 already: both may be donated to one program.
@@ -113,8 +116,9 @@ def master_weights(inner: Transform = IDENTITY) -> Transform:
 
     def update(grads: Any, state: _Master, params: Any = None) -> tuple[Any, _Master]:
         _need(params, "master_weights")
-        updates, inner_state = inner.update(cast(grads, "float32"), state.inner, state.params)
-        master = jax.tree.map(lambda m, u: m + u, state.params, updates)
+        master = jax.tree.map(lambda m, p: p if p.dtype == jnp.float32 else m, state.params, params)
+        updates, inner_state = inner.update(cast(grads, "float32"), state.inner, master)
+        master = jax.tree.map(lambda m, u: m + u, master, updates)
         wide = cast(params, "float32")
         steps = jax.tree.map(lambda m, p, like: nearest(m, like.dtype) - p, master, wide, params)
         return steps, _Master(inner_state, master)

@@ -66,13 +66,19 @@ def test_what_is_saved_comes_back(family, shard_bytes, files, tmp_path):
         np.testing.assert_array_equal(held[name], first[name])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_read_and_written(dtype, tmp_path):
-    config, params = hf.load(DATA / "deepseek_v3", dtype)
-    full = hf.load(DATA / "deepseek_v3")[1]
-    assert params["embedding"].dtype == dtype and params["layers"]["bias"].dtype == jnp.float32
-    hf.save(tmp_path, config, params)
+@pytest.mark.parametrize("family, dtype", [("deepseek_v3", "bfloat16"), ("mixtral", "float16")])
+def test_half_precision_is_read_and_written_with_routers_in_full(family, dtype, tmp_path):
+    config, params = hf.load(DATA / family, dtype)
+    full = hf.load(DATA / family)[1]
+    wide = {name for name, x in params["layers"].items() if getattr(x, "dtype", None) == jnp.float32}
+    assert params["embedding"].dtype == dtype and wide == {"router", "bias"} & full["layers"].keys()
+    hf.save(tmp_path, config, params, shard_bytes=1000)
+    for file in tmp_path.glob("*.safetensors"):
+        sizes = [x.nbytes for x in safetensors.numpy.load_file(file).values()]
+        assert sum(sizes) <= 1000 or len(sizes) == 1
     again = hf.load(tmp_path)[1]
+    for name in wide:
+        np.testing.assert_array_equal(again["layers"][name], full["layers"][name])
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-8, atol=1e-6), again, full)
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, np.asarray(y).astype(np.float32)), again, params)
 

@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from jrl import envs, nets, precision, rounding, run
+from jrl import envs, nets, optim, precision, rounding, run
 from jrl.algorithm import over_devices, over_hypers, over_seeds
 from jrl.algos import ppo
 from jrl.envs.types import Discrete
+from jrl.lm import tasks
+from jrl.lm.policy import language_model
+from jrl.nets import moe, transformer
+from jrl.nets.mixers import MIXERS, Recurrent
 from jrl.optim import OptimizerConfig
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
@@ -136,6 +140,103 @@ def test_a_function_of_parameters():
 def test_float16_saturates_instead_of_overflowing():
     big = precision.cast({"x": jnp.array([1e9, -1e9, jnp.nan]), "i": jnp.array([70_000])}, "float16")
     assert big["x"][:2].tolist() == [65504, -65504] and jnp.isnan(big["x"][2]) and big["i"].dtype == jnp.int32
+
+
+# Parameters that stay float32
+
+ROUTED = moe.Config(4, expert_dim=4, scores="sigmoid")
+DECODERS = {  # and what of them published checkpoints keep in float32
+    "experts": (
+        transformer.Config(dim=8, num_layers=1, num_heads=2, num_kv_heads=1, experts=ROUTED),
+        {"router", "bias"},
+    ),
+    "rwkv": (
+        transformer.Config(dim=8, num_layers=1, num_heads=2, num_kv_heads=2, attention="rwkv"),
+        {"decay", "bonus"},
+    ),
+}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", DECODERS)
+def test_no_policy_rounds_what_checkpoints_keep_in_float32(kind, policy, key):
+    shape, kept = DECODERS[kind]
+    task, p = tasks.make("modular_addition"), precision.parse(policy)
+    exact = jax.tree.map(lambda x: x + 5.001, language_model(task, shape, "float32").init(key))
+    computed_with = {}
+    precision.apply(policy, computed_with.update)(exact)
+    layers = computed_with["layers"]
+    assert {name for name in layers if layers[name].dtype == jnp.float32} == (
+        set(layers) if p.compute == "float32" else kept
+    )
+    start, given = (language_model(task, shape, x).init(key)["layers"] for x in ("float32", policy))
+    for name in kept:
+        np.testing.assert_array_equal(layers[name], exact["layers"][name])
+        np.testing.assert_array_equal(given[name], start[name])
+        assert given[name].dtype == jnp.float32
+    assert given["o"].dtype == p.params
+
+
+def test_layers_of_other_networks_are_rounded_whatever_their_names():
+    net = {"bias": jnp.ones(3), "decay": jnp.ones(3), "bonus": {"kernel": jnp.ones(3)}}
+    assert dtypes(precision.cast_params(net, "bfloat16")) == {"bfloat16"}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_policy_sends_a_token_to_other_experts(policy, key):
+    config = moe.Config(64, 8, scores="sigmoid")
+    keys = jax.random.split(key, 3)
+    params = {"router": jax.random.normal(keys[0], (16, 64)), "bias": 5 + 0.01 * jax.random.normal(keys[1], (64,))}
+    x = jax.random.randint(keys[2], (256, 16), -4, 5) / 4  # the same in every width
+    chosen = precision.apply(policy, lambda params, x: moe.route(params, x, config)[0])
+    np.testing.assert_array_equal(chosen(params, x), moe.route(params, x, config)[0])
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "float16"])
+def test_a_language_model_of_half_width_chooses_and_counts_in_float32(policy, key):
+    model = language_model(tasks.make("modular_addition"), DECODERS["experts"][0], policy)
+    params = model.init(key)
+    bias = jnp.array([[5.0, 5.001, 5.002, 5.003]])  # 5 and 5 in bfloat16
+    params["layers"] |= {"router": 0 * params["layers"]["router"], "bias": bias}
+    tokens, valid = jnp.ones((1, 300), int), jnp.ones((1, 300), bool)
+    _, load = jax.jit(model.hidden_and_load)(params, tokens, valid, valid)
+    np.testing.assert_array_equal(load.chosen, [[0, 0, 300, 300]])  # bfloat16 counts to 256
+    np.testing.assert_array_equal(load.probability, [[75] * 4])
+    np.testing.assert_array_equal(
+        model.balance(params, load)["layers"]["bias"], bias + jnp.array([[1e-3, 1e-3, -1e-3, -1e-3]])
+    )
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, "params=bfloat16"])
+def test_the_stream_of_a_language_model_has_the_dtype_that_it_computes_in(policy, key):
+    model = language_model(tasks.make("modular_addition"), DECODERS["experts"][0], policy)
+    tokens, valid = jnp.ones((1, 3), int), jnp.ones((1, 3), bool)
+    stream, load = jax.eval_shape(lambda: model.hidden_and_load(model.init(key), tokens, valid, valid))
+    assert stream.dtype == precision.parse(policy).compute
+    assert (load.chosen.dtype, load.probability.dtype) == (jnp.int32, jnp.float32)
+
+
+def test_half_width_rounds_no_decay_of_rwkv(key):
+    shape = DECODERS["rwkv"][0]
+    layer = jax.tree.map(lambda x: x[0], transformer.init(key, shape)["layers"])
+    layer["decay"] = jnp.array([[3.0, 3.01, 3.02, 3.03], [4.0, 4.01, 4.02, 4.03]])
+    before = Recurrent(jnp.ones((1, 2, 4, 4)), jnp.zeros((1, 8), jnp.bfloat16))
+    nothing = jnp.zeros((1, 8), jnp.bfloat16)  # has no key, so that the state only decays
+    _, after = MIXERS["rwkv"].step(layer, nothing, before, jnp.int32(1), 0, shape)
+    np.testing.assert_allclose(after.state[0, :, :, 0], np.exp(-np.exp(layer["decay"] - 2)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["nearest", "stochastic", "kahan", "master"])
+def test_no_rounding_undoes_how_a_bias_moves_between_steps(how):
+    tx = optim.make(OptimizerConfig("adamw", rounding=how))
+    params = {"router": jnp.ones((2, 2)), "bias": jnp.full(2, 5.0), "up": jnp.ones((2, 2), jnp.bfloat16)}
+    state = tx.init(params)
+    for _ in range(3):
+        step = optim.minimize(tx, lambda p: (jnp.sum(p["router"] * p["up"]), None), params, state)
+        params, state = step.params, step.opt_state
+        params["bias"] = moe.balance(params["bias"], jnp.array([1, 3]))
+    np.testing.assert_allclose(params["bias"], [5.003, 4.997], rtol=1e-6)
+    assert params["router"].dtype == jnp.float32 and (params["router"] < 1).all()
 
 
 # Algorithms

@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def load(folder: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Config, dict[str, Any]]:
-    """The decoder's configuration and parameters of ``dtype`` (float32, bfloat16 or float16).
+    """The decoder's configuration and parameters of ``dtype`` (float32, bfloat16 or float16), those of ``precision.FLOAT32`` in float32.
 
     Raises ``ValueError`` for a file that is missing or damaged, a setting that the decoder cannot do, and a tensor that is
     missing, extra or of another shape, with its name.
@@ -177,11 +177,10 @@ def _unused(name: str, shape: list[int], found: Mapping[str, Any]) -> bool:
 
 def _shards(wanted: list[Tensor], params: Any, limit: int) -> list[list[Tensor]]:
     """Tensors of each file, in order, as many as fit."""
-    width = params["embedding"].dtype.itemsize
     shards: list[list[Tensor]] = [[]]
     filled = 0
     for x in wanted:
-        size = int(np.prod(x.shape)) * width
+        size = int(np.prod(x.shape)) * layout.dtype_of(params, x).itemsize
         if shards[-1] and filled + size > limit:
             shards.append([])
             filled = 0

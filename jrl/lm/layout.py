@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrl import precision
 from jrl.nets import transformer
 from jrl.nets.mixers import Leaf
 from jrl.nets.transformer import Config
@@ -137,14 +138,14 @@ def _swiglu(prefix: str, d: int, f: int, names: tuple[str, ...] = PROJECTIONS, l
 def gather(
     config: Config, wanted: list[Tensor], get: Callable[[str], np.ndarray], dtype: jax.typing.DTypeLike
 ) -> dict[str, Any]:
-    """Parameters of ``dtype`` (a router's bias is float32 in any case) from the file's arrays, ``get(name)``."""
+    """Parameters of ``dtype`` (those of ``precision.FLOAT32`` are float32 in any case) from the file's arrays, ``get(name)``."""
     shapes = _by_path(transformer.leaves(config))
     groups: dict[tuple[Path, ...], list[Tensor]] = {}
     for x in wanted:
         groups.setdefault(x.leaves, []).append(x)
     params: dict[str, Any] = {}
     for leaves, group in groups.items():  # one after another, so that no second copy of all numbers is held
-        kind = np.float32 if leaves[0][-1] == "bias" else jnp.dtype(dtype)
+        kind = np.float32 if precision.stays_float32(leaves[0], shapes) else jnp.dtype(dtype)
         arrays = [np.empty(shapes[leaf].shape, kind) for leaf in leaves]
         for x in group:
             parts = [array[x.at] for array in arrays]
@@ -168,6 +169,13 @@ def scatter(params: Any, wanted: list[Tensor]) -> Iterator[tuple[str, np.ndarray
         rows = _neighbours(np.concatenate(parts, axis=-1), x.pairs)
         linear = x.flipped and len(x.shape) == 2
         yield x.name, np.ascontiguousarray(rows.reshape(x.shape[::-1]).T if linear else rows.reshape(x.shape))
+
+
+def dtype_of(params: Any, tensor: Tensor) -> np.dtype:
+    """Of a tensor of the file."""
+    for name in tensor.leaves[0]:
+        params = params[name]
+    return params.dtype
 
 
 def _rows(x: np.ndarray, tensor: Tensor) -> np.ndarray:

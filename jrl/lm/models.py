@@ -12,7 +12,7 @@ from jrl.nets.transformer import Config
 
 
 def load(path: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Config, dict[str, Any], Tokenizer]:
-    """Configuration, parameters of ``dtype`` and tokenizer, of a folder in Hugging Face's layout or of a ``.gguf`` file.
+    """Configuration, parameters of ``dtype`` (``precision.FLOAT32`` apart) and tokenizer, of a folder in Hugging Face's layout or of a ``.gguf`` file.
 
     Raises ``ValueError`` for anything about them that is missing, damaged or cannot be done, with its name.
     """

@@ -26,7 +26,7 @@ def language_model(task: Task, shape: transformer.Config, policy: str) -> Model:
         )
     parsed = precision.parse(policy)
     model = decoder(replace(shape, vocab_size=len(task.symbols)), jnp.dtype(parsed.compute))
-    return model._replace(init=lambda key: precision.cast(model.init(key), parsed.params))
+    return model._replace(init=lambda key: precision.cast_params(model.init(key), parsed.params))
 
 
 class Reading(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, sharding, token_losses
+from jrl import checks, precision, sharding, token_losses
 from jrl.nets import moe, transformer
 
 Array = jax.Array
@@ -46,7 +46,8 @@ class Model(NamedTuple):
 
 
 def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float32, tokens: int | None = None) -> Model:
-    """A decoder of ``nets/transformer.py`` whose stream and caches are ``dtype``; logits are float32.
+    """A decoder of ``nets/transformer.py`` whose stream and caches are ``dtype``; logits are float32, and so are the parameters that
+    ``precision.FLOAT32`` names.
 
     Published tables are often longer than the tokenizer's vocabulary. With ``tokens``, that vocabulary's size, the ids behind it have
     the logit -inf: they are never sampled, and have no part in any probability. Raises ``ValueError`` for a decoder without a
@@ -59,12 +60,11 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
     checks.positive_int("tokens", tokens)
     checks.within("tokens", tokens, 1, config.vocab_size)
 
-    def half(params: Any) -> Any:
-        wide = jnp.dtype(dtype) == jnp.float32
-        return params if wide else jax.tree.map(lambda x: x.astype(dtype), params)
+    def cast(params: Any) -> Any:
+        return precision.cast_params(params, jnp.dtype(dtype).name)
 
     def hidden_and_load(params: Any, tokens: Array, valid: Array, counted: Array) -> tuple[Array, moe.Load]:
-        params = half(params)
+        params = cast(params)
         at = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
         ids = valid.astype(jnp.int32)
         return transformer.blocks_and_loads(
@@ -77,17 +77,17 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
 
     def prefill(params: Any, prompt: Array, valid: Array, capacity: int) -> tuple[Array, Any]:
         empty = transformer.init_cache(config, len(prompt), capacity, dtype)
-        logits, cache = transformer.prefill(half(params), prompt, empty, config, valid=valid)
+        logits, cache = transformer.prefill(cast(params), prompt, empty, config, valid=valid)
         return known(logits), cache
 
     def step(params: Any, token: Array, cache: Any, position: Array, start: Array) -> tuple[Array, Any]:
-        logits, cache = transformer.decode(half(params), token, cache, position, config, start=start)
+        logits, cache = transformer.decode(cast(params), token, cache, position, config, start=start)
         return known(logits), cache
 
     return Model(
         lambda key: transformer.init(key, config),
         hidden_and_load,
-        lambda params, x: known(transformer.logits(half(params), x, config)),
+        lambda params, x: known(transformer.logits(cast(params), x, config)),
         prefill,
         step,
         config.vocab_size,
@@ -275,9 +275,10 @@ def score(
 
     inputs = (hidden, ref_hidden, rollout.tokens, rollout.kept)
     if rollout.tokens.size * model.vocab_size <= AT_ONCE:
-        return Scored(*of_rows(inputs), load)
-    # Row by row: all logits would be larger than the model.
-    return Scored(*jax.lax.map(jax.checkpoint(of_rows), inputs), load)
+        log_prob, entropy, kl = of_rows(inputs)
+    else:  # row by row: all logits would be larger than the model
+        log_prob, entropy, kl = jax.lax.map(jax.checkpoint(of_rows), inputs)
+    return Scored(log_prob, entropy, kl, load)
 
 
 def answer_hidden(

@@ -289,7 +289,8 @@ def _rwkv_inputs(layer: Any, y: Array, before: Array) -> tuple[Array, ...]:
     x = {m: y + back * share[i] for i, m in enumerate(MIXED)}
     r, k, v, g = (jnp.einsum("...d,dhw->...hw", x[m], p(m)) for m in ("r", "k", "v", "g"))
     w = jnp.einsum("...n,nhw->...hw", jnp.tanh(x["w"] @ p("decay_down")), p("decay_up"))
-    w = (w + jnp.broadcast_to(p("decay"), w.shape)).astype(jnp.promote_types(w.dtype, jnp.float32))
+    w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    w += jnp.broadcast_to(layer["decay"].astype(w.dtype), w.shape)  # not in half a width: see precision.FLOAT32
     return r, k, v, -jnp.exp(w - 2.0), g
 
 
