@@ -23,7 +23,6 @@ Kind = Literal["weights", "biases", "norms", "embeddings"]
 
 NORM = re.compile(r"(^|_|layer|rms|batch|group|instance)norm(s|_|\d|$)")
 HEAD = re.compile(r"(^|/)(head|value|values|baseline|policy/out)(/|$)")
-SCALED_NOISE = re.compile(r"_sigma$")  # of noisy networks: each number scales the noise of one weight
 
 # How many of the last axes are inputs and how many outputs; a vector has inputs alone. All axes before them stack.
 LAYOUTS: dict[str, tuple[int, int]] = {
@@ -39,11 +38,8 @@ LAYOUTS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("shift", "shift_all"), (1, 0)),
 }
 STACKS = ("layers", "first")
-# In a layer there may be one of each branch, expert or mixture of tokens.
-STACKED_IN_A_LAYER = (
-    *("k", "v", "k_bias", "v_bias", "gate", "up", "down", "shift", "shift_down", "shift_up"),
-    *("a", "b"),
-)
+# A layer may have several: of branches, of experts, of mixtures of tokens.
+STACKED_IN_A_LAYER = ("k", "v", "k_bias", "v_bias", "gate", "up", "down", "shift", "shift_down", "shift_up", "a", "b")
 
 
 class Axes(NamedTuple):
@@ -87,7 +83,7 @@ def axes_of(path: Names, param: Any) -> Axes:
 def kind_of(path: Names, param: Any) -> Kind:
     """What a parameter is: by the names on its path, else a vector counts as a bias.
 
-    So do all numbers that are added, or that scale one by one, as RWKV's decays and bonuses: whatever is no matrix.
+    So do all numbers that are added or that scale one by one, as RWKV's decays and the noise of noisy networks: what is no matrix.
     """
     path = [name.lower() for name in path]
     if path[-1] == "kernel":
@@ -98,7 +94,7 @@ def kind_of(path: Names, param: Any) -> Kind:
         return "norms"
     layout = _layout(path, param.ndim)
     vector = layout is not None and layout[1] == 0
-    return "biases" if vector or path[-1].endswith("bias") or SCALED_NOISE.search(path[-1]) else "weights"
+    return "biases" if vector or path[-1].endswith(("bias", "_sigma")) else "weights"
 
 
 def is_head(path: Names) -> bool:

@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jrl import parameters
+
 DTYPES = ("float32", "bfloat16", "float16")
 FIELDS = ("params", "compute", "output")
 NAMED = {
@@ -94,14 +96,12 @@ def stays_float32(path: tuple[str, ...], paths: Container[tuple[str, ...]]) -> b
 
 def cast_params(params: Any, dtype: str) -> Any:
     """``cast`` of parameters, except for those that stay float32 under every policy."""
-    paths = {_names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: cast(x, "float32" if stays_float32(_names(path), paths) else dtype), params
-    )
+    paths = {parameters.names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
 
+    def leaf(path: parameters.Names, x: Any) -> Any:
+        return cast(x, "float32" if stays_float32(tuple(path), paths) else dtype)
 
-def _names(path: Any) -> tuple[str, ...]:
-    return tuple(str(getattr(part, "key", getattr(part, "name", part))) for part in path)
+    return parameters.map_with_names(leaf, params)
 
 
 def apply(policy: Policy | str, target: Any) -> Any:
