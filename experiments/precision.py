@@ -97,14 +97,14 @@ def compare(args: Args, preset: Preset, folder: Path) -> None:
             wide = variant(preset, env, name, args.memory_width)
             row |= sizes(wide, args.num_seeds, f" at width {args.memory_width}")
         rows.append(row)
-        title = f"PPO on {env.name} by precision, {args.num_seeds} seeds"
+        title = f"PPO on {env.name} by precision, {plot.seeds(args.num_seeds)}"
         plot.learning_curves(folder / "precision.png", title, curves)
     report.print_table(folder / "precision.csv", rows)
     print(f"{folder}/precision.png")
 
 
 def overlap(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two 95% intervals have a point in common; none has where no seed stayed finite."""
+    """Whether two 95% intervals have a point in common; none has where fewer than two seeds stayed finite."""
     bounds = (a["ci_low"], b["ci_high"], b["ci_low"], a["ci_high"])
     return None not in bounds and bounds[0] <= bounds[1] and bounds[2] <= bounds[3]
 

@@ -91,6 +91,12 @@ def result(name: str, preset: Preset, args: Args) -> dict:
     ).summary
 
 
+def reached(scores: dict) -> str:
+    """An evaluation in words, with the episodes that were cut off."""
+    cut = scores.get("unfinished", 0)
+    return stats.text(scores) + (f", {cut} episodes cut off" if cut else "")
+
+
 def main(args: Args) -> None:
     try:
         found = chosen(args)
@@ -103,7 +109,7 @@ def main(args: Args) -> None:
     for name, preset in found.items():
         s = result(name, preset, args)
         algo, _, env = name.partition("/")
-        greedy, sampled = stats.text(s["eval"]), stats.text(s["eval"]["sampled"])
+        greedy, sampled = (reached(scores) for scores in (s["eval"], s["eval"]["sampled"]))
         row = (algo.upper(), env, f"{s['env_steps']:,}", s["num_seeds"], greedy, sampled, OTHERS.get(name, ""))
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
