@@ -61,6 +61,19 @@ def test_kernels_give_what_xla_gives(config, length, heads, kv_heads, dim, value
         np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(y).max()) + 1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_padding_changes_nothing(implementation):
+    params, *row = arguments(128, 2, 1, 8, 8, SMALL)
+    attend = jax.jit(
+        lambda row, ids: nsa.attend(params, *row, SMALL, segment_ids=ids, implementation=implementation, interpret=True)
+    )
+    pads = np.array([0, 1, 3, 5, 8, 13])
+    behind = lambda x: jnp.concatenate([jnp.roll(x, n, axis=1) for n in pads])  # noqa: E731
+    out = attend(jax.tree.map(behind, tuple(row)), jnp.array(np.arange(128)[None] >= pads[:, None], jnp.int32))
+    for n, x in zip(pads, out, strict=True):
+        np.testing.assert_allclose(x[n:], out[0, : 128 - n], atol=2e-5)
+
+
 def _lanes(tokens):
     """Bytes of keys and values in float32."""
     return tokens * 2 * nsa_tpu.LANES * 4

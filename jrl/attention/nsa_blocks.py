@@ -62,8 +62,8 @@ def of_one_segment(num_keys: int, t: Array, start: Array, config: "Config") -> B
     size, batch = config.select_block, t.shape[0]
     first = jnp.arange(config.num_compressed(num_keys), dtype=jnp.int32) * config.stride
     token = jnp.arange(num_keys + -num_keys % size, dtype=jnp.int32).reshape(-1, size)
-    rows = (jnp.broadcast_to(x[None], (batch, *x.shape)) for x in (first, token))
-    return Blocks(*rows, t // size, start // size, None)
+    first, token = (jnp.broadcast_to(x[None], (batch, *x.shape)) for x in (first, token))
+    return Blocks(first, token, t // size, start // size, None)
 
 
 def of_segments(origin: Array, t: Array, start: Array, config: "Config") -> Blocks:

@@ -169,8 +169,9 @@ class AttentionMemory(nn.Module):
         early = jnp.maximum(position[:, :1] + jnp.arange(-room, 0, dtype=jnp.int32)[None], 0)
         position = jnp.concatenate([early, position], axis=1)
         at = jnp.broadcast_to(jnp.arange(room + length, dtype=jnp.int32)[None], position.shape)
-        grown = (jnp.pad(x, [(0, 0), (room, 0), (0, 0), (0, 0)]) for x in (k[0], v[0], k[1], v[1]))
-        streams, t = nsa.Streams(*grown, k[2], v[2]), at[:, room + context :]
+        grown_k, grown_v = (jnp.pad(x[:2], [(0, 0), (0, 0), (room, 0), (0, 0), (0, 0)]) for x in (k, v))
+        streams = nsa.Streams(grown_k[0], grown_v[0], grown_k[1], grown_v[1], k[2], v[2])
+        t = at[:, room + context :]
         start = jnp.maximum(room + nsa.segment_starts(episode)[:, context:], t - context)
         gates = mixers.branch_gates(layer, y)
         return nsa.mix(layer["compress"], q, streams, gates, near, t, start, sparse, origin=at - position)
