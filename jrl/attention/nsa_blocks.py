@@ -79,15 +79,18 @@ def of_segments(origin: Array, t: Array, start: Array, config: "Config") -> Bloc
     head = at - (at - origin) % size  # first token of each token's block
     whole = fits(head, size)
     before = jnp.cumsum(whole, axis=1, dtype=jnp.int32) - whole  # tokens of whole blocks before each token
-    place = jnp.where(whole, before, whole.sum(1, dtype=jnp.int32, keepdims=True) + at - before)
-    order = jnp.argsort(~whole, axis=1, stable=True).astype(jnp.int32)
+    total = whole.sum(1, dtype=jnp.int32, keepdims=True)
+    place = jnp.where(whole, before, total + at - before)
+    order = _listed(place, length, length)
     token = jnp.pad(order, [(0, 0), (0, -length % size)], constant_values=length).reshape(batch, -1, size)
 
     begins = (at - origin) % stride == 0
     compressed = begins & fits(at, config.block)
-    rank = jnp.where(begins & whole, 0, jnp.where(compressed, 1, 2))
-    first = jnp.argsort(rank, axis=1, stable=True)[:, : length // stride].astype(jnp.int32)
-    first = jnp.where(_at(compressed, first), first, length)
+    behind = (
+        jnp.cumsum(compressed & ~whole, axis=1, dtype=jnp.int32) - 1
+    )  # those that begin in unfinished blocks come last
+    slot = jnp.where(whole, before // stride, total // stride + behind)
+    first = _listed(jnp.where(compressed, slot, length), length // stride, length)
 
     tail = jnp.stack([_at(place, jnp.maximum(_at(head, t), start)), _at(place, t)], axis=-1) // size
     own, oldest = _at(before, t) // size, _at(before, start) // size
@@ -122,6 +125,12 @@ permute.defvjp(
     lambda x, order, place: (permute(x, order, place), (order, place)),
     lambda saved, d: (permute(d, saved[1], saved[0]), None, None),
 )
+
+
+def _listed(slot: Array, number: int, none: int) -> Array:
+    """Which index went to each of ``number`` slots, ``none`` where no one did: int32 ``[B, number]`` for ``slot [B, S]``."""
+    index = jnp.arange(slot.shape[1], dtype=jnp.int32)
+    return jax.vmap(lambda slot: jnp.full(number, none, jnp.int32).at[slot].set(index, mode="drop"))(slot)
 
 
 def _at(x: Array, index: Array) -> Array:
