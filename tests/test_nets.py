@@ -9,7 +9,9 @@ import pytest
 from jrl import nets, precision
 from jrl.distributions import MASKED, NormalParams
 from jrl.envs import Box, Discrete, MaskedObs, MultiDiscrete
+from jrl.nets import moe, transformer
 from jrl.nets.initializers import orthogonal
+from jrl.nets.memory import AttentionConfig
 
 VECTOR = jax.ShapeDtypeStruct((5,), jnp.float32)
 IMAGE = jax.ShapeDtypeStruct((10, 10, 4), jnp.bool_)
@@ -135,3 +137,36 @@ def test_observations_that_would_be_misread_are_refused(make):
     with pytest.raises(ValueError, match="observations must be one array"):
         make(MaskedObs({"a": jax.ShapeDtypeStruct((2,), jnp.float32)}, jax.ShapeDtypeStruct((3,), bool)))
     make(jax.ShapeDtypeStruct((3, 64, 64), jnp.float32), torso="mlp", hidden=(4,))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"gru": 4},
+        {"torso": "vit", "vit_dim": 16, "vit_heads": 2},
+        {"attention": AttentionConfig("dense")},
+        {"attention": AttentionConfig("nsa")},
+    ],
+    ids=["conv", "gru", "vit", "attention", "sparse attention"],
+)
+def test_parameters_are_float32_with_64_bits_enabled(config):
+    spec = jax.ShapeDtypeStruct((8, 8, 2), jnp.float32)
+    with jax.enable_x64(True):
+        for net in (
+            nets.actor_critic(nets.Config(hidden=(16,), **config), spec, Box((-1.0,), (1.0,))),
+            nets.action_values(
+                nets.ValueConfig(hidden=(16, 16), dueling=True, noisy=True, **config), spec, Discrete(3)
+            ),
+        ):
+            found = jax.tree.leaves_with_path((jax.eval_shape(net.init, jax.random.key(0)), net.memory))
+            assert not [jax.tree_util.keystr(path) for path, x in found if x.dtype == jnp.float64]
+
+
+@pytest.mark.parametrize("mixer", ["dense", "nsa", "mla", "rwkv"])
+def test_a_decoder_is_float32_with_64_bits_enabled(mixer):
+    experts = moe.Config(4, 2, 8, scores="sigmoid") if mixer == "dense" else moe.Config()
+    config = transformer.Config(11, 16, 2, 2, 2, ffn_dim=16, attention=mixer, experts=experts)
+    with jax.enable_x64(True):
+        params = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}

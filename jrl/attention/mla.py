@@ -79,9 +79,11 @@ def init(key: Array, config: Config, dim: int, heads: int) -> dict[str, Array]:
     if config.query_latent:
         shapes["query_down"] = (dim, config.query_latent)
     keys = jax.random.split(key, len(shapes))
-    params = {n: jax.random.normal(k, s) * s[0] ** -0.5 for k, (n, s) in zip(keys, shapes.items(), strict=True)}
-    params["norm"] = jnp.ones(config.latent)
-    return params | ({"query_norm": jnp.ones(config.query_latent)} if config.query_latent else {})
+    params = {
+        n: jax.random.normal(k, s, jnp.float32) * s[0] ** -0.5 for k, (n, s) in zip(keys, shapes.items(), strict=True)
+    }
+    params["norm"] = jnp.ones(config.latent, jnp.float32)
+    return params | ({"query_norm": jnp.ones(config.query_latent, jnp.float32)} if config.query_latent else {})
 
 
 def _rope(x: Array, positions: Array, config: Config) -> Array:

@@ -113,11 +113,11 @@ def init(key: Array, config: Config, head_dim: int, value_dim: int, hidden: int 
         key_position, key_in, key_out = jax.random.split(key, 3)
         fan_in = config.block * dim
         return {
-            "position": 0.02 * jax.random.normal(key_position, (config.block, dim)),
-            "w_in": jax.random.normal(key_in, (fan_in, width)) * fan_in**-0.5,
-            "b_in": jnp.zeros(width),
-            "w_out": jax.random.normal(key_out, (width, dim)) * width**-0.5,
-            "b_out": jnp.zeros(dim),
+            "position": 0.02 * jax.random.normal(key_position, (config.block, dim), jnp.float32),
+            "w_in": jax.random.normal(key_in, (fan_in, width), jnp.float32) * fan_in**-0.5,
+            "b_in": jnp.zeros(width, jnp.float32),
+            "w_out": jax.random.normal(key_out, (width, dim), jnp.float32) * width**-0.5,
+            "b_out": jnp.zeros(dim, jnp.float32),
         }
 
     key_k, key_v = jax.random.split(key)

@@ -134,9 +134,12 @@ class NoisyDense(nn.Module):
         sigma = nn.initializers.constant(0.5 * bound)
         kernel, kernel_sigma = (
             self.param("kernel", uniform, (fan_in, self.width)),
-            self.param("kernel_sigma", sigma, (fan_in, self.width)),
+            self.param("kernel_sigma", sigma, (fan_in, self.width), jnp.float32),
         )
-        bias, bias_sigma = self.param("bias", uniform, (self.width,)), self.param("bias_sigma", sigma, (self.width,))
+        bias, bias_sigma = (
+            self.param("bias", uniform, (self.width,)),
+            self.param("bias_sigma", sigma, (self.width,), jnp.float32),
+        )
         if key is not None:
             noise = jax.random.normal(key, (fan_in + self.width,), jnp.float32)
             noise = (jnp.sign(noise) * jnp.sqrt(jnp.abs(noise))).astype(kernel.dtype)

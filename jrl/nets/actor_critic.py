@@ -113,7 +113,7 @@ class Policy(nn.Module):
         out = nn.Dense(width, kernel_init=orthogonal(0.01), dot_general=wide_dot, name="out")(x)
         log_std = None
         if isinstance(self.space, Box):
-            log_std = self.param("log_std", nn.initializers.constant(self.log_std), (width,))
+            log_std = self.param("log_std", nn.initializers.constant(self.log_std), (width,), jnp.float32)
         return policy_params(self.space, out, log_std, mask)
 
 

@@ -226,7 +226,7 @@ class VisionTransformer(nn.Module):
         rows, columns = x.shape[1] // size, x.shape[2] // size
         x = x.reshape(-1, rows, size, columns, size, channels).swapaxes(2, 3).reshape(x.shape[0], rows * columns, -1)
         x = nn.Dense(shape.dim, name="patches")(x)
-        position = self.param("position", nn.initializers.normal(0.02), (rows * columns, shape.dim))
+        position = self.param("position", nn.initializers.normal(0.02), (rows * columns, shape.dim), jnp.float32)
         x = x + jnp.broadcast_to(position.astype(x.dtype), x.shape)
         params = self.param("blocks", lambda key: transformer.init(key, shape))
         nowhere = jnp.zeros(x.shape[:2], jnp.int32)  # positions are learned: none is rotated
@@ -246,7 +246,7 @@ class Conv3x3(nn.Module):
         rows, columns, channels = x.shape[-3] - 2, x.shape[-2] - 2, x.shape[-1]
         shape = (3, 3, channels, self.width)
         kernel = self.param("kernel", orthogonal(math.sqrt(2)), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,))
+        bias = self.param("bias", nn.initializers.zeros, (self.width,), jnp.float32)
         around = [x[..., i : i + rows, j : j + columns, :] for i in range(3) for j in range(3)]
         y = jnp.concatenate(around, axis=-1) @ kernel.reshape(-1, self.width)
         return y + jnp.broadcast_to(bias, y.shape)

@@ -192,7 +192,9 @@ def init(key: Array, config: Config) -> dict[str, Any]:
     tree, structure = jax.tree.flatten(leaves(config), is_leaf=_is_leaf)
 
     def start(key: Array, leaf: Leaf) -> Array:
-        return jnp.ones(leaf.shape) if leaf.std is None else leaf.std * jax.random.normal(key, leaf.shape)
+        if leaf.std is None:
+            return jnp.ones(leaf.shape, jnp.float32)
+        return leaf.std * jax.random.normal(key, leaf.shape, jnp.float32)
 
     keys = jax.random.split(key, len(tree))
     return jax.tree.unflatten(structure, [start(k, x) for k, x in zip(keys, tree, strict=True)])
