@@ -1,7 +1,9 @@
 """Checks that fail at trace time, or before, with one clear line."""
 
 import math
+import traceback
 from collections.abc import Callable, Iterable, Sized
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -45,8 +47,18 @@ def traced(owner: str, name: str, function: Callable, *args: Any) -> Any:
     try:
         return jax.eval_shape(function, *args)
     except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{owner}: {name} cannot be traced: {line}") from error
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{_place(error)}{owner}: {name} cannot be traced: {line}") from error
+
+
+def _place(error: BaseException) -> str:
+    """The file and line of a user's code at which an error was raised, the innermost."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
+    return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: " if frames else ""
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith("<") or "site-packages" in file or Path(file).is_relative_to(Path(__file__).parent)
 
 
 def not_empty(**fields: Sized) -> None:
@@ -65,7 +77,7 @@ def apart(what: str, names: Iterable[str], taken: Iterable[str]) -> None:
 def within(field: str, value: Any, low: float, high: float) -> None:
     """Raise ``ValueError`` unless a concrete number is finite and lies in ``[low, high]``; traced values pass unchecked."""
     bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-    _all(field, value, lambda x: not math.isinf(x), "finite")
+    _all(field, value, lambda x: abs(x) <= float(np.finfo(np.float32).max) or math.isnan(x), "finite in float32")
     _all(field, value, lambda x: low <= x <= high, bounds)
 
 

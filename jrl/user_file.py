@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import math
 import symtable
 import sys
 from collections.abc import Callable, Mapping
@@ -77,6 +78,8 @@ def same_kind(setting: str, value: Any, default: Any) -> None:
     """Raise ``ValueError`` where a default is a number, a truth value or a text, and a plain value is none."""
     if not isinstance(value, bool | int | float | str):
         return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{setting} must be finite; got {value}")
     for kind, what in ((bool, "true or false"), (int, "an integer"), (float, "a number"), (str, "text")):
         if isinstance(default, kind):
             fits = isinstance(value, kind) or (kind is float and isinstance(value, int))

@@ -163,7 +163,7 @@ def test_an_environment_in_a_file(tmp_path, key):
             "must return \\(obs, state, reward, terminated, truncated\\)",
         ),
         (("action, False,", "jnp.ones(2), False,"), r"scalar reward, got shape \(2,\)"),
-        (("t = state + 1", "t = nonsense"), "step cannot be traced: name 'nonsense'"),
+        (("t = state + 1", "t = nonsense"), r"^mine.py, line 9: mine: step cannot be traced: name 'nonsense'"),
     ],
 )
 def test_a_broken_environment_is_refused(tmp_path, edit, message):

@@ -421,8 +421,9 @@ def test_hypers_of_another_algorithm_are_refused():
 
 def test_a_nan_seed_stays_out_after_resuming(tmp_path):
     algo = bad_seed(make())
-    train(algo, 4, num_seeds=3, run_dir=tmp_path / "run")
-    result = train(algo, 6, num_seeds=3, run_dir=tmp_path / "run", resume=True)
+    args = {"num_seeds": 3, "run_dir": tmp_path / "run", "log_every": 5}
+    train(algo, 5, **args)  # rows tell only that it was among the first five updates
+    result = train(algo, 6, resume=True, **args)
     assert result.summary["nan_seeds"] == [{"seed": 1, "update": 3}]
 
 
@@ -496,6 +497,66 @@ def test_a_resume_without_evaluation_keeps_the_one_there_is(tmp_path):
     later = train(algo, 3, run_dir=tmp_path / "run", resume=True).summary
     assert later["eval"] == first and first["env_steps"] == 32 and later["env_steps"] == 48
     assert train(algo, 3, run_dir=tmp_path / "run", resume=True, eval_episodes=2).summary["eval"]["env_steps"] == 48
+
+
+def test_a_folder_is_held_against_another_process(tmp_path):
+    settings = {"algorithm": "ppo"}
+    with (
+        folders.opened(tmp_path / "run", False, settings),
+        pytest.raises(run.RunError, match="is in use by another process"),
+        folders.opened(tmp_path / "run", True, settings),
+    ):
+        pass
+    with folders.opened(tmp_path / "run", True, settings) as folder:
+        assert folder == tmp_path / "run"
+
+
+def test_a_run_that_ended_in_its_first_moment_can_begin_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.tmp").write_text('{"settings": ')
+    with folders.opened(folder, False, {"algorithm": "ppo"}):
+        assert [item.name for item in folder.iterdir()] == ["config.json"]
+
+
+def test_what_a_killed_process_left_of_a_checkpoint_is_cleared_away(tmp_path):
+    algo, folder = make("Probe-action"), tmp_path / "run"
+    train(algo, 1, run_dir=folder)
+    (folder / "checkpoints/7.orbax-checkpoint-tmp-3").mkdir()
+    train(algo, 2, run_dir=folder, resume=True)
+    assert {item.name for item in (folder / "checkpoints").iterdir()} == {"1", "2"}
+
+
+def test_a_renamed_checkpoint_is_refused(tmp_path):
+    algo, folder = make("Probe-action"), tmp_path / "run"
+    train(algo, 2, run_dir=folder)
+    (folder / "checkpoints/2").rename(folder / "checkpoints/3")
+    with pytest.raises(run.RunError, match="3 is of update 2: its folder was renamed"):
+        train(algo, 4, run_dir=folder, resume=True)
+
+
+@pytest.mark.parametrize("members", [1, 256])
+def test_metrics_without_some_rows_are_refused(members, tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "CSV_MEMBERS", members)
+    monkeypatch.setattr("jrl.run.loop.CHUNK_SECONDS", 0.0)
+    algo, folder = make("Probe-action"), tmp_path / "run"
+    train(algo, 6, run_dir=folder, log_every=1)
+    if members == 256:
+        lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
+        damaged = {
+            "after update 2": lines[:5] + lines[7:],
+            "after update 4": lines[:9],
+            "cannot be read": [*lines[:6], "3,48,1,a" + ",0" * (lines[0].count(",") - 3) + "\n", *lines[7:]],
+            "it cannot": [],
+        }
+        for message, left in damaged.items():
+            (folder / "metrics.csv").write_text("".join(left))
+            with pytest.raises(run.RunError, match=rf"metrics.csv is damaged: .*{message}"):
+                train(algo, 6, run_dir=folder, log_every=1, resume=True)
+    else:
+        sorted((folder / "metrics").iterdir())[2].unlink()
+        with pytest.raises(run.RunError, match="metrics is damaged: rows are missing after update 2"):
+            train(algo, 6, run_dir=folder, log_every=1, resume=True)
 
 
 @pytest.mark.parametrize("name", ["summary.json", "evaluations.json"])
@@ -601,6 +662,7 @@ def test_wrong_arguments_are_refused_before_compiling(tmp_path):
         ({"resume": True}, "resume needs a run_dir"),
         ({"hypers": {}}, "at least one set"),
         ({"eval_every": -1}, "eval_every must be an integer"),
+        ({"checkpoint_every": 1e39}, "checkpoint_every must be finite in float32"),
     ):
         with pytest.raises(ValueError, match=message):
             train(algo, 2, **kwargs)
@@ -728,10 +790,40 @@ def test_whole_numbers_and_words_on_the_command_line():
     for name, params, message in (
         ("CartPole-v1", {"gravity": "low"}, "CartPole-v1: gravity must be a number, such as 9.8; got 'low'"),
         ("FrozenLake", {"slippery": 1}, "FrozenLake: slippery must be true or false, such as True; got 1"),
+        ("CartPole-v1", {"gravity": float("nan")}, "CartPole-v1: gravity must be finite; got nan"),
         ("Garnet", {"seed": "three"}, "Garnet: seed must be an integer, such as 0; got 'three'"),
     ):
         with pytest.raises(ValueError, match=message):
             envs.make(name, **params)
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (MemoryError("Unable to allocate 7.28 TiB"), "error: out of memory: Unable to allocate 7.28 TiB; fewer seeds"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nMore"),
+            "error: out of memory: RESOURCE_EXHAUSTED",
+        ),
+        (RuntimeError("Unable to initialize backend 'cuda'"), "JAX_PLATFORMS names the platforms to use, such as cpu"),
+        (OverflowError("int too big"), "error: a number, such as --seed, is too large"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, message):
+    def experiment(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as done:
+        cli.main(experiment)
+    assert message in done.value.code and "\n" not in done.value.code
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    def experiment(argv):
+        raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        cli.main(experiment)
 
 
 def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path):

@@ -7,6 +7,7 @@ a manifest: the run's configuration and the path, shape, dtype and checksum of e
 import errno
 import json
 import logging
+import shutil
 import sys
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,8 @@ class Checkpoints:
         self._ocp = ocp
         self._config = json.loads(json.dumps(config))  # as a checkpoint gives it back
         self.folder = folder.absolute()
+        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):  # of a process that was killed
+            shutil.rmtree(unfinished, ignore_errors=True)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
         self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
@@ -40,19 +43,21 @@ class Checkpoints:
         """Updates done at the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
-    def save(self, updates: int, state: Any) -> None:
-        """Begin to save host arrays (of ``layout.fetch``), which the caller leaves alone; waits for the save before it.
+    def save(self, updates: int, state: Any, notes: Any = None) -> None:
+        """Begin to save host arrays (of ``layout.fetch``), which the caller leaves alone, and notes, which are JSON; waits for the
+        save before it.
 
         Raises ``RunError`` if that one met a full disk.
         """
         self.wait()
-        self._pending = self._thread.submit(self._save, updates, state)
+        self._pending = self._thread.submit(self._save, updates, state, notes)
 
-    def _save(self, updates: int, state: Any) -> None:
+    def _save(self, updates: int, state: Any, notes: Any) -> None:
         if self._manager.latest_step() == updates:
             return
         leaves = named_leaves(state)
-        manifest = {"config": self._config, "arrays": {name: _describe(x) for name, x in leaves.items()}}
+        arrays = {name: _describe(x) for name, x in leaves.items()}
+        manifest = {"updates": updates, "config": self._config, "notes": notes, "arrays": arrays}
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(leaves), manifest=self._ocp.args.JsonSave(manifest)
         )
@@ -66,26 +71,34 @@ class Checkpoints:
         other shapes or dtypes, damaged data.
         """
         path = self.folder / str(updates)
-        wanted = named_leaves(template)
-        try:
-            manifest = self._manager.restore(
-                updates, args=self._ocp.args.Composite(manifest=self._ocp.args.JsonRestore())
-            )
-            manifest = manifest["manifest"]
-            saved_config, arrays = manifest["config"], manifest["arrays"]
-        except Exception as error:
-            raise RunError(f"checkpoint {path} is damaged: its manifest cannot be read ({_line(error)})") from error
-        same_config(saved_config, self._config, path)
+        wanted, manifest = named_leaves(template), self.manifest(updates)
+        arrays = manifest["arrays"]
+        same_config(manifest["config"], self._config, path)
+        if manifest["updates"] != updates:
+            raise RunError(f"checkpoint {path} is of update {manifest['updates']}: its folder was renamed")
         _same_arrays(arrays, wanted, path)
         try:
             args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(wanted))
             leaves = self._manager.restore(updates, args=args)["state"]
         except Exception as error:
             raise RunError(f"checkpoint {path} is damaged: its arrays cannot be read ({_line(error)})") from error
-        for name, x in leaves.items():
-            if _describe(np.asarray(x)) != arrays[name]:
+        for name in wanted:
+            if name not in leaves or _describe(np.asarray(leaves[name])) != arrays[name]:
                 raise RunError(f"checkpoint {path} is damaged: the data of {name} do not match their checksum")
         return jax.tree.unflatten(jax.tree.structure(template), [np.asarray(leaves[name]) for name in wanted])
+
+    def manifest(self, updates: int) -> dict[str, Any]:
+        """What a checkpoint says of itself: ``updates``, ``config``, ``notes`` and ``arrays``. Raises ``RunError`` if it is damaged."""
+        path = self.folder / str(updates)
+        try:
+            args = self._ocp.args.Composite(manifest=self._ocp.args.JsonRestore())
+            manifest = self._manager.restore(updates, args=args)["manifest"]
+            for name, kind in (("updates", int), ("config", dict), ("arrays", dict)):
+                if not isinstance(manifest[name], kind):
+                    raise TypeError(f"{name} is {type(manifest[name]).__name__}")
+            return {"notes": None} | manifest
+        except Exception as error:
+            raise RunError(f"checkpoint {path} is damaged: its manifest cannot be read ({_line(error)})") from error
 
     def wait(self) -> None:
         """Until what was begun is on disk. Raises ``RunError`` on a full disk."""
@@ -190,8 +203,8 @@ def _same_arrays(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> N
         where = "the checkpoint" if name in saved else "this run"
         raise RunError(f"checkpoint {path} does not fit: only {where} has {name}")
     for name, x in wanted.items():
-        for field in ("shape", "dtype"):
-            given, needed = saved[name][field], _describe_abstract(x)[field]
+        for field, needed in _describe_abstract(x).items():
+            given = saved[name].get(field) if isinstance(saved[name], dict) else None
             if given != needed:
                 raise RunError(f"checkpoint {path} does not fit: {name} has {field} {given}, this run needs {needed}")
 

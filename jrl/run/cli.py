@@ -243,11 +243,23 @@ def main(experiment: Callable[[list[str]], Result | None]) -> NoReturn:
         os._exit(0)
     except OverflowError as error:
         sys.exit(f"error: a number, such as --seed, is too large: {error}")
+    except (MemoryError, RuntimeError) as error:
+        sys.exit(f"error: {_runtime_error(error)}")
     except (ValueError, RunError, OSError) as error:
         sys.exit(f"error: {str(error).strip()}")
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0 if result is None or result.finished else 130)
+
+
+def _runtime_error(error: MemoryError | RuntimeError) -> str:
+    """What a user can do about memory that is short, or a platform that is not there. Raises any other error again."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first or "Out of memory" in first:
+        return f"out of memory: {first}; fewer seeds, environments or episodes of evaluation, or a smaller replay, take less"
+    if "nable to initialize backend" in first or "nknown backend" in first:
+        return f"{first}; JAX_PLATFORMS names the platforms to use, such as cpu"
+    raise error
 
 
 def environment(options: Options) -> envs.Environment:

@@ -1,9 +1,12 @@
 """The folder of a run: what a run is made of, opened once and refused to any other."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -53,11 +56,34 @@ def saved_setting(folder: Path, name: str) -> Any:
     try:
         return json.loads((folder / "config.json").read_text())["settings"].get(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # open_folder says what is wrong
+        return None  # opened says what is wrong
 
 
-def open_folder(folder: Path, resume: bool, settings: dict[str, Any]) -> Path:
-    """Make the folder and its ``config.json``; refuse one that holds another run."""
+@contextlib.contextmanager
+def opened(folder: Path, resume: bool, settings: dict[str, Any]) -> Iterator[Path]:
+    """The folder of a run, made with its ``config.json`` if it is new, and held against other processes.
+
+    Raises ``RunError`` for one that holds another run, or that another process writes to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} exists and is not the folder of a run; choose another")
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder} is in use by another process") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        _make_or_compare(folder, resume, settings)
+        yield folder
+    finally:
+        os.close(handle)
+
+
+def _make_or_compare(folder: Path, resume: bool, settings: dict[str, Any]) -> None:
     path = folder / "config.json"
     if path.exists():
         if not resume:
@@ -67,13 +93,12 @@ def open_folder(folder: Path, resume: bool, settings: dict[str, Any]) -> Path:
         except (ValueError, KeyError, TypeError):
             raise RunError(f"{path} is damaged: it is not the configuration of a run") from None
         same_config(saved, settings, folder)
-        return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return
+    # A run that ended in its first moment leaves a part of its configuration.
+    if any(item.name != path.with_suffix(".tmp").name for item in folder.iterdir()):
         raise RunError(f"{folder} exists and is not the folder of a run; choose another")
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(path, {"settings": settings} | _surroundings())
-    return folder
 
 
 def _surroundings() -> dict[str, Any]:
@@ -114,5 +139,8 @@ def read_json(path: Path, default: Any) -> Any:
 def write_json(path: Path, data: Any) -> None:
     """Whole or not at all."""
     fresh = path.with_suffix(".tmp")
-    fresh.write_text(json.dumps(data, indent=2) + "\n")
+    with fresh.open("w") as file:
+        file.write(json.dumps(data, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     fresh.replace(path)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jrl.run.checkpoint import disk_errors
+from jrl.run.checkpoint import RunError, disk_errors
 from jrl.run.stats import iqm
 
 CSV_MEMBERS = 256
@@ -133,6 +133,27 @@ def table(folder: Path, labels: Labels) -> "CsvTable | ParquetTable":
     """The table of a run's metrics, whose members have these labels."""
     few = len(labels) <= CSV_MEMBERS
     return CsvTable(folder / "metrics.csv", labels) if few else ParquetTable(folder / "metrics", labels)
+
+
+def read_whole(
+    table: "CsvTable | ParquetTable", updates: int, log_every: int, env_steps_per_update: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """``table.read()`` of a run that has done so many updates, a row for each ``log_every`` or fewer.
+
+    Raises ``RunError`` for a table that cannot be read or lacks rows.
+    """
+    try:
+        env_steps, metrics = table.read()
+    except Exception as error:
+        raise RunError(f"{table.path} is damaged: it cannot be read ({error})") from error
+    done = np.concatenate([[0], env_steps // env_steps_per_update])
+    gap = np.flatnonzero((np.diff(done) > log_every) | (np.diff(done) <= 0))
+    if len(gap) or done[-1] != updates:
+        last = done[gap[0]] if len(gap) else done[-1]
+        raise RunError(
+            f"{table.path} is damaged: rows are missing after update {last}, and the checkpoint is of {updates}"
+        )
+    return env_steps, metrics
 
 
 class CsvTable:

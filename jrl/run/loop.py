@@ -1,5 +1,6 @@
 """The run loop: chunks of compiled updates, with everything that has to happen on the host between them."""
 
+import contextlib
 import functools
 import sys
 import time
@@ -116,26 +117,23 @@ def train(
     every = log_every or saved or -(-total // 1000)
     cells = {"": algo.hyper} if hypers is None else hypers
     settings = folders.settings(algo, key, env_steps, num_seeds, cells, every)
-    folder = None if run_dir is None else folders.open_folder(Path(run_dir), resume, settings)
-
+    opened = contextlib.nullcontext() if run_dir is None else folders.opened(Path(run_dir), resume, settings)
     if progress:
-        print(
-            f"{algo.name} on {algo.env.name}: {plot.seeds(num_seeds)} on {host.description()}",
-            file=sys.stderr,
-            flush=True,
-        )
-    run = _Run(algo, members, list(metrics), total, every, folder, settings, progress, eval_episodes, checkpoint_every)
-    run.compile(
-        layout.choose(len(members.labels), jax.devices()[:devices], seeds_at_once), automatic=seeds_at_once is None
-    )
-    run.restore(resume)
+        where = f"{plot.seeds(num_seeds)} on {host.description()}"
+        print(f"{algo.name} on {algo.env.name}: {where}", file=sys.stderr, flush=True)
     if eval_every is not None:
         eval_every = max(1, eval_every // algo.env_steps_per_update) if eval_episodes else None
-    try:
-        finished = run.loop(eval_every)
-        return run.finish(finished, gif)
-    finally:
-        run.close()
+    with opened as folder:
+        run = _Run(
+            algo, members, list(metrics), total, every, folder, settings, progress, eval_episodes, checkpoint_every
+        )
+        chosen = layout.choose(len(members.labels), jax.devices()[:devices], seeds_at_once)
+        run.compile(chosen, automatic=seeds_at_once is None)
+        try:
+            run.restore(resume)
+            return run.finish(run.loop(eval_every), gif)
+        finally:
+            run.close()
 
 
 class _Members(NamedTuple):
@@ -252,7 +250,7 @@ class _Run:
                 self.folder, self.members.labels, self.done if resume else None, self.algo.env_steps_per_update
             )
         if latest is not None:
-            self._reread()
+            self._reread(self.checkpoints.manifest(latest)["notes"])
         else:
             self.log.write_settings(self.settings)
         self.progress = self._progress()
@@ -261,14 +259,13 @@ class _Run:
             where = f"resumed at {steps:,} steps a seed" if latest else "no checkpoint yet: beginning anew"
             self.progress.say(f"{self.folder}: {where}")
 
-    def _reread(self) -> None:
-        env_steps, metrics = log.table(self.folder, self.members.labels).read()
+    def _reread(self, notes: dict[str, Any] | None) -> None:
+        """Take up what was written before: the table of metrics, the seeds that turned NaN, the evaluations."""
+        env_steps, metrics = log.read_whole(
+            log.table(self.folder, self.members.labels), self.done, self.every, self.algo.env_steps_per_update
+        )
         self.history.append({k: v.astype(np.float32) for k, v in metrics.items()} | {"env_steps": env_steps})
-        for name, values in metrics.items():
-            if name in self.algo.losses:
-                for member, row in np.argwhere(~np.isfinite(values)).tolist():
-                    update = int(env_steps[row]) // self.algo.env_steps_per_update
-                    self.bad[member] = min(update, self.bad.get(member, update))
+        self.bad = {int(member): update for member, update in (notes or {}).get("nan", {}).items()}
         saved = folders.read_json(self.folder / "evaluations.json", [])
         self.evaluations = [e for e in saved if e["env_steps"] <= self.done * self.algo.env_steps_per_update]
 
@@ -369,7 +366,7 @@ class _Run:
 
     def _save(self) -> None:
         if self.checkpoints is not None:
-            self.checkpoints.save(self.done, layout.fetch(self.layout, self.state))
+            self.checkpoints.save(self.done, layout.fetch(self.layout, self.state), {"nan": dict(self.bad)})
 
     # Evaluating and finishing
 
@@ -477,6 +474,8 @@ class _Run:
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
 
     def _broken(self) -> list[int]:
         """Members whose parameters, optimizer or statistics are not numbers any more."""
