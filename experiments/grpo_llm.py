@@ -30,7 +30,7 @@ from jrl.lm import verifiers
 from jrl.lm.sampling import Rollout, decoder
 from jrl.nets import transformer
 from jrl.run import cli, plot
-from jrl.run.checkpoint import Checkpoints
+from jrl.run.checkpoint import Checkpoints, RunError
 from jrl.run.interrupt import StopOnSignal
 
 CONFIG = grpo.Config(num_prompts=4, group_size=4, lora_rank=16, micro_batches=4, kl="none")
@@ -231,8 +231,9 @@ def main(argv: list[str]) -> None:
     with StopOnSignal() as stop, jax.set_mesh(mesh):
         try:
             while done < args.steps and not stop.requested:
-                state, row, said = one_step(args, source, words, sample, learn, state, key_run, done, pad)
-                done += 1
+                after, row, said = one_step(args, source, words, sample, learn, state, key_run, done, pad)
+                refuse_nan(row, done)
+                state, done = after, done + 1
                 rows.append({"step": done} | row)
                 print("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items() if name in SHOWN), flush=True)
                 _write(args.folder, rows, said)
@@ -296,6 +297,13 @@ def one_step(args, source, words, sample, learn, state, key_run, done, pad):
     row |= {name: float(x[judged].mean()) if judged.any() else math.nan for name, x in parts.items()}
     said = [f"{item.prompt!r} -> {texts[i * group]!r}" for i, item in enumerate(items)]
     return state, row, said
+
+
+def refuse_nan(row: dict[str, Any], done: int) -> None:
+    """Raise ``RunError`` after an update that broke the model: the one before it is kept."""
+    broken = [name for name in ("loss", "grad_norm") if not math.isfinite(row[name])]
+    if broken:
+        raise RunError(f"{' and '.join(broken)} turned NaN at update {done + 1}; the model of update {done} is kept")
 
 
 def _check_weights(hyper: grpo.Hyper, parts: dict[str, np.ndarray], name: str) -> None:

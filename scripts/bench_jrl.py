@@ -63,22 +63,24 @@ def pure(setting: dict[str, Any], algo: Algorithm) -> dict[str, Any]:
     keys = layout.put(chosen, layout.pad(chosen, jax.random.split(jax.random.key(0), num_seeds)))
     state = jax.jit(layout.over_members(chosen, jax.vmap(lambda k: algo.init(k, None, 10**6))))(keys)
     names = list(check(algo, algo.hyper)[1])
-    chunk = program.chunk(algo, names, max(1, updates // 1000), program.max_rows(num_seeds))
-    lowered = jax.jit(layout.over_members(chosen, chunk), donate_argnums=0).lower(state, jnp.int32(1))
+    members = program.Members(state, layout.put(chosen, jnp.zeros((chosen.num_slots, len(names)))))
+    every = max(1, updates // 1000)
+    chunk = program.chunk(algo, names, every, program.max_rows(num_seeds))
+    lowered = jax.jit(layout.over_members(chosen, chunk), donate_argnums=0).lower(members, jnp.int32(1), jnp.int32(0))
     compiled = lowered.compile(compiler_options=host.chunk_compiler_options())
     compiling = time.perf_counter() - begin
     used: Any = compiled.memory_analysis()
     wait()
-    n = jnp.int32(updates)
+    n, before = jnp.int32(every * (updates // every)), jnp.int32(0)  # whole rows
     for _ in range(2):  # the first call warms up, the second records what a GPU repeats
-        state, _ = jax.block_until_ready(compiled(state, n))
+        members, _ = jax.block_until_ready(compiled(members, n, before))
     seconds = []
     for _ in range(setting["repeats"]):
         begin = time.perf_counter()
-        state, _ = jax.block_until_ready(compiled(state, n))
+        members, _ = jax.block_until_ready(compiled(members, n, before))
         seconds.append(time.perf_counter() - begin)
     return {
-        "speed": updates * per_update * num_seeds / min(seconds),
+        "speed": int(n) * per_update * num_seeds / min(seconds),
         "compile": compiling,
         "gib": (used.temp_size_in_bytes + used.argument_size_in_bytes) / 2**30,
         "kernels": launches(compiled).total if on_gpu else None,

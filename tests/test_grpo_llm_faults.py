@@ -9,6 +9,7 @@ import pytest
 from test_grpo_llm import model  # noqa: F401  (a tiny model in Hugging Face's layout)
 
 from jrl.lm import verifiers
+from jrl.run import RunError
 
 sys.path.insert(0, str(processes.ROOT / "experiments"))
 import grpo_llm
@@ -120,3 +121,9 @@ def test_long_prompts_are_passed_over_and_counted_and_unjudged_answers_take_no_p
 def test_what_cannot_be_trained_on_is_one_line(score, prompts, more, message, train):
     with pytest.raises(ValueError, match=message):
         train(score, prompts, *more)
+
+
+def test_an_update_that_breaks_the_model_is_refused():
+    grpo_llm.refuse_nan({"loss": 0.5, "grad_norm": 1.0, "mine": math.nan}, 7)
+    with pytest.raises(RunError, match="grad_norm turned NaN at update 8; the model of update 7 is kept"):
+        grpo_llm.refuse_nan({"loss": 0.5, "grad_norm": math.inf}, 7)

@@ -20,6 +20,7 @@ from scipy.stats import trim_mean
 from jrl import envs, host, nets, optim, run
 from jrl.algos import ppo
 from jrl.run import cli, folders, layout, log, program, progress, stats
+from jrl.run.interrupt import StopOnSignal
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
@@ -497,6 +498,30 @@ def test_a_resume_without_evaluation_keeps_the_one_there_is(tmp_path):
     later = train(algo, 3, run_dir=tmp_path / "run", resume=True).summary
     assert later["eval"] == first and first["env_steps"] == 32 and later["env_steps"] == 48
     assert train(algo, 3, run_dir=tmp_path / "run", resume=True, eval_episodes=2).summary["eval"]["env_steps"] == 48
+
+
+def test_a_run_stops_within_a_row_and_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    class StopAfter(StopOnSignal):
+        """A signal that comes after five looks."""
+
+        looks = 0
+
+        @property
+        def requested(self):
+            self.looks += 1
+            return self.looks > 5
+
+    algo, args = make("CartPole-v1"), {"log_every": 4, "num_seeds": 3}
+    whole = train(algo, 10, run_dir=tmp_path / "whole", **args)
+    monkeypatch.setattr("jrl.run.loop.CHUNK_SECONDS", 0.0)  # one update a chunk
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("jrl.run.loop.StopOnSignal", StopAfter)
+        assert not train(algo, 10, run_dir=tmp_path / "parts", **args).finished
+    assert saved_steps(tmp_path / "parts") == [5]
+    parts = train(algo, 10, run_dir=tmp_path / "parts", resume=True, **args)
+    assert_same_bits(parts.state, whole.state)
+    assert final_rows(tmp_path / "parts") == final_rows(tmp_path / "whole")
+    assert [r["update"] for r in csv.DictReader((tmp_path / "whole/metrics.csv").open())][::3] == ["4", "8", "10"]
 
 
 def test_a_folder_is_held_against_another_process(tmp_path):

@@ -173,6 +173,7 @@ class _Run:
         self.folder, self.settings, self.show = folder, settings, progress
         self.eval_episodes, self.checkpoint_every = eval_episodes, checkpoint_every
         self.done = self.first = 0
+        self.in_row = 0  # updates since the last whole row of metrics
         self.history: list[dict[str, np.ndarray]] = []
         self.bad: dict[int, int] = {}  # member -> update at which it turned NaN
         self.evaluations: list[dict[str, Any]] = []
@@ -201,16 +202,18 @@ class _Run:
         if self.layout != chosen:
             real = jax.tree.map(lambda x: x[: chosen.num_members], self.state)
             self.state = layout.put(self.layout, layout.pad(self.layout, real))
+        self.row = layout.put(self.layout, np.zeros((self.layout.num_slots, len(self.names)), np.float32))
         self.compile_seconds = time.perf_counter() - begin
 
     def _compile_chunk(self, shapes: Any, automatic: bool) -> None:
         """Compile the chunk for states of these shapes, in smaller groups until it fits."""
         while True:
             chunk = layout.over_members(self.layout, program.chunk(self.algo, self.names, self.every, self.max_rows))
-            states = layout.shapes(self.layout, shapes)
+            row: Any = jax.ShapeDtypeStruct((1, len(self.names)), jnp.float32)
+            members = layout.shapes(self.layout, program.Members(shapes, row))
             smallest = not automatic or self.layout.group_size == 1
             try:
-                lowered = jax.jit(chunk, donate_argnums=0).lower(states, jnp.int32(1))
+                lowered = jax.jit(chunk, donate_argnums=0).lower(members, jnp.int32(1), jnp.int32(0))
                 self.chunk = lowered.compile(compiler_options=host.chunk_compiler_options())
                 if smallest or self._fits():
                     return
@@ -237,10 +240,13 @@ class _Run:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.settings)
         latest = self.checkpoints.latest() if resume else None
         if latest is not None:
-            host = self.checkpoints.restore(latest, layout.fetch(self.layout, self.state))
-            live = checkpoint.restore_keys(host, self.state)
-            self.state = layout.put(self.layout, layout.pad(self.layout, live))
-            self.done = self.first = latest
+            held = program.Members(self.state, self.row)
+            host = self.checkpoints.restore(latest, layout.fetch(self.layout, held))
+            live = checkpoint.restore_keys(host, held)
+            self.state, self.row = layout.put(self.layout, layout.pad(self.layout, live))
+            notes = self.checkpoints.manifest(latest)["notes"]
+            self.done, self.in_row = latest, notes["in_row"]
+            self.first = latest
             if self.done > self.total:
                 raise RunError(
                     f"{self.folder} has done {latest} updates already, more than the {self.total} of this budget"
@@ -250,7 +256,7 @@ class _Run:
                 self.folder, self.members.labels, self.done if resume else None, self.algo.env_steps_per_update
             )
         if latest is not None:
-            self._reread(self.checkpoints.manifest(latest)["notes"])
+            self._reread(notes)
         else:
             self.log.write_settings(self.settings)
         self.progress = self._progress()
@@ -259,13 +265,12 @@ class _Run:
             where = f"resumed at {steps:,} steps a seed" if latest else "no checkpoint yet: beginning anew"
             self.progress.say(f"{self.folder}: {where}")
 
-    def _reread(self, notes: dict[str, Any] | None) -> None:
+    def _reread(self, notes: dict[str, Any]) -> None:
         """Take up what was written before: the table of metrics, the seeds that turned NaN, the evaluations."""
-        env_steps, metrics = log.read_whole(
-            log.table(self.folder, self.members.labels), self.done, self.every, self.algo.env_steps_per_update
-        )
+        table, per_update = log.table(self.folder, self.members.labels), self.algo.env_steps_per_update
+        env_steps, metrics = log.read_whole(table, self.done - self.in_row, self.every, per_update)
         self.history.append({k: v.astype(np.float32) for k, v in metrics.items()} | {"env_steps": env_steps})
-        self.bad = {int(member): update for member, update in (notes or {}).get("nan", {}).items()}
+        self.bad = {int(member): update for member, update in notes["nan"].items()}
         saved = folders.read_json(self.folder / "evaluations.json", [])
         self.evaluations = [e for e in saved if e["env_steps"] <= self.done * self.algo.env_steps_per_update]
 
@@ -280,14 +285,15 @@ class _Run:
         """Train to the end; returns false if a signal stopped it, with everything saved."""
         if self.eval_episodes and self.layout.devices[0].platform != "cpu":
             self._evaluators  # noqa: B018  (a CPU is busy training: there they are compiled when they are needed)
-        pending: tuple[int, int, Any] | None = None
+        pending: tuple[int, int, int, Any] | None = None
         seconds_per_update, saved_at = 0.0, time.perf_counter()
         with StopOnSignal() as stop:
             try:
                 while self.done < self.total and not stop.requested:
                     n = self._chunk_length(seconds_per_update, eval_every)
                     begin = time.perf_counter()
-                    self.state, rows = self.chunk(self.state, jnp.int32(n))
+                    members = program.Members(self.state, self.row)
+                    (self.state, self.row), rows = self.chunk(members, jnp.int32(n), jnp.int32(self.in_row))
                     # Cut now: the device would do it only after the next chunk, and the host wait for that.
                     rows = program.first_rows(rows, self._filled(n))
                     if pending is not None:
@@ -296,13 +302,9 @@ class _Run:
                     took = time.perf_counter() - begin
                     self.seconds += took
                     seconds_per_update = took / n
-                    pending = (self.done, n, rows)
-                    self.done += n
-                    evaluates = (
-                        eval_every is not None
-                        and self.done < self.total
-                        and self.done // eval_every > (self.done - n) // eval_every
-                    )
+                    pending = (self.done, n, self.in_row, rows)
+                    self.done, self.in_row = self.done + n, (self.in_row + n) % self.every
+                    evaluates = eval_every is not None and self.done < self.total and self.done % eval_every == 0
                     if evaluates or time.perf_counter() - saved_at > self.checkpoint_every:
                         self._consume(*pending)
                         pending = None
@@ -312,6 +314,8 @@ class _Run:
                         saved_at = time.perf_counter()
                 if pending is not None:
                     self._consume(*pending)
+                if self.done == self.total:
+                    self._close_row()
                 self._save()
                 if self.checkpoints is not None:
                     self.checkpoints.wait()
@@ -320,40 +324,44 @@ class _Run:
         return self.done == self.total
 
     def _chunk_length(self, seconds_per_update: float, eval_every: int | None) -> int:
-        """Updates that take about a second: whole rows, not past the next evaluation or the end."""
-        rows = int(CHUNK_SECONDS / seconds_per_update / self.every) if seconds_per_update else 1
-        n = self.every * min(max(rows, 1), self.max_rows)
-        if eval_every is not None:
-            to_evaluation = eval_every - self.done % eval_every
-            n = min(n, -(-to_evaluation // self.every) * self.every)
-        return min(n, self.total - self.done)
+        """Updates that take about a second, not past the next evaluation, the end, or the rows that a chunk can hold."""
+        n = max(1, int(CHUNK_SECONDS / seconds_per_update)) if seconds_per_update else 1
+        ends = [self.total - self.done, self.every * self.max_rows - self.in_row]
+        return min(n, *ends, *([] if eval_every is None else [eval_every - self.done % eval_every]))
 
     def _filled(self, n: int) -> int:
-        """How many rows of a chunk of ``n`` updates to copy: those that are filled, rounded up so that few programs do it."""
-        num_rows = -(-n // self.every)
-        return min(self.max_rows, 1 << (num_rows - 1).bit_length())
+        """How many rows to copy after ``n`` more updates: those that are whole, rounded up so that few programs do it."""
+        return 1 << max(0, (self.in_row + n) // self.every - 1).bit_length()
 
-    def _consume(self, start: int, n: int, rows: program.Rows) -> None:
-        """Take in the metrics of a chunk: report NaNs, write them down, move the progress bar."""
-        num_rows = -(-n // self.every)
+    def _consume(self, start: int, n: int, before: int, rows: program.Rows) -> None:
+        """Take in the metrics of a chunk: report NaNs, write down whole rows, move the progress bar."""
+        whole = (before + n) // self.every
         rows = layout.fetch(self.layout, rows)
         for member in np.flatnonzero(rows.first_bad >= 0).tolist():
             if member not in self.bad:
                 self._report_nan(member, start + int(rows.first_bad[member]) + 1)
-        counts = np.minimum(self.every, n - self.every * np.arange(num_rows))
-        metrics: dict[str, Any] = to_means(
-            {k: v[:, :num_rows] for k, v in rows.sums.items()}, counts.astype(np.float32)
-        )
-        updates = start + np.minimum(self.every * (1 + np.arange(num_rows)), n)
-        env_steps = updates * self.algo.env_steps_per_update
-        self.history.append(metrics | {"env_steps": env_steps})
-        if self.log is not None:
-            self.log.write(updates, env_steps, metrics, self.bad)
+        sums = {k: v[:, :whole] for k, v in rows.sums.items()}
+        self._write(start - before + self.every * (1 + np.arange(whole)), to_means(sums, np.float32(self.every)))
         steps = (start + n) * self.algo.env_steps_per_update * len(self.members.labels)
         self.progress.advance(steps, self._recent_return())
 
+    def _close_row(self) -> None:
+        """Write down the updates since the last whole row as a row of their own."""
+        if self.in_row:
+            sums = {name: x[:, None] for name, x in zip(self.names, layout.fetch(self.layout, self.row).T, strict=True)}
+            self._write(np.array([self.done]), to_means(sums, np.float32(self.in_row)))
+            self.row, self.in_row = jnp.zeros_like(self.row), 0
+
+    def _write(self, updates: np.ndarray, metrics: dict[str, Any]) -> None:
+        """Rows of metrics that end with these updates."""
+        if len(updates):
+            env_steps = updates * self.algo.env_steps_per_update
+            self.history.append(metrics | {"env_steps": env_steps})
+            if self.log is not None:
+                self.log.write(updates, env_steps, metrics, self.bad)
+
     def _recent_return(self) -> float:
-        newest = self.history[-1]
+        newest = self.history[-1] if self.history else {}
         if not {"episodes", "episode_return"} <= newest.keys():
             return float("nan")
         good = [m for m in range(len(self.members.labels)) if m not in self.bad]
@@ -366,7 +374,8 @@ class _Run:
 
     def _save(self) -> None:
         if self.checkpoints is not None:
-            self.checkpoints.save(self.done, layout.fetch(self.layout, self.state), {"nan": dict(self.bad)})
+            held = layout.fetch(self.layout, program.Members(self.state, self.row))
+            self.checkpoints.save(self.done, held, {"in_row": self.in_row, "nan": dict(self.bad)})
 
     # Evaluating and finishing
 

@@ -35,8 +35,16 @@ def train_fn(algo: Algorithm, env_steps: int) -> Callable[..., tuple[State, Metr
     return train
 
 
+class Members(NamedTuple):
+    """A group of members between two chunks: their states, and the sums of their metrics since the last whole row
+    ``[members, metrics]``."""
+
+    states: State
+    row: Array
+
+
 class Rows(NamedTuple):
-    """Metrics of a chunk for ``[members]``: sums over the updates of each row ``[members, rows]``, and the first update (from
+    """Metrics of a chunk for ``[members]``: sums over the updates of each whole row ``[members, rows]``, and the first update (from
     0, within the chunk) at which a loss was not finite ``[members]``, -1 for none."""
 
     sums: Metrics
@@ -50,19 +58,16 @@ def max_rows(num_members: int) -> int:
 
 def chunk(
     algo: Algorithm, names: Sequence[str], log_every: int, max_rows: int
-) -> Callable[[State, Array], tuple[State, Rows]]:
-    """``(states, n) -> (states, rows)``: ``n`` updates of a group of members, ``log_every`` of them summed into each row.
+) -> Callable[[Members, Array, Array], tuple[Members, Rows]]:
+    """``(members, n, before) -> (members, rows)``: ``n`` updates of a group of members, ``log_every`` of them summed into each row.
 
-    ``names`` are those of the algorithm's metrics.
-
-    ``n`` is traced, so that one program serves chunks of any length up to ``log_every * max_rows``.
+    ``names`` are those of the algorithm's metrics; ``before`` is how many updates are in the members' row already. Both numbers are
+    traced, so that one program serves chunks of any length up to ``log_every * max_rows - before``.
     """
     update = jax.vmap(algo.update)
+    losses = [name for name in names if name in algo.losses]
 
-    def run(states: State, n: Array) -> tuple[State, Rows]:
-        num_members = jax.tree.leaves(states)[0].shape[0]
-        losses = [name for name in names if name in algo.losses]
-
+    def run(members: Members, n: Array, before: Array) -> tuple[Members, Rows]:
         def body(i: Array, carry: Any) -> Any:
             states, sums, bad = carry
             states, metrics = update(states)
@@ -71,18 +76,20 @@ def chunk(
                 bad = jnp.where((bad < 0) & wrong, i, bad)
             row = to_sums(metrics)
             row = jnp.stack([row[name].astype(jnp.float32) for name in names])
-            return states, sums.at[i // log_every].add(row), bad
+            return states, sums.at[(before + i) // log_every].add(row), bad
 
         # All metrics stand in one array, so that an update writes once.
-        sums = jnp.zeros((max_rows, len(names), num_members), jnp.float32)
-        start = (states, sums, jnp.full(num_members, -1, jnp.int32))
+        num_members = len(members.row)
+        sums = jnp.zeros((max_rows + 1, len(names), num_members), jnp.float32).at[0].set(members.row.T)
+        start = (members.states, sums, jnp.full(num_members, -1, jnp.int32))
         states, sums, bad = jax.lax.fori_loop(0, n, body, start)
-        return states, Rows({name: sums[:, i].T for i, name in enumerate(names)}, bad)
+        rows = Rows({name: sums[:, i].T for i, name in enumerate(names)}, bad)
+        return Members(states, sums[(before + n) // log_every].T), rows
 
     return run
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def first_rows(rows: Rows, num_rows: int) -> Rows:
-    """The rows that a chunk has filled, before they are copied to the host."""
+    """The first rows of a chunk, before they are copied to the host."""
     return rows._replace(sums={name: x[:, :num_rows] for name, x in rows.sums.items()})
