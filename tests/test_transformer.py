@@ -177,6 +177,9 @@ def test_a_vision_transformer_is_a_torso(key):
         ),
         (lambda: transformer.Config(dim=30), "dim must be a multiple of num_heads = 4, or give head_dim; got 30"),
         (lambda: transformer.Config(dim=12), "head_dim must be even"),
+        (lambda: transformer.Config(rope_theta=0.0), "rope_theta must be at least 1; got 0"),
+        (lambda: transformer.Config(rope_theta=float("nan")), "rope_theta must be at least 1; got nan"),
+        (lambda: transformer.Config(norm_eps=-1.0), "norm_eps must be between 0 and 1; got -1"),
         (lambda: transformer.Config(attention="flash"), "transformer.attention must be one of dense, window, nsa"),
         (lambda: transformer.Config(causal=False, attention="nsa"), "causal=False needs transformer.attention=dense"),
         (

@@ -91,6 +91,8 @@ class Config:
         for name in ("vocab_size", "head_dim", "ffn_dim", "dense_layers"):
             checks.positive_int(f"transformer.{name}", getattr(self, name), at_least=0)
         checks.one_of("transformer.attention", self.attention, get_args(Kind))
+        checks.within("transformer.rope_theta", self.rope_theta, 1, float("inf"))
+        checks.within("transformer.norm_eps", self.norm_eps, 0, 1)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"transformer.num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}; got {self.num_heads}"
