@@ -4,6 +4,7 @@ A checkpoint holds the state of every member as NumPy arrays (keys as their data
 a manifest: the run's configuration and the path, shape, dtype and checksum of every array.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -108,8 +109,10 @@ class Checkpoints:
                 pending.result()
 
     def close(self) -> None:
+        """End its threads; a save that failed was reported when it was waited for."""
         self._thread.shutdown()
-        self._manager.close()
+        with contextlib.suppress(Exception):
+            self._manager.close()
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
