@@ -242,18 +242,25 @@ def test_what_does_not_fit_the_task_is_refused():
         grpo.make(TASK, replace(TINY, top_k=99))
 
 
-AVERAGED = optim.OptimizerConfig("adamw", ema=True, accumulate=2)
+AVERAGED = optim.OptimizerConfig("adamw", ema=True)
 
 
-@pytest.mark.parametrize("algo", [
-    sft.make(TASK, sft.Config(model=SHAPE, optimizer=AVERAGED)),
-    ppo_lm.make(TASK, ppo_lm.Config(model=SHAPE, optimizer=AVERAGED)),
-    grpo.make(TASK, replace(TINY, optimizer=AVERAGED, lora_rank=2)),
-], ids=["sft", "ppo_lm", "grpo"])  # fmt: skip
+@pytest.mark.parametrize(
+    "algo",
+    [
+        sft.make(TASK, sft.Config(model=SHAPE, optimizer=AVERAGED)),
+        ppo_lm.make(TASK, ppo_lm.Config(model=SHAPE, optimizer=AVERAGED)),
+        grpo.make(TASK, replace(TINY, optimizer=replace(AVERAGED, accumulate=2), lora_rank=2)),
+    ],
+    ids=["sft", "ppo_lm", "grpo"],
+)
 def test_evaluation_is_of_the_averaged_parameters(algo):
     """Parameters that have moved answer as their average does, which is still that of the start."""
     state, act = jax.jit(algo.init)(jax.random.key(0)), jax.jit(algo.act)
-    up = lambda tree: jax.tree.map(lambda x: x + 1, tree)  # noqa: E731
+
+    def up(tree):
+        return jax.tree.map(lambda x: x + 1, tree)
+
     moved, both = state._replace(params=up(state.params)), state._replace(opt_state=up(state.opt_state))
     start, averaged, later = (act(s, jnp.int32(2))[1].cache for s in (state, moved, both))
     jax.tree.map(np.testing.assert_array_equal, averaged, start)

@@ -324,4 +324,4 @@ def test_too_small_and_too_large_are_refused():
 def test_the_count_of_rows_does_not_grow_for_ever():
     memory, buffer = filled([step(i, next_obs=i + 1) for i in range(40)], capacity=16, batch_size=64)
     assert buffer.written.item() < 32 and memory.size(buffer) == 16
-    assert set(drawn(memory, buffer)) == set(range(25, 39))
+    assert set(drawn(memory, buffer)) == set(range(24, 39))

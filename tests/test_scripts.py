@@ -84,7 +84,7 @@ def test_a_gif(tmp_path):
         (["--num-seeds", "0"], "num_seeds must be an integer of at least 1; got 0"),
         (["--config.num-minibatches", "7"], "config.num_minibatches must divide num_envs * num_steps = 512; got 7"),
         (["--config.loss", "foo"], "'penalty'"),
-        (["--num-seeds", "many"], "invalid literal for int()"),
+        (["--num-seeds", "many"], "many is not a whole number"),
         (["--bogus"], "--bogus"),
         (["--env-params", "x=1"], "CartPole-v1 has no parameter 'x'; it has:"),
         (["--env", "MNISTBandit-bsuite"], "unknown environment"),

@@ -107,12 +107,12 @@ def _whole_number(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructor
 
 def whole_number(text: str) -> int:
     """``"500_000"``, ``"5e5"`` or ``"500000.0"`` as an integer. Raises ``ValueError`` for what is none."""
-    try:
+    with contextlib.suppress(ValueError):
         return int(text)
-    except ValueError:
-        if not float(text).is_integer():
-            raise ValueError(f"{text} is not a whole number") from None
-        return int(float(text))
+    with contextlib.suppress(ValueError):
+        if float(text).is_integer():
+            return int(float(text))
+    raise ValueError(f"{text} is not a whole number")
 
 
 def parse_params(texts: tuple[str, ...]) -> dict[str, Any]:
@@ -160,7 +160,8 @@ def run(options: Options, algo: Algorithm) -> Result:
         raise ValueError("--resume needs --run-dir")
     grid = sweeps.parse(options.sweep)
     name = f"{algo.name}-{options.env.removesuffix('.py').replace('/', '-')}"
-    folder = options.run_dir or fresh_folder(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    fresh = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = options.run_dir or fresh_folder(fresh)
     try:
         result = train(
             algo,
@@ -179,8 +180,10 @@ def run(options: Options, algo: Algorithm) -> Result:
             gif=options.gif,
         )
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only where the run was refused, and left it empty
+        if options.run_dir is None:
+            with contextlib.suppress(OSError):  # they are empty only where the run was refused
+                folder.rmdir()
+                folder.parent.rmdir()
     report(result)
     return result
 
