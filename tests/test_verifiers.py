@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 
-from jrl.lm import grading, verifiers
+from jrl.lm import grading, grading_server, verifiers
 from jrl.lm.verifiers import Item
 
 GOOD = "<think>2 and 2</think>\n<answer> 4 </answer>"
@@ -114,7 +114,7 @@ def test_a_verifier_that_raises_names_the_problem():
 
 
 def test_answers_that_never_end_break_or_shout_are_wrong_and_the_next_ones_are_judged():
-    judge = grading.grader("python", None, 1.0)
+    judge = grading.grader("python", 1, 1.0)
     pairs = [
         (4, "2 + 2"),
         (4, "9**9**9**9"),
@@ -137,7 +137,7 @@ def test_what_the_judging_process_cannot_read_is_no_wrong_answer(monkeypatch):
     module = types.ModuleType("only_here")  # which that process cannot import
     module.Known = type("Known", (), {"__module__": "only_here"})
     monkeypatch.setitem(sys.modules, "only_here", module)
-    judge = grading.grader("python", None, 5.0)
+    judge = grading.grader("python", 1, 5.0)
     with pytest.raises(ValueError, match="python: what is known cannot be read: No module named 'only_here'"):
         judge([(module.Known(), "4")])
     assert judge([(4, "4")]) == [1]
@@ -190,7 +190,7 @@ def test_reasoning_gym():
 )  # fmt: skip
 def test_math_verify_reads_sentences_and_expressions(known, answer, right):
     pytest.importorskip("math_verify")
-    assert grading._math_verify(None)(known, answer) == right
+    assert grading_server._math_verify(None)[0](known)(answer) == right
 
 
 def test_math_verify():
@@ -217,6 +217,6 @@ def test_math_verify():
         verifiers.math_verify(["a"], ["1", "2"])
     with pytest.raises(ValueError, match="as many; got 2 and 1"):
         source.score(source.draw(0, 2), ["1"])
-    with pytest.raises(ValueError, match="known answer '' cannot be read"):
+    with pytest.raises(ValueError, match="what is known cannot be read: '' is no mathematics"):
         broken = verifiers.math_verify(["a"], [""], extract=verifiers.whole)
         broken.score(broken.draw(0, 1), ["1"])

@@ -5,6 +5,9 @@ that a reward weighs correctness and format apart.
 
 A verifier that cannot tell abstains from an answer: its function returns None for it, which is NaN in a part's array. Such an answer
 takes no part in learning: it has no gradient, and the mean and the deviation of its group are those of the others.
+
+What a model writes is never run by this program: the two packages judge it in processes of their own (``lm.grading``). A function of
+your own runs here and is trusted; what it gets are texts, which it must not evaluate.
 """
 
 import importlib.util
@@ -117,7 +120,7 @@ def from_function(
     prompts: Sequence[str | Item], function: Callable[[Sequence[Item], Sequence[str]], Any], name: str = "own"
 ) -> Source:
     """Your own verifier: ``function(items, texts)`` returns n floats, "correct", or a dict of parts with n floats each; None in
-    place of a float abstains.
+    place of a float abstains. The function is trusted and runs in this process; ``texts`` are data, which it must never evaluate.
 
     Prompts are texts, or ``Item``s that carry data for the function. They come in random order, and none twice before all came.
     """
@@ -182,8 +185,9 @@ def reasoning_gym(
 
     There are ``size`` problems, and none of one ``seed`` is among those of another: train on one and evaluate on the other. Parts:
     "score", what the package gives, which for a wrong answer may be above 0; "correct", whether that is at least ``threshold``;
-    "format", of ``extract``. An answer that takes more than ``seconds`` to judge is wrong. Raises ``ValueError`` for a missing
-    package, an unknown dataset or wrong settings.
+    "format", of ``extract``. An answer that takes more than ``seconds`` of CPU time to judge is wrong, as is one with anything but
+    mathematics or literals where the package would evaluate it. Raises ``ValueError`` for a missing package, an unknown dataset or
+    wrong settings.
     """
     _need("reasoning_gym", "reasoning-gym")
     checks.within("threshold", threshold, 0, 1)
@@ -221,9 +225,9 @@ def math_verify(
 ) -> Source:
     """Mathematical problems with known answers, compared by the package math-verify: ``1/2``, ``0.5`` and ``\\frac12`` are the same.
 
-    Answers are LaTeX or plain, and of a sentence its last number is read; a model's one is what ``extract`` finds. Parts: "correct"; "format", of ``extract``. An answer that
-    takes more than ``seconds`` to judge is wrong. Raises ``ValueError`` for a missing package or lists of different lengths, and
-    when it scores, for a known answer that cannot be read.
+    Answers are LaTeX or plain, and of a sentence its last number is read; a model's one is what ``extract`` finds. Parts:
+    "correct"; "format", of ``extract``. An answer that takes more than ``seconds`` of CPU time to judge is wrong. Raises
+    ``ValueError`` for a missing package or lists of different lengths, and when it scores, for a known answer that cannot be read.
     """
     _need("math_verify", "math-verify[antlr4_13_2]")
     checks.not_empty(problems=problems)
