@@ -117,6 +117,9 @@ def test_frame_stack_and_time_feature(key):
     env = strict(wrappers.time_feature(envs.make("Pendulum-v1")))
     first, (obs, *_) = play(env, key, jnp.zeros((2, 1)))
     np.testing.assert_allclose([first[-1], *obs[:, -1]], [0, 1 / 200, 2 / 200])
+    masked = strict(wrappers.time_limit(envs.make("Probe-mask"), 4))
+    obs, _ = wrappers.time_feature(masked).reset(key)
+    assert obs.obs.tolist() == [0, 0] and obs.mask.shape == (4,)
     with pytest.raises(ValueError, match="has no time limit"):
         wrappers.time_feature(probes.value()._replace(time_limit=None))
 

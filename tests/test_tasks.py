@@ -345,9 +345,10 @@ def verify(problem, tokens, mask):
 """
 
 
-def test_a_task_in_a_file(tmp_path):
+@pytest.mark.parametrize("imports", ["", "from jrl.lm.tasks import *\n"])
+def test_a_task_in_a_file(imports, tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text(OWN)
+    path.write_text(imports + OWN)
     task = tasks.make(str(path))
     assert task.name == "mine" and tasks.decode(task, [2, 1, 2]) == "x"
     with pytest.raises(ValueError, match="takes no settings, since it has no make"):
