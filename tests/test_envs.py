@@ -354,6 +354,15 @@ def test_environments_and_tasks_may_be_static_arguments():
         assert isinstance(hash(make()), int) and make().settings == make().settings != ()
 
 
+def test_environments_of_other_packages_are_refused_by_name():
+    import gymnasium
+    import gymnax as theirs
+
+    for foreign, package in ((gymnasium.make("CartPole-v1"), "gymnasium"), (theirs.make("CartPole-v1")[0], "gymnax")):
+        with pytest.raises(ValueError, match=f"is an environment of {package}, which has another protocol"):
+            ppo.make(foreign)
+
+
 def test_any_record_of_the_protocol_is_an_environment(key):
     mine = types.SimpleNamespace(reset=lambda k: (jnp.zeros(2), 0), action_space=Discrete(2), name="mine")
     mine.step = lambda k, s, a: (jnp.zeros(2), s + 1, 1, s > 3, False)

@@ -67,6 +67,12 @@ def has_legal_action(space: Space, mask: Array) -> Array:
 
 def _record(env: Any) -> Environment:
     """An ``Environment`` of anything that has its names."""
+    package = type(env).__module__.partition(".")[0]
+    if package in ("gymnasium", "gymnax", "gym", "brax", "jumanji"):
+        raise ValueError(
+            f"{type(env).__name__} is an environment of {package}, which has another protocol: write reset and step as "
+            "functions of jrl.envs.Environment (envs.make knows gymnax's by name)"
+        )
     missing = [name for name in ("reset", "step", "action_space") if not hasattr(env, name)]
     if missing:
         raise ValueError(
