@@ -118,12 +118,12 @@ def train(
     cells = {"": algo.hyper} if hypers is None else hypers
     settings = folders.settings(algo, key, env_steps, num_seeds, cells, every)
     opened = contextlib.nullcontext() if run_dir is None else folders.opened(Path(run_dir), resume, settings)
-    if progress:
-        where = f"{plot.seeds(num_seeds)} on {host.description()}"
-        print(f"{algo.name} on {algo.env.name}: {where}", file=sys.stderr, flush=True)
     if eval_every is not None:
         eval_every = max(1, eval_every // algo.env_steps_per_update) if eval_episodes else None
     with opened as folder:
+        if progress:
+            where = f"{plot.seeds(num_seeds)} on {host.description()}"
+            print(f"{algo.name} on {algo.env.name}: {where}", file=sys.stderr, flush=True)
         run = _Run(
             algo, members, list(metrics), total, every, folder, settings, progress, eval_episodes, checkpoint_every
         )
