@@ -224,6 +224,20 @@ def test_python_numbers_are_promoted_to_what_the_steps_need(key):
     np.testing.assert_allclose(state[0], 0.3, rtol=1e-6)
 
 
+def test_promotion_goes_on_until_it_has_reached_every_number(key):
+    """What is a fraction in the first number of a state comes to the last of eight after seven steps."""
+
+    def step(key, state, action):
+        return jnp.asarray(state, float), (state[0] + 0.5, *state[:-1]), 1.0, False, False
+
+    env = strict(Environment("chain", lambda key: (jnp.zeros(8), (0,) * 8), step, Discrete(2)))
+    _, state = env.reset(key)
+    assert {x.dtype for x in state} == {jnp.dtype(jnp.float32)}
+    for _ in range(9):
+        obs, state, *_ = env.step(key, state, 0)
+    assert state[-1] == 1.0 and obs[-1] == 0.5
+
+
 @pytest.mark.parametrize(
     "careless, message",
     [

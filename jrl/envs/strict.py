@@ -29,13 +29,12 @@ def strict(env: Any) -> Environment:
         return env
     key = jax.eval_shape(lambda: jax.random.key(0))
     obs, state = _pair(env, checks.traced(env.name, "reset", env.reset, key))
-    action = _action_shape(env)
-    for _ in range(3):  # a promoted state may promote the next one
+    action = jax.eval_shape(lambda: example_action(env.action_space))
+    before = None
+    while jax.tree.leaves((obs, state)) != before:  # a promoted number may promote the ones that follow from it
+        before = jax.tree.leaves((obs, state))
         answer = _five(env, checks.traced(env.name, "step", env.step, key, _shapes(state), action))
-        before = obs, state
         obs, state = _joined(env.name, "observation", obs, answer[0]), _joined(env.name, "state", state, answer[1])
-        if (obs, state) == before:
-            break
     _check_observation(env, obs)
     _check_scalars(env.name, *answer[2:])
 
@@ -115,10 +114,6 @@ def _kind(x: Any) -> str:
     return f"{x.dtype} of shape {x.shape}" if hasattr(x, "shape") else type(x).__name__
 
 
-def _action_shape(env: Environment) -> Any:
-    return jax.eval_shape(lambda: example_action(env.action_space))
-
-
 def _shapes(tree: Any) -> Any:
     """The same without weak types."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
@@ -150,7 +145,7 @@ def _joined(env: str, name: str, first: Any, then: Any) -> Any:
 
 
 def _check_observation(env: Environment, obs: Any) -> None:
-    """Raise ``ValueError`` for a mask that does not fit the actions, or leaves that are no numbers."""
+    """Raise ``ValueError`` for a mask that does not fit the actions, or beside an observation that is not one array."""
     if not isinstance(obs, MaskedObs):
         return
     match env.action_space:
