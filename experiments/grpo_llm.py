@@ -64,7 +64,7 @@ class Args:
         devices: to use; default: all, but one of a CPU's, which share its cores.
         model_devices: of these, so many hold the model together; the others hold it too, and share the answers.
         seed: of everything.
-        folder: of the run; if there is a checkpoint, the run goes on from it, with the settings that it had: only prompt_length,
+        folder: Folder of the run. If it has a checkpoint, the run goes on from it with the settings that it had: only prompt_length,
             save_every, the devices and config.micro_batches may be others, which change no mathematics.
         config: static settings; its model is that of the file.
         hyper: hyperparameters.
@@ -224,7 +224,7 @@ def main(argv: list[str]) -> None:
     done = checkpoints.latest() or 0
     rows = _rows_before(args.folder / "metrics.csv", done)
     if done:
-        saved = checkpoints.restore(done, without_the_model(state))
+        saved, _ = checkpoints.restore(done, without_the_model(state))
         state = jax.device_put(saved._replace(frozen=state.frozen, key=state.key), where)
         print(f"{args.folder}: resumed at step {done}", flush=True)
     _cut_back(args.folder / "answers.txt", done)

@@ -97,7 +97,7 @@ def compare(args: Args, preset: Preset, folder: Path) -> None:
             wide = variant(preset, env, name, args.memory_width)
             row |= sizes(wide, args.num_seeds, f" at width {args.memory_width}")
         rows.append(row)
-        title = f"PPO on {env.name} by precision, {plot.seeds(args.num_seeds)}"
+        title = f"PPO on {env.name} by precision, {stats.seeds(args.num_seeds)}"
         plot.learning_curves(folder / "precision.png", title, curves)
     report.print_table(folder / "precision.csv", rows)
     print(f"{folder}/precision.png")

@@ -68,7 +68,7 @@ class Algorithm(NamedTuple):
     learned: Callable[[State], Any] = learned_fields
 
 
-def check(algo: Algorithm, hyper: Any) -> tuple[State, Metrics]:
+def check(algo: Algorithm) -> tuple[State, Metrics]:
     """Shapes of a state and of the metrics of an update, by abstract evaluation.
 
     Raises ``ValueError`` where ``init`` or ``update`` is not what ``Algorithm`` says.
@@ -76,8 +76,7 @@ def check(algo: Algorithm, hyper: Any) -> tuple[State, Metrics]:
     key = jax.eval_shape(lambda: jax.random.key(0))
     if not hasattr(algo.hyper, "_fields"):
         raise ValueError(f"{algo.name}: hyper must be a NamedTuple of numbers; got {algo.hyper!r}")
-    checks.instances(algo.name, hyper=(hyper, type(algo.hyper)))
-    state = checks.traced(algo.name, "init", lambda key: algo.init(key, hyper, 1), key)
+    state = checks.traced(algo.name, "init", lambda key: algo.init(key, algo.hyper, 1), key)
     answer = checks.traced(algo.name, "update", algo.update, state)
     if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], dict):
         raise ValueError(
@@ -93,7 +92,7 @@ def check(algo: Algorithm, hyper: Any) -> tuple[State, Metrics]:
 def check_act(algo: Algorithm, state: State) -> None:
     """Raise ``ValueError`` where ``act``, in a state of these shapes, is not what ``Algorithm`` says."""
     obs = observation_spec(algo.env)
-    chosen = checks.traced(algo.name, "act", lambda state, obs: algo.act(state, obs), state, obs)
+    chosen = checks.traced(algo.name, "act", algo.act, state, obs)
     wanted = example_action(algo.env.action_space).shape
     if not isinstance(chosen, tuple) or len(chosen) != 2 or getattr(chosen[0], "shape", None) != wanted:
         raise ValueError(f"{algo.name}: act must return (action, memory), the action of shape {wanted}; got {chosen}")

@@ -5,6 +5,7 @@ import inspect
 import math
 import symtable
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,12 +40,8 @@ def _is_own(symbol: symtable.Symbol, module: Any) -> bool:
 
 def _where(error: BaseException, path: Path) -> str:
     """The line of the file at which an error was raised."""
-    trace, line = error.__traceback__, None
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return "" if line is None else f"line {line}: "
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"line {lines[-1]}: " if lines else ""
 
 
 def text_of(path: Path) -> dict[str, str]:

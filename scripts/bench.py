@@ -33,7 +33,7 @@ import jax
 import tyro
 
 from jrl.host import num_cores
-from jrl.run import plot
+from jrl.run import stats
 
 HERE = Path(__file__).parent
 PEERS = HERE.parent / ".venv-peers"
@@ -112,7 +112,7 @@ class Program:
         if not line:
             text = self.process.stderr.read().strip().splitlines()
             raise SystemExit(
-                f"error: {self.name} at {plot.seeds(self.num_seeds)} failed: {text[-1] if text else 'no output'}"
+                f"error: {self.name} at {stats.seeds(self.num_seeds)} failed: {text[-1] if text else 'no output'}"
             )
         return line
 
@@ -134,7 +134,7 @@ def measurements(args: Args, seeds: tuple[int, ...]) -> Iterator[tuple[int, str,
         for program in together:
             program.wait_until_compiled()
         for program in together:
-            print(f"{plot.seeds(program.num_seeds)}, {program.name}", file=sys.stderr, flush=True)
+            print(f"{stats.seeds(program.num_seeds)}, {program.name}", file=sys.stderr, flush=True)
             yield program.num_seeds, program.name, program.time()
 
 

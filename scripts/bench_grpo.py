@@ -24,7 +24,7 @@ from jrl.lm import tasks
 from jrl.lm.policy import language_model
 from jrl.lm.sampling import Model, Rollout
 from jrl.nets import transformer
-from jrl.run import cli, layout, plot, report
+from jrl.run import cli, layout, report, stats
 from jrl.run.timing import fastest
 
 Array = jax.Array
@@ -141,7 +141,7 @@ def main(args: Args) -> None:
             speed = f"{n * args.config.rows * task.answer_length / taken:,.0f}"
             slower = f"{seconds[SLOWER[name]] / taken:.2f}x {SLOWER[name]}" if name in SLOWER else ""
             rows.append({"seeds": n, "what": name, "tokens/s": speed, "": slower})
-        print(f"{plot.seeds(n)}: done", file=sys.stderr)
+        print(f"{stats.seeds(n)}: done", file=sys.stderr)
     report.print_table(args.folder / "grpo.csv", rows)
 
 

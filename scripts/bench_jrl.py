@@ -62,7 +62,7 @@ def pure(setting: dict[str, Any], algo: Algorithm) -> dict[str, Any]:
     chosen = layout.choose(num_seeds, jax.devices(), None)
     keys = layout.put(chosen, layout.pad(chosen, jax.random.split(jax.random.key(0), num_seeds)))
     state = jax.jit(layout.over_members(chosen, jax.vmap(lambda k: algo.init(k, None, 10**6))))(keys)
-    names = list(check(algo, algo.hyper)[1])
+    names = list(check(algo)[1])
     members = program.Members(state, layout.put(chosen, jnp.zeros((chosen.num_slots, len(names)))))
     every = max(1, updates // 1000)
     chunk = program.chunk(algo, names, every, program.max_rows(num_seeds))

@@ -20,7 +20,7 @@ from jrl import checks, envs
 from jrl.algorithm import Algorithm
 from jrl.algos import dqn, grpo, ppo, pqn, presets, r2d2
 from jrl.lm import tasks
-from jrl.run import plot
+from jrl.run import stats
 from jrl.run.memory import TPUS, tpu_gib
 
 
@@ -71,7 +71,7 @@ def table(name: str, args: Args) -> None:
     """One algorithm's memory, by chip and number of seeds."""
     algo = ALGOS[name](args)
     print(f"\n{name.upper()} on {algo.env.name}, {args.precision}: memory of one update, GiB on one chip\n")
-    print("| chip | " + " | ".join(plot.seeds(n) for n in args.seeds) + " | of |")
+    print("| chip | " + " | ".join(stats.seeds(n) for n in args.seeds) + " | of |")
     print("| --- |" + " --- |" * (len(args.seeds) + 1))
     for chip in args.chips:
         row = [f"{tpu_gib(chip, algo, n):.3f}" for n in args.seeds]

@@ -68,7 +68,10 @@ def test_padding_changes_nothing(implementation):
         lambda row, ids: nsa.attend(params, *row, SMALL, segment_ids=ids, implementation=implementation, interpret=True)
     )
     pads = np.array([0, 1, 3, 5, 8, 13])
-    behind = lambda x: jnp.concatenate([jnp.roll(x, n, axis=1) for n in pads])  # noqa: E731
+
+    def behind(x):
+        return jnp.concatenate([jnp.roll(x, n, axis=1) for n in pads])
+
     out = attend(jax.tree.map(behind, tuple(row)), jnp.array(np.arange(128)[None] >= pads[:, None], jnp.int32))
     for n, x in zip(pads, out, strict=True):
         np.testing.assert_allclose(x[n:], out[0, : 128 - n], atol=2e-5)

@@ -236,8 +236,11 @@ def trained(config, grads):
 @pytest.mark.parametrize("name", NAMES)
 def test_accumulated_gradients_are_one_step_on_their_mean(name):
     """Clipped as their mean, and counted as one by the moments and by the average, in a scan of seeds side by side."""
-    draw = lambda shape: jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, *shape)), jnp.float32)  # noqa: E731
-    grads = jax.tree.map(lambda p: draw(p.shape), PARAMS)
+
+    def drawn(param):
+        return jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, *param.shape)), jnp.float32)
+
+    grads = jax.tree.map(drawn, PARAMS)
     means = jax.tree.map(lambda g: g.reshape(2, 2, 3, *g.shape[2:]).mean(2), grads)
     config = OptimizerConfig(name, ema=name != "schedule_free_adamw")
     (parts, evaluated), wholes = trained(replace(config, accumulate=3), grads), trained(config, means)

@@ -420,7 +420,7 @@ def test_a_search_for_nans_finds_none_where_no_episode_ended(key):
 def test_what_is_learned_stays_float32_with_64_bits_enabled(module, fields):
     with jax.enable_x64(True):
         algo = module.make(envs.make("Garnet"), module.Config(**fields))
-        shapes = check(algo, algo.hyper)
+        shapes = check(algo)
     assert not [
         x for x in jax.tree.leaves(shapes) if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) and x.dtype.itemsize > 4
     ]

@@ -137,7 +137,7 @@ class Hyper(NamedTuple):
         dual_clip: bound on the ratio where the advantage is negative.
         kl_weight: beta.
         entropy_weight: of an entropy bonus.
-        balance_weight: of the loss that evens the load of experts routed by a softmax (moe.balance_loss).
+        balance_weight: Weight of the loss that evens the load of experts routed by a softmax (moe.balance_loss).
         advantage_eps: added to zscore's standard deviation.
         temperature: of the answers.
         importance_cap: largest weight of a token by truncated importance.
@@ -292,13 +292,10 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         old = rollout_.log_prob
         if config.old_log_probs == "recomputed":
             old = jax.lax.stop_gradient(log_probs(policy(state), state, prompt, valid, rollout_))
-        ref = (
-            log_probs(state.frozen, state, prompt, valid, rollout_)
-            if estimates_kl
-            else jnp.zeros(old.shape, jnp.float32)
-        )
+        nothing = jnp.zeros(old.shape, jnp.float32)
+        ref = log_probs(state.frozen, state, prompt, valid, rollout_) if estimates_kl else nothing
         advantage = advantages(config, state.hyper, reward, old, ref, rollout_.mask)
-        batch = Batch(prompt, valid, rollout_, old, ref, advantage, jnp.zeros(old.shape, jnp.float32))
+        batch = Batch(prompt, valid, rollout_, old, ref, advantage, nothing)
         order = jax.vmap(lambda k: rollout.shuffle(k, config.rows))(jax.random.split(key, config.num_epochs))
         order = order.reshape(config.num_epochs * config.num_minibatches, -1)
         tx = optimizer(config, state.hyper, learning_rate_factor(config, state))
@@ -357,19 +354,16 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         total = token_losses.weighted_sum(batch.weight, each - hyper.entropy_weight * scored.entropy)
         clipped = token_losses.sequence_log_ratio(log_ratio, mask) if config.loss == "gspo" else log_ratio
         ratio, mean = jnp.exp(jnp.minimum(clipped, token_losses.LARGEST)), token_losses.weighted_sum
-        return (
-            total,
-            {
-                "loss": total,
-                "entropy": mean(tokens, scored.entropy),
-                "kl": mean(tokens, kl),
-                "clip_fraction_low": mean(tokens, (ratio < 1 - hyper.clip_low).astype(jnp.float32)),
-                "clip_fraction_high": mean(tokens, (ratio > 1 + hyper.clip_high).astype(jnp.float32)),
-                "ratio": mean(tokens, ratio),
-                "square": mean(tokens, ratio**2),
-            },
-            scored.load,
-        )
+        metrics = {
+            "loss": total,
+            "entropy": mean(tokens, scored.entropy),
+            "kl": mean(tokens, kl),
+            "clip_fraction_low": mean(tokens, (ratio < 1 - hyper.clip_low).astype(jnp.float32)),
+            "clip_fraction_high": mean(tokens, (ratio > 1 + hyper.clip_high).astype(jnp.float32)),
+            "ratio": mean(tokens, ratio),
+            "square": mean(tokens, ratio**2),
+        }
+        return total, metrics, scored.load
 
     return Learner(init, policy, draw, learn)
 

@@ -70,7 +70,7 @@ class Hyper(NamedTuple):
         value_weight: weight of the value loss.
         kl_weight: beta.
         entropy_weight: of an entropy bonus.
-        balance_weight: of the loss that evens the load of experts routed by a softmax (moe.balance_loss), of actor and critic.
+        balance_weight: Weight of the loss that evens the load of experts routed by a softmax (moe.balance_loss), of actor and critic.
         temperature: of the answers.
         format_weight: of the format in the reward, where being correct counts 1.
         close_weight: of coming close, where the task says how close.

@@ -44,7 +44,7 @@ class Hyper(NamedTuple):
 
     Attributes:
         learning_rate: at the start of the run; config.optimizer.schedule says how it goes on.
-        balance_weight: of the loss that evens the load of experts routed by a softmax (moe.balance_loss).
+        balance_weight: Weight of the loss that evens the load of experts routed by a softmax (moe.balance_loss).
         max_grad_norm: global norm that gradients are scaled down to.
         optimizer: numbers of the optimizer.
     """

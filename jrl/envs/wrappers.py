@@ -106,13 +106,11 @@ def _merge(frames: Array) -> Array:
 
 def _wrapped(env: Environment, name: str, settings: dict[str, Any], **changed: Any) -> Environment:
     """The environment with other functions, whose states hold the inner state first; the wrapper is put on record."""
-    draw = env.draw
-    if draw is not None:
-        inner = draw
 
-        def draw(states: list[Any], path: str) -> None:
-            inner([state[0] for state in states], path)
+    def draw(states: list[Any], path: str) -> None:
+        assert env.draw is not None
+        env.draw([state[0] for state in states], path)
 
     listed = ", ".join(f"{field}={value}" for field, value in settings.items())
     wrappers = (*dict(env.settings).get("wrappers", ()), f"{name}({listed})")
-    return with_settings(env._replace(**changed, draw=draw), {"wrappers": wrappers})
+    return with_settings(env._replace(**changed, draw=draw if env.draw else None), {"wrappers": wrappers})

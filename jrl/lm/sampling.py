@@ -231,7 +231,7 @@ class Scored(NamedTuple):
         log_prob: in the distribution that it was drawn from.
         entropy: of that distribution.
         kl: of that distribution to the reference's, over the whole vocabulary; 0 without a reference.
-        load: of experts, by the tokens of prompts and answers without their padding.
+        load: Load of the experts by the tokens of prompts and answers without their padding.
     """
 
     log_prob: Array

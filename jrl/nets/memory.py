@@ -85,7 +85,7 @@ class Memory(NamedTuple):
         k: keys, before rotary positions ``[B, context, layers, branches, K, D]``.
         v: values.
         alive: whether the step belongs to the episode under way ``[B, context]``.
-        position: of the step in its episode, int32 ``[B, context]``; blocks of nsa count by it.
+        position: Position of the step in its episode, int32 ``[B, context]``, by which the blocks of nsa count.
     """
 
     k: Array

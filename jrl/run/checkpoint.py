@@ -65,14 +65,14 @@ class Checkpoints:
         self._manager.save(updates, args=args)
         self._manager.wait_until_finished()
 
-    def restore(self, updates: int, template: Any) -> Any:
-        """The state at ``updates`` in the structure of ``template``, host arrays.
+    def restore(self, updates: int, template: Any) -> tuple[Any, Any]:
+        """The state at ``updates`` in the structure of ``template``, host arrays, and the notes saved with it.
 
         Raises ``RunError`` naming the checkpoint and the difference: another configuration, missing or foreign arrays,
         other shapes or dtypes, damaged data.
         """
         path = self.folder / str(updates)
-        wanted, manifest = named_leaves(template), self.manifest(updates)
+        wanted, manifest = named_leaves(template), self._manifest(updates)
         arrays = manifest["arrays"]
         same_config(manifest["config"], self._config, path)
         if manifest["updates"] != updates:
@@ -86,18 +86,19 @@ class Checkpoints:
         for name in wanted:
             if name not in leaves or _describe(np.asarray(leaves[name])) != arrays[name]:
                 raise RunError(f"checkpoint {path} is damaged: the data of {name} do not match their checksum")
-        return jax.tree.unflatten(jax.tree.structure(template), [np.asarray(leaves[name]) for name in wanted])
+        state = jax.tree.unflatten(jax.tree.structure(template), [np.asarray(leaves[name]) for name in wanted])
+        return state, manifest["notes"]
 
-    def manifest(self, updates: int) -> dict[str, Any]:
+    def _manifest(self, updates: int) -> dict[str, Any]:
         """What a checkpoint says of itself: ``updates``, ``config``, ``notes`` and ``arrays``. Raises ``RunError`` if it is damaged."""
         path = self.folder / str(updates)
         try:
             args = self._ocp.args.Composite(manifest=self._ocp.args.JsonRestore())
             manifest = self._manager.restore(updates, args=args)["manifest"]
-            for name, kind in (("updates", int), ("config", dict), ("arrays", dict)):
+            for name, kind in (("updates", int), ("config", dict), ("arrays", dict), ("notes", object)):
                 if not isinstance(manifest[name], kind):
                     raise TypeError(f"{name} is {type(manifest[name]).__name__}")
-            return {"notes": None} | manifest
+            return manifest
         except Exception as error:
             raise RunError(f"checkpoint {path} is damaged: its manifest cannot be read ({_line(error)})") from error
 

@@ -20,7 +20,7 @@ from jrl.run import sweep as sweeps
 from jrl.run.checkpoint import RunError
 from jrl.run.evaluate import MAX_STEPS
 from jrl.run.loop import Result, train
-from jrl.run.plot import seeds
+from jrl.run.stats import seeds
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from jrl import checks, host
 from jrl.algorithm import Algorithm, check, check_act, over_members, to_means
-from jrl.run import checkpoint, folders, layout, log, memory, plot, program, report, stats, sweep
+from jrl.run import checkpoint, folders, layout, log, memory, program, report, stats, sweep
 from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
 from jrl.run.evaluate import evaluate, record
 from jrl.run.interrupt import StopOnSignal
@@ -108,7 +108,7 @@ def train(
     if devices is not None and devices > len(jax.devices()):
         raise ValueError(f"devices must be at most {len(jax.devices())}, the number of this machine; got {devices}")
     total = program.num_updates(algo, env_steps)
-    state, metrics = check(algo, algo.hyper)
+    state, metrics = check(algo)
     if eval_episodes:
         check_act(algo, state)
     members = _Members.of(algo, key, num_seeds, hypers)
@@ -122,7 +122,7 @@ def train(
         eval_every = max(1, eval_every // algo.env_steps_per_update) if eval_episodes else None
     with opened as folder:
         if progress:
-            where = f"{plot.seeds(num_seeds)} on {host.description()}"
+            where = f"{stats.seeds(num_seeds)} on {host.description()}"
             print(f"{algo.name} on {algo.env.name}: {where}", file=sys.stderr, flush=True)
         run = _Run(
             algo, members, list(metrics), total, every, folder, settings, progress, eval_episodes, checkpoint_every
@@ -150,7 +150,7 @@ class _Members(NamedTuple):
     def of(cls, algo: Algorithm, key: jax.Array, num_seeds: int, hypers: Mapping[str, Any] | None) -> "_Members":
         keys = jax.random.split(key, num_seeds)
         cells = {"": algo.hyper} if hypers is None else dict(hypers)
-        for cell, hyper in cells.items():
+        for cell, hyper in (hypers or {}).items():  # the algorithm's own were checked with it
             checks.instances("hypers", **{cell: (hyper, type(algo.hyper))})
             jax.eval_shape(lambda k, h=hyper: algo.init(k, h), key)  # refuses a number out of range
         rows = np.repeat(np.arange(len(cells)), num_seeds)
@@ -241,12 +241,11 @@ class _Run:
         latest = self.checkpoints.latest() if resume else None
         if latest is not None:
             held = program.Members(self.state, self.row)
-            host = self.checkpoints.restore(latest, layout.fetch(self.layout, held))
+            host, notes = self.checkpoints.restore(latest, layout.fetch(self.layout, held))
             live = checkpoint.restore_keys(host, held)
             self.state, self.row = layout.put(self.layout, layout.pad(self.layout, live))
-            notes = self.checkpoints.manifest(latest)["notes"]
-            self.done, self.in_row = latest, notes["in_row"]
-            self.first = latest
+            self.done = self.first = latest
+            self.in_row = notes["in_row"]
             if self.done > self.total:
                 raise RunError(
                     f"{self.folder} has done {latest} updates already, more than the {self.total} of this budget"

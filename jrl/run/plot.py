@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jrl.run.stats import interval, iqm
+from jrl.run.stats import interval, iqm, seeds
 
 POINTS = 100
 FAINT = 200  # seeds that are drawn one by one
@@ -85,11 +85,6 @@ def _draw_line(axes: Any, color: str, label: str, x: np.ndarray, y: np.ndarray, 
         label=f"{label}{', ' if label else ''}{'IQM of ' if len(y) > 1 else ''}{seeds(len(y))}" if alone else label,
     )
     axes.fill_between(x, low, high, color=color, alpha=0.25, linewidth=0)
-
-
-def seeds(number: int) -> str:
-    """A number of seeds in words: "1 seed", "8 seeds"."""
-    return f"{number} seed" if number == 1 else f"{number} seeds"
 
 
 def _pyplot() -> Any:

@@ -52,3 +52,8 @@ def text(scores: dict[str, Any]) -> str:
     if scores["ci_low"] is None:
         return f"{scores['iqm']:.1f} (one seed)"
     return f"{scores['iqm']:.1f} ({scores['ci_low']:.1f} to {scores['ci_high']:.1f})"
+
+
+def seeds(number: int) -> str:
+    """A number of seeds in words: "1 seed", "8 seeds"."""
+    return f"{number} seed" if number == 1 else f"{number} seeds"
