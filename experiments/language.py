@@ -95,7 +95,10 @@ def decoder(kind: Any, args: Any, vocab_size: int, sparse: nsa.Config) -> transf
 
 def text() -> tuple[np.ndarray, np.ndarray]:
     """Bytes of this project's files, as tokens: to train on, and the last tenth of each file to test on."""
-    files = [ROOT / "README.md", *sorted(ROOT.glob("jrl/**/*.py")), *sorted(ROOT.glob("tests/*.py"))]
+    files = [
+        ROOT / "README.md",
+        *(f for kind in ("docs/*.md", "jrl/**/*.py", "tests/*.py") for f in sorted(ROOT.glob(kind))),
+    ]
     parts = [np.frombuffer(f.read_bytes(), np.uint8) for f in files]
     cut = [len(p) * 9 // 10 for p in parts]
     return (

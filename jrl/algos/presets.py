@@ -1,4 +1,4 @@
-"""Settings that learn, by algorithm and environment. The results they reach are in the README's table."""
+"""Settings that learn, by algorithm and environment. The results they reach are in docs/results.md."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
