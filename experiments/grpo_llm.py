@@ -29,7 +29,7 @@ from jrl.algos import grpo
 from jrl.lm import verifiers
 from jrl.lm.sampling import Rollout, decoder
 from jrl.nets import transformer
-from jrl.run import cli, plot
+from jrl.run import cli, plot, report
 from jrl.run.checkpoint import Checkpoints, RunError
 from jrl.run.interrupt import StopOnSignal
 
@@ -333,10 +333,7 @@ def _cut_back(path: Path, done: int) -> None:
 
 def _write(folder: Path, rows: list[dict[str, Any]], said: list[str]) -> None:
     fresh = folder / "metrics.tmp"  # whole or not at all
-    with fresh.open("w", newline="") as file:
-        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
-        writer.writeheader()
-        writer.writerows(rows)
+    report.write_csv(fresh, rows)
     fresh.replace(folder / "metrics.csv")
     with (folder / "answers.txt").open("a") as file:
         file.write("\n".join([f"step {rows[-1]['step']}", *said, ""]))

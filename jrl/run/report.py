@@ -49,9 +49,9 @@ def write_table(path: Path, cells: Cells, columns: dict[str, dict[str, float]]) 
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Rows under the names of their columns."""
+    """Rows under the names of their columns, of which a row may leave some empty."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
 
