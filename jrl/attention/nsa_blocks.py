@@ -86,9 +86,8 @@ def of_segments(origin: Array, t: Array, start: Array, config: "Config") -> Bloc
 
     begins = (at - origin) % stride == 0
     compressed = begins & fits(at, config.block)
-    behind = (
-        jnp.cumsum(compressed & ~whole, axis=1, dtype=jnp.int32) - 1
-    )  # those that begin in unfinished blocks come last
+    # Those that begin in unfinished blocks come last.
+    behind = jnp.cumsum(compressed & ~whole, axis=1, dtype=jnp.int32) - 1
     slot = jnp.where(whole, before // stride, total // stride + behind)
     first = _listed(jnp.where(compressed, slot, length), length // stride, length)
 
