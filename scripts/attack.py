@@ -18,16 +18,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+from rich.progress import track
+
 # Before JAX is imported: the attacked processes are forks of this one.
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JRL_CPU_DEVICES", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-sys.path.insert(0, str(ROOT))
-
-import tyro
-from rich.progress import track
 
 KINDS = ("kills", "inputs", "tampering", "answers")
 

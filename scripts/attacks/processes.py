@@ -20,7 +20,9 @@ import orbax.checkpoint  # noqa: F401  (imported here, it need not be in each fo
 from jrl.run import cli
 
 ROOT = Path(__file__).parents[2]
-warnings.filterwarnings("ignore", message="os.fork", category=RuntimeWarning)  # no device is in use, so JAX has no threads
+warnings.filterwarnings(
+    "ignore", message="os.fork", category=RuntimeWarning
+)  # no device is in use, so JAX has no threads
 
 
 class Ended(NamedTuple):
