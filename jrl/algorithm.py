@@ -52,6 +52,8 @@ class Algorithm(NamedTuple):
             ``_replace``d is not kept.
         losses: names of metrics that must be finite; where one is not, a seed counts as broken. Other metrics may be NaN.
         learned: ``State -> tree`` of what must be finite too: parameters, optimizer, statistics.
+        check_hyper: raises ``ValueError`` for a hyperparameter out of range, as ``init`` does; ``None`` asks ``init``, whose tracing
+            takes longer.
     """
 
     init: Callable[..., State]
@@ -66,6 +68,7 @@ class Algorithm(NamedTuple):
     remake: Callable[[Any], "Algorithm"]
     losses: tuple[str, ...] = ("loss", "grad_norm")
     learned: Callable[[State], Any] = learned_fields
+    check_hyper: Callable[[Hyper], None] | None = None
 
 
 def check(algo: Algorithm) -> tuple[State, Metrics]:

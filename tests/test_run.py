@@ -110,7 +110,7 @@ def test_grouping_and_devices_change_nothing():
 def test_seeds_that_do_not_fit_run_in_smaller_groups(monkeypatch):
     groups = []
     monkeypatch.setattr(
-        "jrl.run.loop._Run._fits", lambda self: groups.append(self.layout.group_size) or groups[-1] <= 2
+        "jrl.run.compiled.fits", lambda _, chosen: groups.append(chosen.group_size) or chosen.group_size <= 2
     )
     algo = make()
     result = train(algo, 3, num_seeds=5, devices=1)

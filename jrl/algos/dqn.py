@@ -378,4 +378,4 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return epsilon_greedy(q, epsilon_of(state), exploration_noise(key_noise, (), num_actions)), ()
 
     remake = lambda config: make(unstacked, config, hyper)  # noqa: E731
-    return Algorithm(init, update, act, per_update, "dqn", env, config, hyper, True, remake)
+    return Algorithm(init, update, act, per_update, "dqn", env, config, hyper, True, remake, check_hyper=check_hyper)

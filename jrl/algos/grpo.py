@@ -519,6 +519,7 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
         hyper=hyper,
         uses_length=config.optimizer.uses_length,
         remake=lambda config: make(task, config, hyper),
+        check_hyper=check_hyper,
     )
 
 

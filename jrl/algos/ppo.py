@@ -351,7 +351,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return to_env(env.action_space, chosen), later
 
     per_update = config.num_envs * config.num_steps
-    return Algorithm(init, update, act, per_update, "ppo", env, config, hyper, anneals, lambda c: make(env, c, hyper))
+    remake = lambda config: make(env, config, hyper)  # noqa: E731
+    return Algorithm(init, update, act, per_update, "ppo", env, config, hyper, anneals, remake, check_hyper=check_hyper)
 
 
 def action_distribution(space: Space, continuous: Literal["normal", "tanh_normal"] = "normal") -> Distribution:

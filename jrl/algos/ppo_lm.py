@@ -258,4 +258,5 @@ def make(
         hyper=hyper,
         uses_length=config.optimizer.uses_length,
         remake=lambda config: make(task, config, hyper, start=start, reward=reward),
+        check_hyper=check_hyper,
     )

@@ -224,4 +224,4 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
     per_update = config.num_envs * config.num_steps
     remake = lambda config: make(env, config, hyper)  # noqa: E731
-    return Algorithm(init, update, act, per_update, "pqn", env, config, hyper, True, remake)
+    return Algorithm(init, update, act, per_update, "pqn", env, config, hyper, True, remake, check_hyper=check_hyper)

@@ -291,4 +291,4 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return epsilon_greedy(values, exploration(state), exploration_noise(key, (), num_actions)), after
 
     remake = lambda config: make(env, config, hyper)  # noqa: E731
-    return Algorithm(init, update, act, per_update, "r2d2", env, config, hyper, True, remake)
+    return Algorithm(init, update, act, per_update, "r2d2", env, config, hyper, True, remake, check_hyper=check_hyper)

@@ -210,7 +210,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 
     remake = lambda config: make(env, config, hyper)  # noqa: E731
     init, update, act = exact(init), exact(update), exact(act)  # action values of tables are no place to round
-    made = Algorithm(init, update, act, config.num_steps, "td", env, config, hyper, False, remake)
+    made = Algorithm(
+        init, update, act, config.num_steps, "td", env, config, hyper, False, remake, check_hyper=check_hyper
+    )
     return made._replace(losses=("td_error",), learned=lambda state: (state.q, state.memory))
 
 

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrl.run import disk
+
 
 class RunError(Exception):
     """Something about a run that its user can put right; its text is one clear line."""
@@ -64,6 +66,7 @@ class Checkpoints:
         )
         self._manager.save(updates, args=args)
         self._manager.wait_until_finished()
+        disk.sync(self.folder / str(updates))
 
     def restore(self, updates: int, template: Any) -> tuple[Any, Any]:
         """The state at ``updates`` in the structure of ``template``, host arrays, and the notes saved with it.

@@ -16,6 +16,7 @@ import tyro
 
 from jrl import envs, host
 from jrl.algorithm import Algorithm
+from jrl.run import interrupt
 from jrl.run import sweep as sweeps
 from jrl.run.checkpoint import RunError
 from jrl.run.evaluate import MAX_STEPS
@@ -162,6 +163,7 @@ def run(options: Options, algo: Algorithm) -> Result:
     name = f"{algo.name}-{options.env.removesuffix('.py').replace('/', '-')}"
     fresh = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = options.run_dir or fresh_folder(fresh)
+    interrupt.on_leaving(f"interrupted; go on with --resume --run-dir {folder}")
     try:
         result = train(
             algo,
@@ -237,11 +239,12 @@ def _score(scores: dict[str, Any]) -> str:
 def main(experiment: Callable[[list[str]], Result | None]) -> NoReturn:
     """Run an experiment on the command line's words; an error a user can mend is one line and exit code 1.
 
-    An interrupted run exits with 130.
+    An interrupted run exits with 130, within seconds of Ctrl-C, SIGTERM or SIGHUP.
     """
     try:
-        host.require_accelerator()
-        result = experiment(sys.argv[1:])
+        with interrupt.leaving_in_time():
+            host.require_accelerator()
+            result = experiment(sys.argv[1:])
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os._exit(0)
     except OverflowError as error:
@@ -251,8 +254,9 @@ def main(experiment: Callable[[list[str]], Result | None]) -> NoReturn:
     except (ValueError, RunError, OSError) as error:
         sys.exit(f"error: {str(error).strip()}")
     except KeyboardInterrupt:
-        sys.exit(130)
-    sys.exit(0 if result is None or result.finished else 130)
+        print(interrupt.last_words, file=sys.stderr)
+        sys.exit(interrupt.INTERRUPTED)
+    sys.exit(0 if result is None or result.finished else interrupt.INTERRUPTED)
 
 
 def _runtime_error(error: MemoryError | RuntimeError) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jrl.algorithm import Algorithm
+from jrl.run import disk
 from jrl.run.checkpoint import RunError, disk_errors, flat, same_config
 
 
@@ -138,9 +139,4 @@ def read_json(path: Path, default: Any) -> Any:
 
 def write_json(path: Path, data: Any) -> None:
     """Whole or not at all."""
-    fresh = path.with_suffix(".tmp")
-    with fresh.open("w") as file:
-        file.write(json.dumps(data, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
+    disk.replace(path, json.dumps(data, indent=2) + "\n")

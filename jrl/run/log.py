@@ -6,6 +6,7 @@ is killed.
 """
 
 import csv
+import io
 import json
 import time
 import warnings
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from jrl.run import disk
 from jrl.run.checkpoint import RunError, disk_errors
 from jrl.run.stats import iqm
 
@@ -60,6 +62,11 @@ class Log:
                 if summary["iqm"] is not None:
                     self._events.write(f"evaluation/{label}", summary["iqm"], env_steps)
             self._events.flush()
+
+    def sync(self) -> None:
+        """Until the table is on disk, even if the machine stops."""
+        with disk_errors(self._table.path):
+            disk.sync(self._table.path)
 
     def close(self) -> None:
         """Flush and close; a full disk was reported when it happened."""
@@ -180,10 +187,9 @@ class CsvTable:
         with self.path.open(newline="") as file:
             rows = list(csv.reader(file))
         kept = [row for row in rows[1:] if len(row) == len(rows[0]) and row[0].isdecimal() and int(row[0]) <= updates]
-        fresh = self.path.with_suffix(".tmp")
-        with fresh.open("w", newline="") as file:
-            csv.writer(file).writerows([*rows[:1], *kept])
-        fresh.replace(self.path)
+        text = io.StringIO()
+        csv.writer(text).writerows([*rows[:1], *kept])
+        disk.replace(self.path, text.getvalue())
 
     def read(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """``(env_steps [rows], metrics {name: [members, rows]})``."""

@@ -9,6 +9,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jrl.algorithm import Algorithm, over_seeds
+from jrl.envs.types import Environment
 from jrl.host import device_memory
 
 
@@ -33,17 +34,26 @@ def state_bytes(tree: Any) -> int:
     return sum(map(leaf, jax.tree.leaves(tree)))
 
 
-def refuse_if_too_many(state: Any, members: int, devices: int) -> None:
-    """Raise ``ValueError`` with both numbers if all members' states, each of these shapes, do not fit the devices."""
+def refuse_states(state: Any, members: int, devices: int) -> None:
+    """Raise ``ValueError`` if all members' states, each of these shapes, do not fit the devices."""
+    _refuse("states", state_bytes(state), members, devices, "take fewer seeds, or a smaller replay")
+
+
+def refuse_episodes(env: Environment, episodes: int, members: int, devices: int) -> None:
+    """Raise ``ValueError`` if so many environments, for each of the members evaluated at once on each device, do not fit."""
+    one = jax.eval_shape(env.reset, jax.eval_shape(lambda: jax.random.key(0)))
+    _refuse("episodes of evaluation", state_bytes(one), episodes * members * devices, devices, "take fewer")
+
+
+def _refuse(what: str, one: int, count: int, devices: int, advice: str) -> None:
     there = device_memory()
     if there is None:
         return
-    one = state_bytes(state)
     room = there if jax.devices()[0].platform == "cpu" else there * devices
-    if one * members > room:
+    if one * count > room:
         raise ValueError(
-            f"{members} states of {one / 2**30:.2f} GiB, {one * members / 2**30:.1f} GiB in all, are larger than the "
-            f"{room / 2**30:.1f} GiB there are: take fewer seeds, or a smaller replay"
+            f"{count:,} {what} of {one / 2**30:.3g} GiB, {one * count / 2**30:,.1f} GiB in all, are larger than the "
+            f"{room / 2**30:.1f} GiB there are: {advice}"
         )
 
 

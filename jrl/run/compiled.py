@@ -1,0 +1,91 @@
+"""The programs of a run, compiled for its devices, and the state with which it begins."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrl import host
+from jrl.algorithm import Algorithm, over_members
+from jrl.run import layout, program
+from jrl.run.layout import Layout
+from jrl.run.members import Members
+
+
+class Compiled(NamedTuple):
+    """What a run needs on its devices.
+
+    Attributes:
+        layout: of the members over devices and groups.
+        chunk: ``program.chunk`` of all members, compiled; it takes its first argument's memory.
+        max_rows: rows of metrics that a chunk can hold.
+        start: the members at the beginning, with an empty row.
+        seconds: that compiling and initializing took.
+    """
+
+    layout: Layout
+    chunk: Any
+    max_rows: int
+    start: program.Members
+    seconds: float
+
+
+def build(
+    algo: Algorithm, members: Members, names: list[str], total: int, every: int, chosen: Layout, automatic: bool
+) -> Compiled:
+    """Initialize all members while the chunk compiles; where that does not fit the device and the layout was chosen
+    automatically, it is for smaller groups.
+
+    ``names`` are those of the metrics, ``total`` is the number of updates, ``every`` that of a row.
+    """
+    begin = time.perf_counter()
+    max_rows = program.max_rows(chosen.num_members)
+    init = over_members(algo).init
+
+    def start(pair: Any) -> Any:
+        return init(*pair, total)
+
+    pairs = layout.put(chosen, layout.pad(chosen, (members.keys, members.hypers)))
+    lowered = jax.jit(layout.over_members(chosen, start)).lower(pairs)
+    run = program.chunk(algo, names, every, max_rows)
+    with ThreadPoolExecutor(1) as pool:
+        initialized = pool.submit(lambda: lowered.compile()(pairs))
+        fitting, chunk = _compile_chunk(run, lowered.out_info, len(names), chosen, automatic)
+        states = initialized.result()
+    if fitting != chosen:
+        real = jax.tree.map(lambda x: x[: chosen.num_members], states)
+        states = layout.put(fitting, layout.pad(fitting, real))
+    row = layout.put(fitting, np.zeros((fitting.num_slots, len(names)), np.float32))
+    return Compiled(fitting, chunk, max_rows, program.Members(states, row), time.perf_counter() - begin)
+
+
+def _compile_chunk(run: Any, states: Any, num_metrics: int, chosen: Layout, automatic: bool) -> tuple[Layout, Any]:
+    """Compile the chunk for states of these shapes, in smaller groups until it fits."""
+    while True:
+        row: Any = jax.ShapeDtypeStruct((1, num_metrics), jnp.float32)
+        members = layout.shapes(chosen, program.Members(states, row))
+        smallest = not automatic or chosen.group_size == 1
+        try:
+            lowered = jax.jit(layout.over_members(chosen, run), donate_argnums=0).lower(
+                members, jnp.int32(1), jnp.int32(0)
+            )
+            chunk = lowered.compile(compiler_options=host.chunk_compiler_options())
+            if smallest or fits(chunk, chosen):
+                return chosen, chunk
+        except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
+            if smallest or "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+        devices = list(chosen.devices)
+        chosen = layout.choose(chosen.num_members, devices, max(1, chosen.group_size // 2) * len(devices))
+
+
+def fits(chunk: Any, chosen: Layout) -> bool:
+    """Whether a compiled program fits the memory of its first device, where that is known."""
+    device, used = chosen.devices[0], chunk.memory_analysis()
+    limit = None if device.platform == "cpu" else (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None or used is None:
+        return True
+    return used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes <= 0.95 * limit
