@@ -10,10 +10,10 @@ model itself. Answers lie over the devices; --model-devices 4 cuts the model ove
 curve.png and checkpoints in the folder. Datasets by name need the package reasoning-gym.
 """
 
-import csv
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import takewhile
@@ -29,8 +29,8 @@ from jrl.algos import grpo
 from jrl.lm import verifiers
 from jrl.lm.sampling import Rollout, decoder
 from jrl.nets import transformer
-from jrl.run import cli, plot, report
-from jrl.run.checkpoint import Checkpoints, RunError
+from jrl.run import cli, disk, folders, interrupt, log, plot
+from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
 from jrl.run.interrupt import StopOnSignal
 
 CONFIG = grpo.Config(num_prompts=4, group_size=4, lora_rank=16, micro_batches=4, kl="none")
@@ -219,56 +219,88 @@ def main(argv: list[str]) -> None:
     del params, start
     sample, learn = jax.jit(learner.sample), jax.jit(learner.learn, out_shardings=(where, None))
 
-    args.folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(args.folder / "checkpoints", settings_of(args, config))
-    done = checkpoints.latest() or 0
-    rows = _rows_before(args.folder / "metrics.csv", done)
-    if done:
-        saved, _ = checkpoints.restore(done, without_the_model(state))
-        state = jax.device_put(saved._replace(frozen=state.frozen, key=state.key), where)
-        print(f"{args.folder}: resumed at step {done}", flush=True)
-    _cut_back(args.folder / "answers.txt", done)
-    with StopOnSignal() as stop, jax.set_mesh(mesh):
-        try:
-            while done < args.steps and not stop.requested:
-                after, row, said = one_step(args, source, words, sample, learn, state, key_run, done, pad)
-                refuse_nan(row, done)
-                state, done = after, done + 1
-                rows.append({"step": done} | row)
-                print("  ".join(f"{name} {value:.3g}" for name, value in rows[-1].items() if name in SHOWN), flush=True)
-                _write(args.folder, rows, said)
-                if done % args.save_every == 0:
-                    checkpoints.save(done, without_the_model(state))
-        finally:  # a verifier that raises costs no update
-            if done:
-                checkpoints.save(done, without_the_model(state))
-            checkpoints.wait()
-            print(f"{args.folder}: saved at step {done}" if done else f"{args.folder}: nothing to save", flush=True)
+    def step(state: grpo.State, done: int) -> tuple[grpo.State, dict[str, float], list[str]]:
+        with jax.set_mesh(mesh):
+            return one_step(args, source, words, sample, learn, state, key_run, done, pad)
+
+    interrupt.on_leaving(f"interrupted; the same command goes on in {args.folder}")
+    settings = settings_of(args, config)
+    with folders.opened(args.folder, True, settings) as folder:
+        done, rows = train(folder, args, settings, step, state, where)
     if passed := sum(row.get("overlong_prompts", 0) for row in rows):
         print(f"{passed:.0f} problems with prompts of over {args.prompt_length} tokens were passed over")
-    lines = [(name, *_smooth(rows, name)) for name in ("correct", "reward")]
+    lines = [(name, *_smooth(rows, name)) for name in ("correct", "reward") if rows]
     plot.draw(args.folder / "curve.png", [plot.Panel(source.name, "update", "mean of ten updates", lines)])
     print(f"{args.folder}/curve.png  metrics.csv  answers.txt")
     if done < args.steps:
         raise KeyboardInterrupt
 
 
+Row = dict[str, float]
+Step = Callable[[grpo.State, int], tuple[grpo.State, Row, list[str]]]
+
+
+def train(
+    folder: Path, args: Args, settings: dict[str, Any], step: Step, state: grpo.State, where: Any
+) -> tuple[int, list[Row]]:
+    """Updates from the newest checkpoint to the last, or until a signal comes: how many are done, and all their metrics.
+
+    ``step(state, done)`` gives the state after one more update, its metrics, and what was said.
+    """
+    per_update, labels = args.config.rows, [{"seed": args.seed}]
+    checkpoints = Checkpoints(folder / "checkpoints", settings)
+    done = checkpoints.latest() or 0
+    rows: list[Row] = []
+    if done:
+        saved, _ = checkpoints.restore(done, without_the_model(state))
+        state = jax.device_put(saved._replace(frozen=state.frozen, key=state.key), where)
+        print(f"{folder}: resumed at step {done}", flush=True)
+    record = log.Log(folder, labels, done, per_update)
+    if done:
+        rows = _rows(log.read_whole(log.table(folder, labels), done, 1, per_update)[1])
+    _cut_back(folder / "answers.txt", done)
+
+    def save() -> None:
+        record.sync()
+        checkpoints.save(done, without_the_model(state))
+
+    pool = ThreadPoolExecutor(1)  # for the main thread hears signals, and may leave a long step
+    with StopOnSignal() as stop:
+        try:
+            while done < args.steps and not stop.requested:
+                after, row, said = stop.result(pool.submit(step, state, done))
+                refuse_nan(row, done)
+                state, done, rows = after, done + 1, [*rows, row]
+                print(f"step {done}  " + "  ".join(f"{x} {row[x]:.3g}" for x in SHOWN if x in row), flush=True)
+                _write(folder, record, done, per_update, row, said)
+                if done % args.save_every == 0:
+                    save()
+        finally:  # a verifier that raises costs no update
+            if done:
+                save()
+            checkpoints.wait()
+            record.close()
+            print(f"{folder}: saved at step {done}" if done else f"{folder}: nothing to save", flush=True)
+    return done, rows
+
+
 def settings_of(args: Args, config: grpo.Config) -> dict[str, Any]:
-    """What a run must share with the one that it goes on from."""
+    """What a run must share with the one that it goes on from, as flat JSON values."""
     names = ("dataset", "setting", "form", "instruction", "answer_length", "seed")
     length = {"steps": args.steps} if config.optimizer.uses_length else {}
     fixed = {f"config.{name}": value for name, value in asdict(config).items()}
     numbers = {f"hyper.{name}": value for name, value in args.hyper._asdict().items()}
-    return {"model": str(args.model)} | {name: getattr(args, name) for name in names} | length | fixed | numbers
+    given = {"model": str(args.model)} | {name: getattr(args, name) for name in names}
+    return folders.plain(given | length | fixed | numbers)
 
 
 SHOWN = (
-    "step", "correct", "reward", "episode_length", "no_signal", "overlong_prompts", "abstained", "sampled_tokens_per_s",
+    "correct", "reward", "episode_length", "no_signal", "overlong_prompts", "abstained", "sampled_tokens_per_s",
     "trained_tokens_per_s",
 )  # fmt: skip
 
 
-def one_step(args, source, words, sample, learn, state, key_run, done, pad):
+def one_step(args, source, words, sample, learn, state, key_run, done, pad) -> tuple[grpo.State, Row, list[str]]:
     """Sample, verify, learn: ``(state, metrics, answers)``."""
     key_sample, key_learn = jax.random.split(jax.random.fold_in(key_run, done))
     config, group = args.config, args.config.group_size
@@ -293,7 +325,7 @@ def one_step(args, source, words, sample, learn, state, key_run, done, pad):
     state, metrics = jax.block_until_ready(learn(state, key_learn, tokens, valid, rollout, reward))
     trained = (int(rollout.mask.sum()) + int(valid.sum())) / (time.monotonic() - begin)
     row = {name: float(x) for name, x in (metrics | row).items()} | {"trained_tokens_per_s": trained}
-    checks.apart(f"{source.name}: the verifier's parts", parts, [*row, "step"])
+    checks.apart(f"{source.name}: the verifier's parts", parts, [*row, "update", "env_steps", "seed"])
     row |= {name: float(x[judged].mean()) if judged.any() else math.nan for name, x in parts.items()}
     said = [f"{item.prompt!r} -> {texts[i * group]!r}" for i, item in enumerate(items)]
     return state, row, said
@@ -316,27 +348,22 @@ def _check_weights(hyper: grpo.Hyper, parts: dict[str, np.ndarray], name: str) -
             )
 
 
-def _rows_before(path: Path, done: int) -> list[dict[str, Any]]:
-    if not done or not path.exists():
-        return []
-    with path.open() as file:
-        found = [{name: float(x or "nan") for name, x in row.items()} for row in csv.DictReader(file)]
-    return [row | {"step": int(row["step"])} for row in found if row["step"] <= done]
+def _rows(metrics: dict[str, np.ndarray]) -> list[Row]:
+    """Metrics ``{name: [1, rows]}``, row by row."""
+    return [dict(zip(metrics, row, strict=True)) for row in np.concatenate(list(metrics.values())).T.tolist()]
+
+
+def _write(folder: Path, record: log.Log, done: int, per_update: int, row: Row, said: list[str]) -> None:
+    record.write(np.array([done]), np.array([done * per_update]), {k: np.array([[x]]) for k, x in row.items()}, ())
+    with disk_errors(folder), (folder / "answers.txt").open("a") as file:
+        file.write("\n".join([f"step {done}", *said, ""]))
 
 
 def _cut_back(path: Path, done: int) -> None:
     """Leave what was said up to step ``done``."""
     if path.exists():
         lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(takewhile(lambda line: line != f"step {done + 1}\n", lines)))
-
-
-def _write(folder: Path, rows: list[dict[str, Any]], said: list[str]) -> None:
-    fresh = folder / "metrics.tmp"  # whole or not at all
-    report.write_csv(fresh, rows)
-    fresh.replace(folder / "metrics.csv")
-    with (folder / "answers.txt").open("a") as file:
-        file.write("\n".join([f"step {rows[-1]['step']}", *said, ""]))
+        disk.replace(path, "".join(takewhile(lambda line: line != f"step {done + 1}\n", lines)))
 
 
 def _smooth(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-import tyro
 
 from jrl import checks, envs, run
 from jrl.algos import dqn, ppo, pqn, presets, r2d2
 from jrl.algos.presets import Preset
-from jrl.run import stats
+from jrl.run import cli, stats
 
 MODULES = {"ppo": ppo, "dqn": dqn, "r2d2": r2d2, "pqn": pqn}
 
@@ -86,9 +85,12 @@ def result(name: str, preset: Preset, args: Args) -> dict:
         return json.loads(summary.read_text())
     algo_name, _, env_name = name.partition(",")[0].partition("/")
     algo = MODULES[algo_name].make(envs.make(env_name), preset.config, preset.hyper)  # type: ignore[attr-defined]
-    return run.train(
+    made = run.train(
         algo, jax.random.key(0), preset.env_steps, num_seeds=args.num_seeds, run_dir=folder, resume=folder.exists()
-    ).summary
+    )
+    if not made.finished:
+        raise KeyboardInterrupt
+    return made.summary
 
 
 def reached(scores: dict) -> str:
@@ -97,11 +99,9 @@ def reached(scores: dict) -> str:
     return stats.text(scores) + (f", {cut} episodes cut off" if cut else "")
 
 
-def main(args: Args) -> None:
-    try:
-        found = chosen(args)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
+def main(argv: list[str]) -> None:
+    args = cli.parse(Args, argv, doc=__doc__)
+    found = chosen(args)
     print(
         "| algorithm | environment | steps | seeds | greedy: IQM (95% interval) | sampled: IQM (95% interval) | others |"
     )
@@ -115,4 +115,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli.main(main)

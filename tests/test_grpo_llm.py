@@ -99,7 +99,7 @@ def test_a_published_model_takes_steps_with_adapters(smollm2_file, tmp_path):
         "grpo_llm", "--model", smollm2_file, "--folder", tmp_path / "run", "--steps", 2, *problems, *sizes
     )
     assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
+    assert [row["update"] for row in rows_of(tmp_path / "run")] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def test_a_verifier_that_raises_costs_no_update_and_the_run_goes_on(train, capsy
         right, PROMPTS, "--steps", 4, "--prompt-length", 6, "--config.micro-batches", 2
     )  # which change no mathematics
     assert "resumed at step 2" in capsys.readouterr().out
-    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert [row["update"] for row in rows] == ["1", "2", "3", "4"]
     assert steps_of(train.folder / "answers.txt") == ["step 1", "step 2", "step 3", "step 4"]
     assert "not saved" not in (train.folder / "answers.txt").read_text()
 

@@ -35,6 +35,11 @@ def settings(
     }
     if algo.uses_length:
         tree["env_steps"] = env_steps
+    return plain(tree)
+
+
+def plain(tree: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings as flat JSON values."""
     return json.loads(json.dumps(flat(tree), default=_plain))
 
 
