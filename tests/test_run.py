@@ -524,6 +524,13 @@ def test_a_run_stops_within_a_row_and_goes_on_bit_for_bit(tmp_path, monkeypatch)
     assert [r["update"] for r in csv.DictReader((tmp_path / "whole/metrics.csv").open())][::3] == ["4", "8", "10"]
 
 
+def test_a_run_that_saves_at_every_moment_can_be_opened_again(tmp_path):
+    args = {"run_dir": tmp_path / "run", "log_every": 2, "checkpoint_every": 0.0}
+    first = train(make("Probe-action"), 3, **args)
+    again = train(make("Probe-action"), 3, resume=True, **args)  # its last row is of one update
+    np.testing.assert_array_equal(again.metrics["loss"], first.metrics["loss"])
+
+
 def test_a_folder_is_held_against_another_process(tmp_path):
     settings = {"algorithm": "ppo"}
     with (

@@ -248,7 +248,7 @@ class _Run:
                     if self.done == self.total:
                         break
                     self._advance(eval_every)
-                    if time.perf_counter() - self.saved_at > checkpoint_every:
+                    if self.done < self.total and time.perf_counter() - self.saved_at > checkpoint_every:
                         self._take_in()
                         self._save()
                 self._take_in()

@@ -1,0 +1,210 @@
+"""Runs that are killed, and asked to end, at moments of every kind; then they go on, and must be the run that nobody disturbed."""
+
+import csv
+import functools
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from attacks import language_model
+from attacks.processes import Ended, Process, command, no_device_used
+
+COUNT = 60
+LIMIT = 240.0  # seconds, for a start of a run
+LEAVES_WITHIN = 5.0 + 1.0  # seconds after a signal; the last one for a machine that is busy
+SPEED = {"compile_seconds", "run_seconds", "env_steps_per_second"}
+
+
+class Run(NamedTuple):
+    """An experiment and its words; its folder is named by ``option``."""
+
+    script: str
+    words: tuple[str, ...]
+    option: str = "--run-dir"
+
+
+NET = ("--config.network.hidden", "8")
+ENVS = ("--config.num-envs", "2", "--config.num-steps", "16")
+COMMON = ("--num-seeds", "2", "--checkpoint-every", "0.2", "--eval-episodes", "2", *NET)
+REPLAY = ("--config.replay.capacity", "256", "--config.learning-starts", "64")
+RUNS = {
+    "ppo": Run("ppo.py", (*COMMON, *ENVS, "--env-steps", "200000", "--eval-every", "50000")),
+    "ppo, evaluating": Run("ppo.py", (*COMMON, *ENVS, "--env-steps", "6400", "--eval-every", "64", "--log-every", "7")),
+    "ppo, memory": Run(
+        "ppo.py", (*COMMON, *ENVS, "--env", "MemoryChain-bsuite", "--config.network.gru", "4", "--env-steps", "60000")
+    ),
+    "ppo, a sweep": Run("ppo.py", (*COMMON, *ENVS, "--env-steps", "40000", "--sweep", "hyper.learning_rate=1e-3,1e-4")),
+    "dqn": Run("dqn.py", (*COMMON, "--preset", "none", "--env-steps", "40000", "--eval-every", "10000")),
+    "pqn": Run("pqn.py", (*COMMON, "--preset", "none", *ENVS, "--env-steps", "100000")),
+    "r2d2": Run("r2d2.py", (*COMMON, "--preset", "none", "--env", "MemoryChain-bsuite", "--env-steps", "20000")),
+    "grpo_llm": Run("grpo_llm.py", (*language_model.WORDS, "--steps", "12", "--save-every", "2"), "--folder"),
+}
+
+
+class Case(NamedTuple):
+    """A run, and what happens to it: pairs of a moment and a signal, one for each start.
+
+    A moment is a share of the time that the undisturbed run takes, or the name of a file: as soon as that appears or changes.
+    """
+
+    run: str
+    blows: tuple[tuple[float | str, int], ...]
+
+
+FILES = (
+    "config.json",
+    "config.tmp",
+    "metrics.csv",
+    "checkpoints/*",
+    "checkpoints/*tmp*",
+    "evaluations.json",
+    "summary.json",
+    "curve.png",
+)
+
+
+def cases(seed: int, count: int) -> list[Case]:
+    """The runs in turn, each with two to five blows."""
+    drawn = random.Random(seed)
+    names = list(RUNS)
+
+    def moment() -> float | str:
+        kind = drawn.random()
+        if kind < 0.35:
+            return drawn.choice(FILES)
+        return round(drawn.random() * (0.15 if kind < 0.5 else 1.0), 3)  # the first seconds, or any
+
+    def blow() -> tuple[float | str, int]:
+        softly = drawn.random() < 0.2
+        return moment(), drawn.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]) if softly else signal.SIGKILL
+
+    return [Case(names[i % len(names)], tuple(blow() for _ in range(drawn.randint(2, 5)))) for i in range(count)]
+
+
+def attempt(case: Case, folder: Path) -> tuple[str | None, dict[str, int]]:
+    """Strike as the case says, let the run come to its end, and compare it with the undisturbed one."""
+    assert no_device_used()
+    counts: Counter[str] = Counter()
+    whole, seconds = undisturbed(case.run)
+    target = folder / "run"
+    for moment, number in case.blows:
+        process = start(case.run, target, folder / "log")
+        wait_for(moment, seconds, process, target)
+        if process.poll() is not None:
+            break
+        begin = time.monotonic()
+        process.send(number)
+        ended = process.wait(LIMIT)
+        counts[signal.Signals(number).name] += 1
+        if number != signal.SIGKILL and (broke := left_badly(ended, time.monotonic() - begin)):
+            return f"{signal.Signals(number).name} at {moment}: {broke}", counts
+    ended = start(case.run, target, folder / "log").wait(LIMIT)
+    if ended.code != 0:
+        return f"does not go on: exit {ended.code}: {ended.output.strip()[-500:]}", counts
+    return difference(whole, target), counts
+
+
+def left_badly(ended: Ended, seconds: float) -> str | None:
+    """What is wrong about how a run left that was asked to."""
+    if ended.code not in (0, 130):  # 0 if it was about to end anyhow
+        return f"exit {ended.code}: {ended.output.strip()[-500:]}"
+    if "Traceback" in ended.output:
+        return f"a traceback: {ended.output.strip()[-500:]}"
+    return f"left after {seconds:.1f} seconds" if seconds > LEAVES_WITHIN else None
+
+
+def start(name: str, folder: Path, log: Path) -> Process:
+    """Begin the run, or go on with it."""
+    run = RUNS[name]
+    words = [*run.words, run.option, str(folder)]
+    if run.option == "--run-dir" and (folder / "config.json").exists():
+        words.append("--resume")
+    return Process(command(run.script, words), log.parent, log)
+
+
+def wait_for(moment: float | str, seconds: float, process: Process, folder: Path) -> None:
+    """Until the moment has come, or the process has ended."""
+    begin = time.monotonic()
+    before = _state(folder, moment) if isinstance(moment, str) else None
+    while process.poll() is None:
+        if isinstance(moment, str):
+            if _state(folder, moment) != before or time.monotonic() - begin > 2 * seconds:
+                return
+        elif time.monotonic() - begin > moment * seconds:
+            return
+        time.sleep(0.002)
+
+
+def _state(folder: Path, pattern: str) -> Any:
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        try:
+            found.append((path.name, path.stat().st_mtime_ns, path.stat().st_size))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+@functools.cache
+def undisturbed(name: str) -> tuple[Path, float]:
+    """The folder of a run that nobody disturbed, and how long it took when all was compiled."""
+    folder = Path(tempfile.gettempdir()) / "jrl-undisturbed" / name
+    if name == "grpo_llm":
+        Process(language_model.make, Path(tempfile.gettempdir()), Path(os.devnull)).wait(LIMIT)
+    for _ in range(2):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        ended = start(name, folder / "run", folder / "log").wait(LIMIT)
+        assert ended.code == 0, ended.output
+    return folder / "run", ended.seconds
+
+
+def difference(whole: Path, other: Path) -> str | None:
+    """What is not equal in two folders of a run: results, or files that are too many or missing."""
+    for name, read in READERS.items():
+        if (whole / name).exists() and read(whole / name) != read(other / name):
+            return f"{name} is not that of the undisturbed run"
+    if _arrays(whole) != _arrays(other):
+        return "the last checkpoint is not that of the undisturbed run"
+    names = [
+        {str(p.relative_to(f)) for p in f.rglob("*") if not {"events", "checkpoints"} & set(p.relative_to(f).parts)}
+        for f in (whole, other)
+    ]
+    litter = [p.name for p in (other / "checkpoints").iterdir() if not p.name.isdecimal()]
+    if names[0] != names[1] or litter:
+        return f"files: {sorted(names[0] ^ names[1])}, in checkpoints: {litter}"
+    return None
+
+
+def _without_speed(path: Path) -> Any:
+    return {name: x for name, x in json.loads(path.read_text()).items() if name not in SPEED}
+
+
+def _numbers(path: Path) -> Any:
+    rows = csv.DictReader(io.StringIO(path.read_text()))
+    return [{name: x for name, x in row.items() if not name.endswith("_per_s")} for row in rows]
+
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "metrics.csv": _numbers,
+    "evaluations.json": lambda path: json.loads(path.read_text()),
+    "summary.json": _without_speed,
+    "sweep.csv": Path.read_bytes,
+    "answers.txt": Path.read_bytes,
+    "curve.png": Path.read_bytes,
+}
+
+
+def _arrays(folder: Path) -> Any:
+    """Checksums of the last checkpoint, which a run checks when it reads it."""
+    last = max((p for p in (folder / "checkpoints").iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
+    return last.name, json.loads((last / "manifest/metadata").read_text())["arrays"]
