@@ -21,6 +21,7 @@ from jrl import envs, host, nets, optim, run
 from jrl.algos import ppo
 from jrl.run import cli, folders, layout, log, program, progress, stats
 from jrl.run.interrupt import StopOnSignal
+from jrl.run.members import members_of
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
@@ -700,7 +701,27 @@ def test_wrong_arguments_are_refused_before_compiling(tmp_path):
             train(algo, 2, **kwargs)
 
 
-# Interruptions, in processes of their own
+def test_what_does_not_fit_the_memory_is_refused_before_compiling():
+    for kwargs, message in (
+        (
+            {"num_seeds": 10**9},
+            "1,000,000,000 states of [0-9,]+ bytes, .* GiB in all, are larger than .*: take fewer seeds",
+        ),
+        ({"eval_episodes": 10**12}, "episodes of evaluation of 36 bytes, .* are larger than .* there are: take fewer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(make(), 2, **kwargs)
+
+
+def test_thousands_of_cells_are_checked_without_tracing_each():
+    algo = make()._replace(init=None)
+    grid = run.sweep.grid(algo.hyper, {"learning_rate": np.linspace(1e-4, 1e-3, 1000).tolist()})
+    assert members_of(algo, jax.random.key(0), 2, grid).shape == (1000, 2)
+    with pytest.raises(ValueError, match=r"hyper\.clip_eps must be at least 0; got -1"):
+        members_of(algo, jax.random.key(0), 1, {"bad": algo.hyper._replace(clip_eps=-1.0)})
+
+
+# Interruptions, in processes of their own; those that cannot answer are in test_interrupt
 
 SCRIPT = """
 import sys, jax
@@ -752,7 +773,7 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_bit_for_bit(number, tmp_path, uninterrupted):
     folder = tmp_path / "run"
     process = start(folder, 20_000)

@@ -107,12 +107,13 @@ def train(
         raise ValueError(f"devices must be at most {len(jax.devices())}, the number of this machine; got {devices}")
     total = program.num_updates(algo, env_steps)
     state, metrics = check(algo)
-    members = members_of(algo, key, num_seeds, hypers)
-    chosen = layout.choose(len(members.labels), jax.devices()[:devices], seeds_at_once)
-    memory.refuse_states(state, len(members.labels), len(chosen.devices))
+    num_members = num_seeds * len(hypers or [""])
+    memory.refuse_states(state, num_members, min(num_members, len(jax.devices()[:devices])))
+    chosen = layout.choose(num_members, jax.devices()[:devices], seeds_at_once)
     if eval_episodes:
         check_act(algo, state)
         memory.refuse_episodes(algo.env, eval_episodes, chosen.group_size, len(chosen.devices))
+    members = members_of(algo, key, num_seeds, hypers)
     saved = folders.saved_setting(Path(run_dir), "log_every") if resume and run_dir is not None else None
     every = log_every or saved or -(-total // 1000)
     cells = {"": algo.hyper} if hypers is None else hypers

@@ -52,9 +52,13 @@ def _refuse(what: str, one: int, count: int, devices: int, advice: str) -> None:
     room = there if jax.devices()[0].platform == "cpu" else there * devices
     if one * count > room:
         raise ValueError(
-            f"{count:,} {what} of {one / 2**30:.3g} GiB, {one * count / 2**30:,.1f} GiB in all, are larger than the "
-            f"{room / 2**30:.1f} GiB there are: {advice}"
+            f"{count:,} {what} of {_readable(one)}, {_readable(one * count)} in all, are larger than the {_readable(room)} there "
+            f"are: {advice}"
         )
+
+
+def _readable(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**27 else f"{size:,} bytes"
 
 
 def tpu_gib(chip: str, algo: Algorithm, num_seeds: int) -> float:
