@@ -213,7 +213,10 @@ def gradients_by_kind(method: Method, params: Array, sampler: Array, task: Task,
 
     def mean(kind: Array) -> Array:
         weight = (jnp.where(task.kind == kind, chance, 0)[:, None] * x for x in phi)
-        policy = lambda w: jax.grad(lambda p: jnp.sum(w * log_prob(p, task)))(params)  # noqa: E731
+
+        def policy(w):
+            return jax.grad(lambda p: jnp.sum(w * log_prob(p, task)))(params)
+
         return jnp.stack([policy(w).ravel() for w in weight])
 
     # Tokens of an answer meet different logits, so squares add up: |e_y - pi|^2 = 1 - 2 pi_y + |pi|^2 at each.

@@ -169,7 +169,9 @@ def train(config: transformer.Config, stages: list[tuple[int, Draw]], args: Args
             tx = optim.make(chosen, optim.Hyper(), args.learning_rate * factor, 1.0)
             tokens, weight = draw(jax.random.fold_in(jax.random.key(args.seed + 1), i))
 
-            both = lambda p: (losses(p, tokens, weight, config)[0],) * 2  # noqa: E731
+            def both(p):
+                return (losses(p, tokens, weight, config)[0],) * 2
+
             now = optim.minimize(tx, both, params, state)
             return now.params, now.opt_state, now.extra
 

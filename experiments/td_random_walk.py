@@ -92,7 +92,9 @@ def figure_6_2(keys: Array) -> tuple[Array, Array, Array]:
     streams = jax.vmap(lambda k: episodes(k, process, 100, 150))(keys)
 
     def errors(method: Any, alphas: Array) -> Array:
-        one = lambda alpha, s: rms_errors(process, lambda w, e: method(w, e, alpha)[0], middle, s)  # noqa: E731
+        def one(alpha, s):
+            return rms_errors(process, lambda w, e: method(w, e, alpha)[0], middle, s)
+
         return jax.vmap(lambda alpha: jax.vmap(lambda s: one(alpha, s))(streams))(alphas)
 
     first = jax.tree.map(lambda x: x[0], streams)
@@ -111,10 +113,15 @@ def figures_of_19(keys: Array) -> dict[str, Array]:
 
     def grid(learn: Any) -> Array:
         """Mean error ``[alphas, runs]`` of ``learn(w, episode, alpha)``."""
-        one = lambda alpha, s: rms_errors(process, lambda w, e: learn(w, e, alpha), zeros, s).mean()  # noqa: E731
+
+        def one(alpha, s):
+            return rms_errors(process, lambda w, e: learn(w, e, alpha), zeros, s).mean()
+
         return jax.vmap(lambda alpha: jax.vmap(lambda s: one(alpha, s))(streams))(ALPHAS)
 
-    over_lambdas = lambda learn: jax.lax.map(lambda lam: grid(lambda w, e, a: learn(w, e, a, lam)), LAMBDAS)  # noqa: E731
+    def over_lambdas(learn):
+        return jax.lax.map(lambda lam: grid(lambda w, e, a: learn(w, e, a, lam)), LAMBDAS)
+
     return {
         "n-step TD": jnp.stack([grid(lambda w, e, a, n=n: td.n_step_td(w, e, a, n)[0]) for n in STEPS]),
         "offline lambda-return": over_lambdas(td.lambda_return),

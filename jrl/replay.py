@@ -255,7 +255,10 @@ class _Store:
         envs, at = jnp.arange(self.num_envs), before % self.length
         opened, closed = (at - (self.needs - 1)) % self.length, (at + self.before) % self.length
         drawable = (before + 1 >= self.needs) & (buffer.kind[envs, opened] != FINAL)
-        leaf = lambda row: jnp.where(rows < self.num_envs, envs * self.length + row, self.leaves)  # noqa: E731
+
+        def leaf(row):
+            return jnp.where(rows < self.num_envs, envs * self.length + row, self.leaves)
+
         tree = set_leaves(buffer.tree, leaf(closed), jnp.zeros(self.num_envs, jnp.float32))
         return set_leaves(tree, leaf(opened), jnp.where(drawable, buffer.largest, 0.0))
 

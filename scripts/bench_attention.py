@@ -103,7 +103,10 @@ def check(args: Args) -> None:
 
 def inputs(args: Args, length: int, dtype: Any) -> tuple[Any, ...]:
     """Shapes of queries, keys, values, gates, and phi's parameters."""
-    shape = lambda heads, width: jax.ShapeDtypeStruct((1, length, heads, width), dtype)  # noqa: E731
+
+    def shape(heads, width):
+        return jax.ShapeDtypeStruct((1, length, heads, width), dtype)
+
     q, kv = shape(args.heads, args.head_dim), shape(args.kv_heads, args.head_dim)
     return q, kv, kv, shape(args.heads, 3), phi(args)
 
@@ -200,7 +203,9 @@ class Decoder(NamedTuple):
 def decoders(args: Args, length: int) -> dict[str, Decoder]:
     """Each kind of cache, full of ``length`` tokens."""
     heads, dim = args.heads, args.head_dim
-    tokens = lambda *shape: jax.ShapeDtypeStruct((STEPS, 1, *shape), jnp.float32)  # noqa: E731
+
+    def tokens(*shape):
+        return jax.ShapeDtypeStruct((STEPS, 1, *shape), jnp.float32)
 
     def keys(kv_heads: int, window: int | None = None) -> Decoder:
         def step(_: Any, held: cache.KV, token: Any, t: Array) -> tuple[cache.KV, Array]:
@@ -267,7 +272,9 @@ def decoding(decoder: Decoder, length: int) -> Callable[[], Array]:
     """Decodes the last STEPS tokens of ``length``, again at each call, in one cache that is updated in place."""
 
     def program(weights: Any, held: Any, tokens: Any) -> tuple[Any, Array]:
-        one = lambda held, x: decoder.step(weights, held, *x)  # noqa: E731
+        def one(held, x):
+            return decoder.step(weights, held, *x)
+
         return jax.lax.scan(one, held, (tokens, jnp.arange(length - STEPS, length)))
 
     weights, held, tokens = fill((decoder.weights, decoder.cache, decoder.tokens))
@@ -353,7 +360,10 @@ def sequences(args: Args) -> None:
             found = ", ".join(f"{row['kind']} {row['seconds'] or 'left out'}" for row in rows[-len(args.kinds) :])
             print(f"{length} tokens, {what}: {found}", flush=True)
     report.print_table(args.folder / "attention.csv", rows)
-    of = lambda what: [row for row in rows if row["what"] == what]  # noqa: E731
+
+    def of(what):
+        return [row for row in rows if row["what"] == what]
+
     panels = [
         plot.Panel(x, "tokens", "seconds", lines(of(x), "seconds"), "xy") for x in ("forward", "forward and backward")
     ]

@@ -86,7 +86,9 @@ def programs(task: tasks.Task, config: grpo.Config, num_seeds: int) -> dict[str,
         for model in (cached, without_cache(cached))
     )
     lay = layout.choose(num_seeds, jax.devices(), None)
-    over = lambda f: jax.jit(layout.over_members(lay, jax.vmap(f)))  # noqa: E731
+
+    def over(f):
+        return jax.jit(layout.over_members(lay, jax.vmap(f)))
 
     def init(key: Array) -> Any:
         problems = jax.vmap(task.draw)(jax.random.split(key, config.num_prompts))

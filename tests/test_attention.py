@@ -53,8 +53,13 @@ def test_dense_attention_and_its_gradients(implementation, heads, kv_heads, dim,
     with jax.enable_x64(True):
         args = qkv(2, 11, heads, kv_heads, dim, value_dim)
         given = options | {"segment_ids": jnp.array(SEGMENTS)} if "segment_ids" in options else options
-        ours = lambda *a: attention.attend(*a, implementation=implementation, **given)  # noqa: E731
-        wanted = lambda *a: oracles.dense(*a, **options)  # noqa: E731
+
+        def ours(*a):
+            return attention.attend(*a, implementation=implementation, **given)
+
+        def wanted(*a):
+            return oracles.dense(*a, **options)
+
         close(jax.jit(ours)(*args), wanted(*args))
         close(compiled_grads(ours, *args), compiled_grads(wanted, *args))
 
@@ -66,8 +71,13 @@ def test_dense_attention_and_its_gradients(implementation, heads, kv_heads, dim,
 def test_blocks_of_any_size_give_what_dense_gives(rows, columns, rule):
     with jax.enable_x64(True):
         args = qkv(2, 23, 4, 2, 3, 5, 31)
-        ours = lambda *a: flash(*a, None, None, rule, 0.7, Blocks(2 * rows, columns))  # noqa: E731
-        wanted = lambda *a: attention.dense(*a, None, None, rule, 0.7)  # noqa: E731
+
+        def ours(*a):
+            return flash(*a, None, None, rule, 0.7, Blocks(2 * rows, columns))
+
+        def wanted(*a):
+            return attention.dense(*a, None, None, rule, 0.7)
+
         close(ours(*args), wanted(*args))
         close(compiled_grads(ours, *args), compiled_grads(wanted, *args))
 
@@ -76,7 +86,10 @@ def test_blocks_of_any_size_give_what_dense_gives(rows, columns, rule):
 def test_padding_is_unseen_and_answers_0(implementation):
     q, k, v = qkv(2, 12, 2, 1, 4, 4)
     valid = jnp.arange(12)[None] < jnp.array([[12], [7]])
-    f = lambda q, k, v: attention.attend(q, k, v, valid=valid, causal=False, implementation=implementation)  # noqa: E731
+
+    def f(q, k, v):
+        return attention.attend(q, k, v, valid=valid, causal=False, implementation=implementation)
+
     out = f(q, k, v)
     assert (out[1, 7:] == 0).all()
     close(out[1:, :7], attention.attend(q[1:, :7], k[1:, :7], v[1:, :7], causal=False), 1e-5)
@@ -89,9 +102,15 @@ def test_padding_is_unseen_and_answers_0(implementation):
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_the_future_changes_nothing_and_a_prefix_is_a_prefix(implementation):
     q, k, v = qkv(1, 40, 4, 2, 8, 8)
-    f = lambda q, k, v: attention.attend(q, k, v, window=16, implementation=implementation)  # noqa: E731
+
+    def f(q, k, v):
+        return attention.attend(q, k, v, window=16, implementation=implementation)
+
     whole = f(q, k, v)
-    later = lambda x: x.at[:, 25:].set(7.0)  # noqa: E731
+
+    def later(x):
+        return x.at[:, 25:].set(7.0)
+
     np.testing.assert_array_equal(f(later(q), later(k), later(v))[:, :25], whole[:, :25])
     close(f(q[:, :25], k[:, :25], v[:, :25]), whole[:, :25], 1e-6)
     last = attention.attend(q[:, 39:], k, v, window=16, q_offset=39, implementation=implementation)
@@ -115,7 +134,10 @@ def test_half_width_stays_near(implementation):
 
 def test_under_vmap_it_is_the_same():
     q, k, v = qkv(3, 20, 2, 1, 4, 4)
-    f = lambda q, k, v: attention.attend(q[None], k[None], v[None], implementation="xla")[0]  # noqa: E731
+
+    def f(q, k, v):
+        return attention.attend(q[None], k[None], v[None], implementation="xla")[0]
+
     close(jax.vmap(f)(q, k, v), attention.attend(q, k, v), 1e-6)
 
 
@@ -124,8 +146,13 @@ def test_splash_attention_gives_the_same(options):
     q, k, v = qkv(1, 128, 4, 2, 32, 32)
     ids = options.get("segment_ids")
     rule = Rule(window=options.get("window"))
-    ours = lambda *a: platforms.splash(*a, ids, ids, rule, 0.2, interpret=True)  # noqa: E731
-    wanted = lambda *a: attention.dense(*a, ids, ids, rule, 0.2)  # noqa: E731
+
+    def ours(*a):
+        return platforms.splash(*a, ids, ids, rule, 0.2, interpret=True)
+
+    def wanted(*a):
+        return attention.dense(*a, ids, ids, rule, 0.2)
+
     with jax.numpy_rank_promotion("allow"):
         close(ours(q, k, v), wanted(q, k, v), 1e-5)
         close(compiled_grads(ours, q, k, v), compiled_grads(wanted, q, k, v), 1e-4)
@@ -169,10 +196,14 @@ def test_sparse_attention_and_its_gradients(config, heads, kv_heads, length, seg
         if segments:
             ids = np.repeat(np.arange(len(segments)), segments)
             ids = np.stack([ids, np.zeros(length, int)])
-        ours = lambda *a: nsa.attend(*a, config, segment_ids=None if ids is None else jnp.array(ids), chunk=8)  # noqa: E731
+
+        def ours(*a):
+            return nsa.attend(*a, config, segment_ids=None if ids is None else jnp.array(ids), chunk=8)
 
         def wanted(params, *rest, known=None):
-            phi = lambda name, block: nsa.phi(params.get(name), block[None])[0]  # noqa: E731
+            def phi(name, block):
+                return nsa.phi(params.get(name), block[None])[0]
+
             return oracles.nsa(phi, *rest, config, ids, known)
 
         out, chosen = wanted(*args)
@@ -220,7 +251,9 @@ def test_as_a_gpu_computes_it_it_is_the_same(monkeypatch):
         dense = attention.attend(q, *streams[:2], implementation="xla")
         return nsa.attend(params, q, streams, gates, SMALL), dense
 
-    loss = lambda *a: sum((x**2).sum() for x in both(*a))  # noqa: E731
+    def loss(*a):
+        return sum((x**2).sum() for x in both(*a))
+
     small = jax.jit(both)(params, q, streams), jax.jit(jax.grad(loss))(params, q, streams)
     monkeypatch.setattr(platforms, "wide", lambda: True)
     jax.clear_caches()
@@ -229,11 +262,17 @@ def test_as_a_gpu_computes_it_it_is_the_same(monkeypatch):
 
 def test_sparse_attention_does_not_see_the_future():
     params, q, streams, gates = sparse(1, 50, 4, 2, 8, 8, SMALL)
-    later = lambda x: x.at[:, 30:].set(5.0)  # noqa: E731
+
+    def later(x):
+        return x.at[:, 30:].set(5.0)
+
     whole = nsa_attend(params, q, streams, gates, SMALL, chunk=16)
     changed = nsa_attend(params, *jax.tree.map(later, (q, streams)), gates, SMALL, chunk=16)
     np.testing.assert_array_equal(whole[:, :30], changed[:, :30])
-    first = lambda x: x[:, :30]  # noqa: E731
+
+    def first(x):
+        return x[:, :30]
+
     close(nsa_attend(params, *jax.tree.map(first, (q, streams, gates)), SMALL), whole[:, :30], 1e-5)
 
 
@@ -367,16 +406,25 @@ def test_wide_heads_and_large_groups(heads, kv_heads, dim, value_dim):
         args = qkv(1, 13, heads, kv_heads, dim, value_dim)
         close(attention.attend(*args, implementation="xla"), oracles.dense(*args))
         params, q, streams, gates = sparse(1, 13, heads, kv_heads, dim, value_dim, SMALL)
-        phi = lambda name, block: nsa.phi(params[name], block[None])[0]  # noqa: E731
+
+        def phi(name, block):
+            return nsa.phi(params[name], block[None])[0]
+
         close(nsa_attend(params, q, streams, gates, SMALL), oracles.nsa(phi, q, streams, gates, SMALL)[0])
 
 
 def test_sparse_attention_under_vmap_remat_and_half_width():
     args = sparse(2, 30, 4, 2, 16, 16, SMALL)
-    f = lambda q, s, g: nsa.attend(args[0], q[None], jax.tree.map(lambda x: x[None], s), g[None], SMALL)[0]  # noqa: E731
+
+    def f(q, s, g):
+        return nsa.attend(args[0], q[None], jax.tree.map(lambda x: x[None], s), g[None], SMALL)[0]
+
     whole = nsa_attend(*args, SMALL)
     close(jax.jit(jax.vmap(f))(*args[1:]), whole, 1e-5)
-    loss = lambda f: jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(f(*a, SMALL)))))(args)  # noqa: E731
+
+    def loss(f):
+        return jax.jit(jax.grad(lambda a: jnp.sum(jnp.sin(f(*a, SMALL)))))(args)
+
     close(loss(jax.checkpoint(nsa.attend, static_argnums=4)), loss(nsa.attend), 1e-5)
     half = nsa_attend(*jax.tree.map(lambda x: x.astype(jnp.bfloat16), args), SMALL)
     assert half.dtype == jnp.bfloat16
@@ -399,7 +447,10 @@ def test_it_lowers_for_a_gpu():
     k = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
     gates = jax.ShapeDtypeStruct((1, 256, 4, 3), jnp.bfloat16)
     params = jax.eval_shape(lambda: nsa.init(jax.random.key(0), SMALL, 64, 64))
-    loss = lambda *a: jnp.sum(nsa.attend(a[0], a[1], nsa.shared(*a[2:4]), a[4], SMALL).astype(jnp.float32))  # noqa: E731
+
+    def loss(*a):
+        return jnp.sum(nsa.attend(a[0], a[1], nsa.shared(*a[2:4]), a[4], SMALL).astype(jnp.float32))
+
     exported = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["cuda"])(params, q, k, k, gates)
     assert exported.platforms == ("cuda",)
 

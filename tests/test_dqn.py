@@ -72,7 +72,10 @@ def test_values_are_discounted_and_masks_hold():
 @pytest.mark.parametrize("fields", [{"n_step": 3}, {"prioritized": True}, {"distribution": "quantile", "atoms": 5}])
 def test_truncation_bootstraps(fields):
     """Reward 1 a step, truncated at 20, never terminated: V = 1 / (1 - gamma)."""
-    step = lambda key, t, action: (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 20)  # noqa: E731
+
+    def step(key, t, action):
+        return (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 20)
+
     env = envs.strict(envs.Environment("Forever", lambda key: (jnp.ones(1), jnp.int32(0)), step, envs.Discrete(2), 20))
     algo = dqn.make(env, dataclasses.replace(FAST, **fields), HYPER._replace(gamma=0.9, learning_rate=5e-3))
     states, _ = jax.jit(jax.vmap(run.train_fn(algo, 1500 * 16)))(jax.random.split(jax.random.key(0), 2))
@@ -201,7 +204,10 @@ def test_noise_is_the_key_s_and_absent_without_one(key):
     config = nets.ValueConfig(hidden=(8,), noisy=True)
     net = nets.action_values(config, jax.ShapeDtypeStruct((2,), jnp.float32), envs.Discrete(3))
     params, obs, first = net.init(key), jnp.ones((1, 2)), jnp.zeros(1, bool)
-    answer = lambda p: np.asarray(net.step(p, (), obs, first)[1])  # noqa: E731
+
+    def answer(p):
+        return np.asarray(net.step(p, (), obs, first)[1])
+
     noisy = [answer(nets.with_noise(params, jax.random.key(i))) for i in (1, 1, 2)]
     assert (noisy[0] == noisy[1]).all() and (noisy[0] != noisy[2]).any() and (answer(params) != noisy[0]).any()
 

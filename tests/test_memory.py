@@ -65,7 +65,10 @@ def test_steps_and_unrolled_sequences_give_the_same(kind, key):
     close(jax.jit(net.unroll)(params, half, obs[23:], first[23:])[1], jax.tree.map(lambda x: x[23:], wanted))
     rows = jnp.arange(2)
     kept = net.memory_at(line, jnp.full(2, 22), rows)
-    next_out = lambda memory: net.step(params, memory, obs[23], first[23])[1]  # noqa: E731
+
+    def next_out(memory):
+        return net.step(params, memory, obs[23], first[23])[1]
+
     close(next_out(kept), next_out(half))
     close(
         net.step(params, net.memory_at(line, jnp.full(2, 59), rows), obs[0], first[5])[1],
@@ -77,7 +80,10 @@ def test_steps_and_unrolled_sequences_give_the_same(kind, key):
 def test_an_episode_sees_nothing_of_the_one_before(kind, key):
     net = network(KINDS[kind])
     params, (obs, first) = net.init(key), sequence(30, 1, ((0, 0), (11, 0)))
-    value = lambda obs: jax.jit(net.unroll)(params, empty(net, 1), obs, first)[1]  # noqa: E731
+
+    def value(obs):
+        return jax.jit(net.unroll)(params, empty(net, 1), obs, first)[1]
+
     changed = obs.at[:11].add(3.0)
     jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(lambda x: x[11:], value(o)) for o in (obs, changed)))
     assert (value(obs).value[:11] != value(changed).value[:11]).any()
@@ -129,7 +135,10 @@ def test_ppo_remembers_with_attention(kind):
 
 def test_truncated_episodes_are_valued_with_their_memory():
     """Reward 1 a step, truncated at 20, never terminated: V = 1 / (1 - gamma) = 10."""
-    step = lambda key, t, action: (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 20)  # noqa: E731
+
+    def step(key, t, action):
+        return (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 20)
+
     env = envs.strict(envs.Environment("Forever", lambda key: (jnp.ones(1), jnp.int32(0)), step, envs.Discrete(2), 20))
     config = pqn.Config(
         num_envs=8,

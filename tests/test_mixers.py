@@ -40,7 +40,9 @@ def test_latent_attention_and_its_gradients(config):
             q = jnp.concatenate([q[..., :4], rope(q[..., 4:], at, 1e4)], -1)
             return oracles.dense(q, k, jnp.einsum("btr,rhw->bthw", latent, params["up_value"]))
 
-        ours = lambda params, x: mla.attend(params, x, config)  # noqa: E731
+        def ours(params, x):
+            return mla.attend(params, x, config)
+
         close(jax.jit(ours)(params, x), jax.jit(wanted)(params, x), 1e-6)  # rotary angles are float32
         close(grads(ours, params, x), grads(wanted, params, x), 1e-6)
 
@@ -95,8 +97,13 @@ def test_rwkv_in_chunks_and_its_gradients(chunk):
         args = tokens(11)
         first = np.zeros((2, 11), bool)
         first[0, [0, 5, 6]] = True
-        ours = lambda *a: rwkv.mix(*a, first=jnp.array(first), chunk=chunk)[0]  # noqa: E731
-        wanted = lambda *a: by_hand(*a, first)  # noqa: E731
+
+        def ours(*a):
+            return rwkv.mix(*a, first=jnp.array(first), chunk=chunk)[0]
+
+        def wanted(*a):
+            return by_hand(*a, first)
+
         close(jax.jit(ours)(*args), jax.jit(wanted)(*args))
         close(grads(ours, *args), grads(wanted, *args))
 
@@ -113,8 +120,13 @@ def test_the_recurrence_is_the_sequence_and_the_state_carries_on():
     rows = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (r, k, v, log_w, first))
     state, y = jax.lax.scan(step, jnp.zeros((2, 2, 3, 4)), rows)
     close((jnp.moveaxis(y, 0, 1), state), (whole, end), 2e-5)
-    head = lambda x: x[:, :7]  # noqa: E731
-    tail = lambda x: x[:, 7:]  # noqa: E731
+
+    def head(x):
+        return x[:, :7]
+
+    def tail(x):
+        return x[:, 7:]
+
     _, middle = rwkv.mix(*map(head, (r, k, v, log_w)), u, first=head(first))
     rest, _ = rwkv.mix(*map(tail, (r, k, v, log_w)), u, middle, tail(first))
     close(rest, whole[:, 7:], 2e-5)

@@ -84,9 +84,16 @@ def test_gradients_reach_router_and_experts_but_not_the_bias(kind):
 
 def test_a_vmap_over_tokens_alone_gives_what_leading_axes_give():
     params, x = start(SMALL), jax.random.normal(jax.random.key(1), (3, 2, 7, 4))
-    loss = lambda params, x: jnp.sum(jnp.sin(moe.apply(params, x, SMALL)[0]))  # noqa: E731
-    mapped = lambda params: jax.vmap(jax.vmap(lambda x: loss(params, x)))(x).sum()  # noqa: E731
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # noqa: E731
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(moe.apply(params, x, SMALL)[0]))
+
+    def mapped(params):
+        return jax.vmap(jax.vmap(lambda x: loss(params, x)))(x).sum()
+
+    def close(a, b):
+        return np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
     jax.tree.map(close, jax.jit(jax.value_and_grad(mapped))(params), jax.jit(jax.value_and_grad(loss))(params, x))
 
 
@@ -94,7 +101,10 @@ def test_it_works_under_vmap_over_seeds():
     """Each seed has its own parameters."""
     x = jax.random.normal(jax.random.key(1), (3, 7, 4))
     seeds = jax.tree.map(lambda w: jnp.stack([w, 2 * w, -w]), start(SMALL))
-    loss = lambda params, x: jnp.sum(jnp.sin(moe.apply(params, x, SMALL)[0]))  # noqa: E731
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(moe.apply(params, x, SMALL)[0]))
+
     both = jax.jit(jax.value_and_grad(loss))
     one = [both(jax.tree.map(lambda w, i=i: w[i], seeds), x[i]) for i in range(3)]
     together = jax.jit(jax.vmap(both))(seeds, x)

@@ -44,7 +44,10 @@ def test_a_reset_forgets_and_nothing_else_does(key):
     net = nets.actor_critic(nets.Config(gru=8), VECTOR, Discrete(2))
     params, obs = net.init(key), random_obs(key, VECTOR, 4, 1)
     start = jax.tree.map(lambda m: m[None] + 1.0, net.memory)
-    value = lambda obs, first: net.unroll(params, start, obs, first)[1].value[-1, 0]  # noqa: E731
+
+    def value(obs, first):
+        return net.unroll(params, start, obs, first)[1].value[-1, 0]
+
     grads = jax.grad(value)(obs, jnp.zeros((4, 1), bool).at[2].set(True))
     assert (grads[:2] == 0).all() and (grads[2:] != 0).any()
     grads = jax.grad(value)(obs, jnp.zeros((4, 1), bool))
@@ -52,7 +55,9 @@ def test_a_reset_forgets_and_nothing_else_does(key):
 
 
 def test_heads(key):
-    policy = lambda space: nets.actor_critic(nets.Config(), VECTOR, space)  # noqa: E731
+    def policy(space):
+        return nets.actor_critic(nets.Config(), VECTOR, space)
+
     obs, first = jnp.zeros((2, 5)), jnp.ones(2, bool)
     net = policy(MultiDiscrete((2, 3)))
     assert net.step(net.init(key), (), obs, first)[1].policy.shape == (2, 5)

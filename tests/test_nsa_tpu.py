@@ -17,7 +17,10 @@ SMALL = nsa.Config(block=16, stride=8, select_block=16, selected=5, window=24)
 
 def arguments(length, heads, kv_heads, dim, value_dim, config, batch=1, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 8)
-    normal = lambda key, heads, dim: jax.random.normal(key, (batch, length, heads, dim), dtype)  # noqa: E731
+
+    def normal(key, heads, dim):
+        return jax.random.normal(key, (batch, length, heads, dim), dtype)
+
     streams = [normal(keys[i], kv_heads, value_dim if i % 2 else dim) for i in range(6)]
     gates = jax.nn.sigmoid(normal(keys[7], heads, 3))
     return (
@@ -96,7 +99,10 @@ def test_half_width_and_vmap():
     args = arguments(140, 4, 1, 16, 16, SMALL, batch=2)
     exact = jax.jit(lambda *a: nsa.attend(*a, SMALL))(*args)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), args)
-    one = lambda q, s, g: nsa.attend(half[0], q, s, g, SMALL, implementation="pallas_tpu", interpret=True)  # noqa: E731
+
+    def one(q, s, g):
+        return nsa.attend(half[0], q, s, g, SMALL, implementation="pallas_tpu", interpret=True)
+
     rows = jax.tree.map(lambda x: x[:, None], half[1:])
     out = jax.jit(jax.vmap(one))(*rows)[:, 0]
     assert out.dtype == jnp.bfloat16
@@ -126,7 +132,10 @@ def compiled(chip, args, devices=1, spec=None, config=nsa.Config()):
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost")
     topology = topologies.get_topology_desc(TPUS[chip].topology, platform="tpu").devices
     mesh = Mesh(np.array(topology[:devices]), ("heads",))
-    f = lambda *a: nsa.attend(*a, config, implementation="pallas_tpu")  # noqa: E731
+
+    def f(*a):
+        return nsa.attend(*a, config, implementation="pallas_tpu")
+
     if spec is not None:
         heads = PartitionSpec(None, None, spec)
         f = jax.shard_map(

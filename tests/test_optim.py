@@ -293,7 +293,10 @@ def test_schedule_free_evaluates_its_own_average():
 
 def test_minimize_takes_a_step_and_keeps_what_the_loss_says():
     tx = optim.make(OptimizerConfig("sgd", clip="none"), Hyper(momentum=0.0), 0.1)
-    loss = lambda p: (jnp.sum(p["kernel"] ** 2), {"seen": p["bias"]})  # noqa: E731
+
+    def loss(p):
+        return (jnp.sum(p["kernel"] ** 2), {"seen": p["bias"]})
+
     done = optim.minimize(tx, loss, PARAMS, tx.init(PARAMS))
     np.testing.assert_allclose(done.params["kernel"], 0.8 * PARAMS["kernel"], rtol=1e-6)
     np.testing.assert_allclose(done.grad_norm, 2 * np.sqrt(5), rtol=1e-6)

@@ -39,7 +39,10 @@ def trained(name, config=FAST, hyper=HYPER, updates=100, seeds=4):
 
 def values(algo, states, obs):
     network = nets.actor_critic(algo.config.network, envs.observation_spec(algo.env), algo.env.action_space)
-    value = lambda s: network.step(s.params, (), jnp.asarray(obs, jnp.float32), jnp.ones(len(obs), bool))[1].value  # noqa: E731
+
+    def value(s):
+        return network.step(s.params, (), jnp.asarray(obs, jnp.float32), jnp.ones(len(obs), bool))[1].value
+
     return np.asarray(jax.vmap(value)(states))
 
 
@@ -152,7 +155,10 @@ def test_continuous_actions(continuous, key):
 def test_kl_stop_masks_the_rest_of_the_update(key):
     config = with_(TINY, num_epochs=4, kl_stop=True)
     env = envs.make("Probe-policy")
-    taken = lambda kl: ppo.make(env, config, ppo.Hyper(learning_rate=0.1, target_kl=kl))  # noqa: E731
+
+    def taken(kl):
+        return ppo.make(env, config, ppo.Hyper(learning_rate=0.1, target_kl=kl))
+
     loose, tight = taken(1e9), taken(1e-6)
     after, metrics = jax.jit(loose.update)(loose.init(key))
     assert metrics["minibatches"] == 8
@@ -258,7 +264,10 @@ def test_over_devices_changes_nothing(key):
 
 def test_evaluation_within_a_run_leaves_training_alone(key):
     algo = ppo.make(envs.make("CartPole-v1"), TINY)
-    evaluate = lambda s, k: {"return": run.evaluate(algo, s, k, 4).returns.mean()}  # noqa: E731
+
+    def evaluate(s, k):
+        return {"return": run.evaluate(algo, s, k, 4).returns.mean()}
+
     evaluated = with_evaluation(algo, evaluate, 3, jax.random.key(9))
     state, metrics = jax.jit(evaluated.update)(evaluated.init(key, None, 1))
     plain, _ = jax.jit(run.train_fn(algo, 3 * algo.env_steps_per_update))(key)
@@ -338,7 +347,10 @@ def test_a_shuffle_is_uniform():
 
 def test_early_truncations_all_bootstrap(key):
     """An environment that truncates far sooner than its time limit: a bound taken from the limit would drop some."""
-    step = lambda key, t, action: (jnp.ones(1), t + 1, 1.0, False, t % 2 == 1)  # noqa: E731
+
+    def step(key, t, action):
+        return (jnp.ones(1), t + 1, 1.0, False, t % 2 == 1)
+
     losses = []
     for limit in (None, 2, 1000):
         env = envs.strict(

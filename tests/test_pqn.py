@@ -33,7 +33,10 @@ def trained(name, config=FAST, hyper=HYPER, updates=80):
 
 def q_of(algo, states, obs):
     network = nets.action_values(algo.config.network, envs.observation_spec(algo.env), algo.env.action_space)
-    q = lambda s: network.step(s.params, (), jnp.asarray(obs, jnp.float32), jnp.ones(len(obs), bool))[1]  # noqa: E731
+
+    def q(s):
+        return network.step(s.params, (), jnp.asarray(obs, jnp.float32), jnp.ones(len(obs), bool))[1]
+
     return np.asarray(jax.vmap(q)(states))
 
 
@@ -76,7 +79,10 @@ def test_masked_actions_are_never_taken():
 @pytest.mark.parametrize("gru", [0, 8])
 def test_truncation_bootstraps(gru):
     """Reward 1 a step, truncated at 20, never terminated: V = 1 / (1 - gamma), where a merged ``done`` gives about half."""
-    step = lambda key, t, action: (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 20)  # noqa: E731
+
+    def step(key, t, action):
+        return (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 20)
+
     env = envs.strict(envs.Environment("Forever", lambda key: (jnp.ones(1), jnp.int32(0)), step, envs.Discrete(2), 20))
     network = dataclasses.replace(NETWORK, gru=gru)
     algo = pqn.make(env, dataclasses.replace(FAST, num_steps=32, network=network), HYPER._replace(gamma=0.9))

@@ -116,9 +116,12 @@ def test_it_composes(policy, key):
 
     wanted = jax.jit(jax.grad(loss))(params, OBS)
     assert dtypes(wanted) == {precision.parse(policy).params}
-    close = lambda a, b: jax.tree.map(  # noqa: E731
-        lambda x, y: np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=0.03, atol=0.03), a, b
-    )
+
+    def close(a, b):
+        return jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=0.03, atol=0.03), a, b
+        )
+
     close(jax.jit(jax.grad(jax.checkpoint(loss)))(params, OBS), wanted)
     many = jax.tree.map(lambda x: jnp.stack([x, x]), params)
     over = jax.jit(jax.vmap(jax.grad(loss), in_axes=(0, None)))

@@ -40,7 +40,10 @@ def test_every_oracle(wide, tolerance):
 
 def test_dpo_weighs_pairs_by_how_wrong_the_implicit_reward_is():
     """Its gradient is ``-beta sigmoid(-beta h)`` (2305.18290, section 4), and smoothing makes it vanish where sigmoid is 1 - e."""
-    grad = lambda h, e: jax.grad(lambda c: pr.dpo(c, *jnp.zeros(3), 0.5, e))(jnp.float32(h))  # noqa: E731
+
+    def grad(h, e):
+        return jax.grad(lambda c: pr.dpo(c, *jnp.zeros(3), 0.5, e))(jnp.float32(h))
+
     for h in (-2.0, 0.0, 3.0):
         np.testing.assert_allclose(grad(h, 0.0), -0.5 * jax.nn.sigmoid(-0.5 * h), rtol=1e-6)
     np.testing.assert_allclose(grad(2 * np.log(9.0), 0.1), 0, atol=1e-7)

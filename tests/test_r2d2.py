@@ -56,7 +56,10 @@ def test_it_learns_what_needs_a_memory(fields):
 
 def test_truncation_bootstraps():
     """Reward 1 a step, truncated at 20, never terminated: V = 1 / (1 - gamma) = 10; a merged ``done`` gives about half."""
-    step = lambda key, t, action: (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 20)  # noqa: E731
+
+    def step(key, t, action):
+        return (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 20)
+
     env = envs.strict(envs.Environment("Forever", lambda key: (jnp.ones(1), jnp.int32(0)), step, envs.Discrete(2), 20))
     _, _, metrics = trained(env, 1500, FAST, HYPER._replace(gamma=0.9), 2)
     np.testing.assert_allclose(metrics["q"][:, -100:].mean(1), 10, atol=0.7)

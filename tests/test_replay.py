@@ -15,7 +15,10 @@ SPEC = jax.ShapeDtypeStruct((2,), jnp.uint8)
 
 def step(obs, action=0, reward=0.0, terminated=False, truncated=False, next_obs=0):
     """One step of one environment, whose observations are (number, number)."""
-    see = lambda x: jnp.full((1, 2), x, jnp.uint8)  # noqa: E731
+
+    def see(x):
+        return jnp.full((1, 2), x, jnp.uint8)
+
     return replay.Step(
         see(obs),
         jnp.array([action]),
@@ -93,7 +96,10 @@ def test_both_flags_terminate_and_old_rows_are_overwritten():
 
 def test_environments_are_drawn_alike_and_keep_apart():
     memory = replay.make(SPEC, 3, 30, 3000)
-    see = lambda x: jnp.stack([jnp.full(2, x + 100 * e, jnp.uint8) for e in range(3)])  # noqa: E731
+
+    def see(x):
+        return jnp.stack([jnp.full(2, x + 100 * e, jnp.uint8) for e in range(3)])
+
     buffer = memory.init()
     no = jnp.zeros(3, bool)
     for i in range(6):
@@ -161,14 +167,19 @@ def test_a_ring_that_wraps_draws_no_row_that_is_gone():
 
 def stacked_run(num_steps, frames, key, truncate=5, terminate=7):
     """Steps of an environment that numbers its observations, frames stacked by the wrapper, and the unstacked numbers."""
-    reset = lambda key: (jnp.zeros((2, 1), jnp.uint8), jnp.int32(0))  # noqa: E731
+
+    def reset(key):
+        return (jnp.zeros((2, 1), jnp.uint8), jnp.int32(0))
 
     def one(key, t, action):
         t = t + 1
         return jnp.full((2, 1), t, jnp.uint8), t, 1.0, t >= terminate, t >= truncate
 
     env = envs.wrappers.frame_stack(envs.strict(envs.Environment("Count", reset, one, envs.Discrete(2))), frames)
-    act = lambda memory, obs, first, noise: (memory, jnp.zeros(3, jnp.int32), ())  # noqa: E731
+
+    def act(memory, obs, first, noise):
+        return (memory, jnp.zeros(3, jnp.int32), ())
+
     _, steps, _ = rollout.collect(env, rollout.start(env, key, 3, ()), act, (), key, num_steps)
     return envs.observation_spec(env), steps
 
@@ -182,7 +193,10 @@ def test_frames_are_stored_once_and_stacked_as_the_wrapper_does(prioritized, tru
     assert once.init().obs.shape == (3, 20, 2, 1) and whole.init().obs.shape == (3, 20, 2, 4)
     batches = []
     for memory in (whole, once):
-        add = lambda b, s, memory=memory: (memory.add(b, s), None)  # noqa: E731
+
+        def add(b, s, memory=memory):
+            return (memory.add(b, s), None)
+
         seen = replay.Step(
             steps.obs, jnp.zeros((40, 3), jnp.int32), steps.reward, steps.terminated, steps.truncated, steps.next_obs
         )
@@ -196,7 +210,10 @@ def test_frames_are_stored_once_and_stacked_as_the_wrapper_does(prioritized, tru
     # Within an episode the observation after n steps ends with a count n higher.
     steps_on = np.round(np.log(np.maximum(batch.discount[drawable], 1e-9)) / np.log(0.9)).astype(int)
     alive = np.asarray(batch.discount[drawable]) > 0
-    newest = lambda x: np.asarray(x[drawable, 0, -1]).astype(int)[alive]  # noqa: E731
+
+    def newest(x):
+        return np.asarray(x[drawable, 0, -1]).astype(int)[alive]
+
     np.testing.assert_array_equal(newest(batch.next_obs) - newest(batch.obs), steps_on[alive])
 
 
@@ -205,7 +222,10 @@ def test_a_ring_that_is_just_full_stacks_no_frame_of_the_other_end():
     buffer = memory.init()
     no, zero = jnp.zeros(1, bool), jnp.zeros(1)
     for i in range(10):
-        see = lambda x: jnp.clip(jnp.array([[x - 2, x - 1, x]]), 0).astype(jnp.uint8)  # noqa: E731
+
+        def see(x):
+            return jnp.clip(jnp.array([[x - 2, x - 1, x]]), 0).astype(jnp.uint8)
+
         buffer = memory.add(buffer, replay.Step(see(i), zero.astype(int), zero, no, no, see(i + 1)))
     batch = memory.sample(buffer, jax.random.key(0), 0.9)
     for row in np.asarray(batch.obs)[np.asarray(batch.weight) > 0]:
@@ -304,7 +324,10 @@ def test_a_whole_update_copies_neither_rows_nor_priorities(module, make):
     algo = over_seeds(module.make(envs.make("Probe-policy"), config))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
     state = jax.eval_shape(algo.init, keys)
-    run = lambda state: jax.lax.scan(lambda s, _: algo.update(s), state, length=4)  # noqa: E731
+
+    def run(state):
+        return jax.lax.scan(lambda s, _: algo.update(s), state, length=4)
+
     with jax.numpy_rank_promotion("allow"):
         used = jax.jit(run, donate_argnums=0).lower(state).compile().memory_analysis()
     assert used.temp_size_in_bytes < 0.1 * state_bytes(state.buffer)

@@ -67,7 +67,10 @@ def test_retrace_by_hand():
 @pytest.mark.parametrize("seed", range(3))
 def test_identities(seed):
     v_tm1, r, discount, v, go_on, _ = random_trajectory(seed)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # noqa: E731
+
+    def close(a, b):
+        return np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
     # GAE needs the bootstrap value only where a trace is cut, so mid-episode v_t must be the next v_tm1 for the identity.
     following = jnp.where(go_on.at[-1].set(0) > 0, jnp.append(v_tm1[1:], v[-1]), v)
     gae = returns.gae(v_tm1, r, discount, following, go_on, 0.7)
@@ -99,7 +102,10 @@ def test_against_rlax(seed):
     rlax = pytest.importorskip("rlax")
     v_tm1, r, discount, v, go_on, log_rho = random_trajectory(seed, ends=False)
     discount = discount * jnp.float32(np.random.default_rng(seed).random(len(r)) < 0.8)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)  # noqa: E731
+
+    def close(a, b):
+        return np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
     close(returns.lambda_returns(r, discount, v, go_on, 0.8), rlax.lambda_returns(r, discount, v, 0.8))
     close(returns.n_step_returns(r, discount, v, go_on, 3), rlax.n_step_bootstrapped_returns(r, discount, v, 3))
     values = jnp.append(v_tm1, v[-1])
@@ -125,5 +131,8 @@ def test_wrong_shapes_are_named():
 
 def test_vmap_and_jit_agree():
     batch = jnp.stack([R, R + 1])
-    f = lambda r: returns.gae(V_TM1, r, DISCOUNT, V, CONTINUE, 0.9)  # noqa: E731
+
+    def f(r):
+        return returns.gae(V_TM1, r, DISCOUNT, V, CONTINUE, 0.9)
+
     np.testing.assert_allclose(jax.jit(jax.vmap(f))(batch)[1], f(batch[1]), rtol=1e-6)

@@ -93,7 +93,10 @@ def test_the_end_is_in_the_mask_and_padding_follows(dense, pad):
 
 def test_what_truncation_keeps():
     logits = jnp.log(jnp.array([0.5, 0.25, 0.15, 0.1]))
-    keeps = lambda **kw: np.asarray(kept(logits, Support(**kw))).tolist()  # noqa: E731
+
+    def keeps(**kw):
+        return np.asarray(kept(logits, Support(**kw))).tolist()
+
     assert keeps(top_k=2) == [True, True, False, False]
     assert keeps(top_p=0.7) == [True, True, False, False]
     assert keeps(top_p=0.5) == [True, False, False, False]

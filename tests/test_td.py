@@ -303,7 +303,10 @@ def test_baird_s_counterexample_diverges_and_is_cured():
     s = td.Stream(features[left], jnp.zeros(steps), jnp.full(steps, 0.99), features[reached], jnp.ones(steps))
     rho = target[left, actions] / behaviour[left, actions]
     w = jnp.array([1.0, 1, 1, 1, 1, 1, 10, 1])
-    error = lambda w: float(jnp.sqrt(jnp.mean((features @ w) ** 2)))  # noqa: E731
+
+    def error(w):
+        return float(jnp.sqrt(jnp.mean((features @ w) ** 2)))
+
     semi, _ = td.gradient_td(w, s, 0.01, 0.05, rho, "semi")
     assert not error(semi) < 100 * error(w)
     for method in ("tdc", "gtd2"):
@@ -436,7 +439,10 @@ def test_tree_backup_by_hand():
 @pytest.mark.parametrize("method", ["q_learning", "sarsa", "expected_sarsa"])
 def test_truncation_bootstraps(method):
     """Reward 1 a step, truncated at 20, never terminated: the value is 1 / (1 - gamma), not that of 20 steps."""
-    step = lambda key, t, action: (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 20)  # noqa: E731
+
+    def step(key, t, action):
+        return (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 20)
+
     env = envs.strict(envs.Environment("Forever", lambda key: (jnp.ones(1), jnp.int32(0)), step, envs.Discrete(1), 20))
     algo = td.make(env, td.Config(method, num_steps=1000), td.Hyper(gamma=0.99, learning_rate=0.5))
     state, _ = jax.jit(run.train_fn(algo, 20_000))(jax.random.key(0))

@@ -103,9 +103,16 @@ def test_gspo_has_the_gradient_of_the_sequence_ratio():
     with jax.enable_x64(True):
         i = inputs()
         a, m = tl.centred(i.rewards, G), i.mask
-        plain = lambda new: jnp.exp(jnp.sum(m * (new - i.old), 1) / m.sum(1))  # noqa: E731
-        paper = lambda new: -jnp.mean(jnp.minimum(plain(new) * a, jnp.clip(plain(new), 0.95, 1.05) * a))  # noqa: E731
-        ours = lambda new: reduced(tl.gspo(new - i.old, a, m, 0.05, 0.05), m, "sequence_mean")  # noqa: E731
+
+        def plain(new):
+            return jnp.exp(jnp.sum(m * (new - i.old), 1) / m.sum(1))
+
+        def paper(new):
+            return -jnp.mean(jnp.minimum(plain(new) * a, jnp.clip(plain(new), 0.95, 1.05) * a))
+
+        def ours(new):
+            return reduced(tl.gspo(new - i.old, a, m, 0.05, 0.05), m, "sequence_mean")
+
         for f in (lambda f: f(i.new), lambda f: jax.grad(f)(i.new)):
             np.testing.assert_allclose(f(ours), f(paper), atol=1e-14)
 
@@ -166,7 +173,10 @@ def test_padding_changes_nothing_and_masked_positions_may_hold_anything():
 
     with jax.enable_x64(True):
         i = inputs()
-        pad = lambda x, junk: jnp.concatenate([jnp.full((6, 3), junk), jnp.where(i.mask > 0, x, junk)], 1)  # noqa: E731
+
+        def pad(x, junk):
+            return jnp.concatenate([jnp.full((6, 3), junk), jnp.where(i.mask > 0, x, junk)], 1)
+
         mask = pad(i.mask, 0.0)
         wanted = all_of({k: getattr(i, k) for k in names}, i.mask, i.rewards)
         for junk in (jnp.nan, jnp.inf, -jnp.inf):
@@ -253,7 +263,10 @@ def test_losses_are_mapped_over_traced_settings():
         jnp.array([0.1, 0.2]), jnp.array([0.3, 0.2])
     )
     np.testing.assert_allclose(got[0], tl.clip(ratio, a, 0.1, 0.3), rtol=1e-6)
-    gae = lambda lambda_: tl.gae(i.values, i.old, i.mask, 1.0, lambda_)  # noqa: E731
+
+    def gae(lambda_):
+        return tl.gae(i.values, i.old, i.mask, 1.0, lambda_)
+
     np.testing.assert_allclose(jax.vmap(gae)(jnp.array([0.5, 0.9]))[1], gae(0.9), rtol=1e-6)
 
 
@@ -265,15 +278,24 @@ def test_gradients_of_kl_estimates():
         logits, ref = jax.random.normal(jax.random.key(0), (2, 5), float)
         log_q = jax.nn.log_softmax(ref)
         p = jax.lax.stop_gradient(jax.nn.softmax(logits))  # the sampler: in a loss its probabilities are constants
-        expected = lambda f: jax.grad(lambda x: jnp.sum(p * f(jax.nn.log_softmax(x))))(logits)  # noqa: E731
+
+        def expected(f):
+            return jax.grad(lambda x: jnp.sum(p * f(jax.nn.log_softmax(x))))(logits)
+
         forward = jax.grad(lambda x: tl.kl_exact(x, ref))(logits)
         backward = jax.grad(lambda x: tl.kl_exact(ref, x))(logits)
-        close = lambda got, wanted: np.testing.assert_allclose(got, wanted, atol=1e-12)  # noqa: E731
+
+        def close(got, wanted):
+            return np.testing.assert_allclose(got, wanted, atol=1e-12)
+
         close(expected(lambda x: tl.kl_k1(x, log_q)), 0)
         close(expected(lambda x: tl.kl_k2(x, log_q)), forward)
         close(expected(lambda x: tl.kl_k3(x, log_q)), backward)
         close(expected(lambda x: jnp.exp(x - jax.lax.stop_gradient(x)) * tl.kl_k3(x, log_q)), forward)
-        in_reward = lambda x: tl.policy_gradient(x, -tl.kl_k1(x, log_q))  # noqa: E731
+
+        def in_reward(x):
+            return tl.policy_gradient(x, -tl.kl_k1(x, log_q))
+
         close(expected(in_reward), forward)
         assert jnp.abs(forward - backward).max() > 0.01
         log_p = jax.nn.log_softmax(logits)

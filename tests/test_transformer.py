@@ -145,14 +145,20 @@ def test_a_prompt_at_once_is_its_tokens_one_by_one(kind, key):
 def test_a_prompt_longer_than_its_cache_is_refused(kind, key):
     config = KINDS[kind]
     tokens = jnp.zeros((1, 20), jnp.int32)
-    call = lambda params: transformer.prefill(params, tokens, transformer.init_cache(config, 1, 8), config)  # noqa: E731
+
+    def call(params):
+        return transformer.prefill(params, tokens, transformer.init_cache(config, 1, 8), config)
+
     with pytest.raises(ValueError, match="prefill: 20 tokens do not fit in a cache for 8"):
         jax.eval_shape(call, jax.eval_shape(lambda: transformer.init(jax.random.key(0), config)))
 
 
 def test_remat_changes_no_gradient(key):
     params, tokens = start(SMALL, key)
-    loss = lambda config: jax.grad(lambda p: transformer.forward(p, tokens, config).std())(params)  # noqa: E731
+
+    def loss(config):
+        return jax.grad(lambda p: transformer.forward(p, tokens, config).std())(params)
+
     close(loss(SMALL), loss(dataclasses.replace(SMALL, remat=True)), 1e-5)
 
 

@@ -377,5 +377,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             return jnp.argmax(q).astype(jnp.int32), ()
         return epsilon_greedy(q, epsilon_of(state), exploration_noise(key_noise, (), num_actions)), ()
 
-    remake = lambda config: make(unstacked, config, hyper)  # noqa: E731
+    def remake(config: Config) -> Algorithm:
+        return make(unstacked, config, hyper)
+
     return Algorithm(init, update, act, per_update, "dqn", env, config, hyper, True, remake, check_hyper=check_hyper)

@@ -351,7 +351,10 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return to_env(env.action_space, chosen), later
 
     per_update = config.num_envs * config.num_steps
-    remake = lambda config: make(env, config, hyper)  # noqa: E731
+
+    def remake(config: Config) -> Algorithm:
+        return make(env, config, hyper)
+
     return Algorithm(init, update, act, per_update, "ppo", env, config, hyper, anneals, remake, check_hyper=check_hyper)
 
 

@@ -229,7 +229,10 @@ def make(
     def loss(params: Any, batch: Batch, hyper: Hyper) -> tuple[Array, tuple[Metrics, tuple[moe.Load, moe.Load]]]:
         mask, support = batch.rollout.mask, Support(hyper.temperature)
         weight = token_losses.weights(mask, "token_mean")
-        mean = lambda x: token_losses.weighted_sum(weight, x)  # noqa: E731
+
+        def mean(x):
+            return token_losses.weighted_sum(weight, x)
+
         now = score(model, params["actor"], batch.prompt, batch.rollout, valid=batch.valid, support=support)
         log_ratio = token_losses.masked(now.log_prob - batch.rollout.log_prob, mask)
         policy = mean(token_losses.clip(log_ratio, batch.advantage, hyper.clip_eps, hyper.clip_eps))

@@ -223,5 +223,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return epsilon_greedy(values, exploration(state), noise), later
 
     per_update = config.num_envs * config.num_steps
-    remake = lambda config: make(env, config, hyper)  # noqa: E731
+
+    def remake(config: Config) -> Algorithm:
+        return make(env, config, hyper)
+
     return Algorithm(init, update, act, per_update, "pqn", env, config, hyper, True, remake, check_hyper=check_hyper)

@@ -290,5 +290,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             return jnp.argmax(values).astype(jnp.int32), after
         return epsilon_greedy(values, exploration(state), exploration_noise(key, (), num_actions)), after
 
-    remake = lambda config: make(env, config, hyper)  # noqa: E731
+    def remake(config: Config) -> Algorithm:
+        return make(env, config, hyper)
+
     return Algorithm(init, update, act, per_update, "r2d2", env, config, hyper, True, remake, check_hyper=check_hyper)

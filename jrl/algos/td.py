@@ -208,7 +208,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             return jnp.argmax(jnp.where(legal, values(state.q, x), -jnp.inf)).astype(jnp.int32), ()
         return choose(key, state.q, x, legal, state.hyper.epsilon), ()
 
-    remake = lambda config: make(env, config, hyper)  # noqa: E731
+    def remake(config: Config) -> Algorithm:
+        return make(env, config, hyper)
+
     init, update, act = exact(init), exact(update), exact(act)  # action values of tables are no place to round
     made = Algorithm(
         init, update, act, config.num_steps, "td", env, config, hyper, False, remake, check_hyper=check_hyper
@@ -277,7 +279,10 @@ class _Window(NamedTuple):
 
 def _tree_backup(config: Config, h: Hyper, q: Array, window: _Window, t: Transition, key: Array) -> Learned:
     """n-step tree backup (7.16): the oldest of n transitions is learned from; at the end of an episode all that are left."""
-    push = lambda old, new: jnp.concatenate([old[1:], new[None]])  # noqa: E731
+
+    def push(old, new):
+        return jnp.concatenate([old[1:], new[None]])
+
     w = jax.tree.map(push, window, _Window(t, jnp.bool_(True)))
     parts = w.transitions
     error = jnp.float32(0)

@@ -83,7 +83,10 @@ def selected_attention(
     reads nothing. Queries stand at ``t`` and see tokens from ``start`` on, both ``[B, T]``. A query that sees nothing gets 0.
     """
     length, sizes = q.shape[2], tiles(q, k, chosen.shape[-1], chunk)
-    pad = lambda x, axis: jnp.pad(x, [(0, -length % sizes.chunk if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
+
+    def pad(x, axis):
+        return jnp.pad(x, [(0, -length % sizes.chunk if i == axis else 0) for i in range(x.ndim)])
+
     one = functools.partial(_attend, scale=scale, sizes=sizes)
     over_heads = jax.vmap(one, (0, 0, 0, None, 0, None, None))
     out = jax.vmap(over_heads)(pad(q, 2), k, v, token, pad(chosen, 2), pad(t, 1), pad(start, 1))

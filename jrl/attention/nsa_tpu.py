@@ -83,9 +83,16 @@ def _selected_backward(scale, interpret, saved, d_out):
     q, k, v, token, chosen, t, start = saved
     parts = _parts(k, v)
     call = _over_selected(_select_backward, q, k, v, token, chosen, t, start, scale, d_out, parts=parts)
-    tokens = lambda x: jax.ShapeDtypeStruct((*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4]), jnp.float32)  # noqa: E731
-    part = lambda x: (1, 1, tokens(x).shape[2] // parts, x.shape[4])  # noqa: E731
-    spec = lambda x: pl.BlockSpec(part(x), lambda b, h, p, i: (b, h, p, 0), pipeline_mode=pl.Buffered(1))  # noqa: E731
+
+    def tokens(x):
+        return jax.ShapeDtypeStruct((*x.shape[:2], x.shape[2] * x.shape[3], x.shape[4]), jnp.float32)
+
+    def part(x):
+        return (1, 1, tokens(x).shape[2] // parts, x.shape[4])
+
+    def spec(x):
+        return pl.BlockSpec(part(x), lambda b, h, p, i: (b, h, p, 0), pipeline_mode=pl.Buffered(1))
+
     specs = (_queries(q.shape[3], q.shape[-1]), spec(k), spec(v))
     dq, dk, dv = call(specs, (_like(q, q.shape[-1]), tokens(k), tokens(v)), interpret)(q, k, v, d_out)
     return dq, dk.reshape(k.shape).astype(k.dtype), dv.reshape(v.shape).astype(v.dtype), None, None, None, None
@@ -125,7 +132,10 @@ def _over_selected(kernel, q, k, v, token, chosen, t, start, scale, *more, parts
 
     def with_outputs(out_specs, out_shapes, interpret):
         call = _call(body, (batch, kv_heads, parts, length // ROWS), in_specs, out_specs, out_shapes, interpret)
-        flat = lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1])  # noqa: E731
+
+        def flat(x):
+            return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
         return lambda q, k, v, *rest: call(*scalars, token, q, flat(k), flat(v), *rest)
 
     return with_outputs
@@ -238,7 +248,10 @@ def _save_compressed(q, k, v, first, queries, num_blocks, config, scale, interpr
 def _compressed_backward(num_blocks, config, scale, interpret, saved, d_answers):
     q, k, v, first, queries = saved
     body = functools.partial(_compress_backward, config=config, scale=scale)
-    wide = lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32)  # noqa: E731
+
+    def wide(x):
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32)
+
     specs = (_heads(q.shape[2], q.shape[-1]), _head(k.shape[2:]), _head(v.shape[2:]))
     shapes = (_like(q, q.shape[-1]), wide(k), wide(v))
     dq, dk, dv = _over_compressed(body, q, k, v, first, queries[:2], specs, shapes, interpret, [], d_answers[0])

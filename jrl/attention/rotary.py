@@ -101,7 +101,10 @@ def frequencies(half: int, theta: float, scaling: Scaling, dtype: jax.typing.DTy
         turns = scaling.context * frequency / (2 * math.pi)
         kept = (turns - scaling.slow) / (scaling.fast - scaling.slow)
     else:
-        place = lambda turns: half * math.log(scaling.context / (turns * 2 * math.pi)) / math.log(theta)  # noqa: E731
+
+        def place(turns):
+            return half * math.log(scaling.context / (turns * 2 * math.pi)) / math.log(theta)
+
         first, last = place(scaling.fast), place(scaling.slow)
         if scaling.whole:
             first, last = math.floor(first), math.ceil(last)

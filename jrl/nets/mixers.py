@@ -77,7 +77,10 @@ def projections(config: Any) -> dict[str, Any]:
 
 def project(layer: Any, x: Array, config: Any) -> tuple[Array, Array, Array]:
     """Queries ``[..., H, D]``, keys and values ``[n, ..., K, D]`` of each branch, without positions."""
-    p = lambda name: layer[name].astype(x.dtype)  # noqa: E731
+
+    def p(name):
+        return layer[name].astype(x.dtype)
+
     q = jnp.einsum("...d,dhw->...hw", x, p("q"))
     k, v = (jnp.einsum("...d,ndhw->n...hw", x, p(name)) for name in ("k", "v"))
     if config.qkv_bias:
@@ -219,7 +222,10 @@ def _sparse_step(layer: Any, y: Array, cache: Any, position: Array, start: Array
 def _latent_leaves(config: Any) -> dict[str, Any]:
     shapes = jax.eval_shape(lambda: mla.init(jax.random.key(0), config.latent, config.dim, config.num_heads))
     names = {3: ("latent", "heads", "head_dim"), 2: ("dim", "latent"), 1: ("latent",)}
-    leaf = lambda x: Leaf(x.shape, names[x.ndim], None if x.ndim == 1 else x.shape[0] ** -0.5)  # noqa: E731
+
+    def leaf(x):
+        return Leaf(x.shape, names[x.ndim], None if x.ndim == 1 else x.shape[0] ** -0.5)
+
     return {"latent": jax.tree.map(leaf, shapes)}
 
 
@@ -280,7 +286,10 @@ def _rwkv_leaves(config: Any) -> dict[str, Any]:
 def _rwkv_inputs(layer: Any, y: Array, before: Array) -> tuple[Array, ...]:
     """r, k, v, log w and the gate, ``[..., H, D]`` (2404.05892, eq. 14-17): how much of the token before is mixed in, and the decay
     ``exp(-exp(w))``, depend on the token. Mixtures start at a half, decays at ``exp(-exp(-2))``."""
-    p = lambda name: layer[name].astype(y.dtype)  # noqa: E731
+
+    def p(name):
+        return layer[name].astype(y.dtype)
+
     back = before - y
     halfway = y + back * jnp.broadcast_to(0.5 + p("shift_all"), y.shape)
     low = jnp.tanh(jnp.einsum("...d,mdn->m...n", halfway, p("shift_down")))

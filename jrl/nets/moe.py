@@ -145,7 +145,10 @@ def apply(params: Any, x: Array, config: Config, counted: Array | None = None) -
     order = jnp.argsort(chosen.ravel(), stable=True)
     sizes = jnp.bincount(chosen.ravel(), length=config.experts).astype(jnp.int32)
     rows = tokens[order // config.chosen]
-    p = lambda name: params[name].astype(x.dtype)  # noqa: E731
+
+    def p(name):
+        return params[name].astype(x.dtype)
+
     inner = jax.nn.silu(by_group(rows, p("gate"), sizes)) * by_group(rows, p("up"), sizes)
     answers = by_group(inner, p("down"), sizes)
     answers = answers * weight.ravel()[order][:, None].astype(x.dtype)

@@ -164,7 +164,10 @@ def as_network(module: nn.Module, config: TorsoConfig, obs_spec: Any, memory: An
     def memory_at(memories: Any, t: Array, b: Array) -> Any:
         if not attention:
             return jax.tree.map(lambda x: x[t, b], memories)
-        is_line = lambda x: isinstance(x, memories_of.Timeline)  # noqa: E731
+
+        def is_line(x):
+            return isinstance(x, memories_of.Timeline)
+
         return jax.tree.map(
             lambda line: memories_of.memory_at(line, t, b, config.attention.context), memories, is_leaf=is_line
         )

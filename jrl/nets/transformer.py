@@ -155,7 +155,10 @@ def leaves(config: Config) -> dict[str, Any]:
     d = config.dim
     tree: dict[str, Any] = {"norm": Leaf((d,), ("dim",), None)}
     for name, shape in stacks(config).items():
-        stack = lambda x, n=shape.num_layers: Leaf((n, *x.shape), ("layers", *x.axes), x.std)  # noqa: E731
+
+        def stack(x, n=shape.num_layers):
+            return Leaf((n, *x.shape), ("layers", *x.axes), x.std)
+
         tree[name] = jax.tree.map(stack, _layer_leaves(shape, config.num_layers), is_leaf=_is_leaf)
     if config.vocab_size:
         tree["embedding"] = Leaf((config.vocab_size, d), ("vocab", "dim"), 0.02)
@@ -351,7 +354,10 @@ def prefill(params: Any, tokens: Array, cache: Any, config: Config, *, valid: Ar
     place = Tokens(jnp.arange(length)[None] - start[:, None], valid.astype(jnp.int32), None)
 
     whole = MIXERS[config.attention].prefill
-    mix = lambda layer, y, cache, config: whole(layer, y, place, cache, config)  # noqa: E731
+
+    def mix(layer, y, cache, config):
+        return whole(layer, y, place, cache, config)
+
     x, cache = _with_caches(params, params["embedding"][tokens], cache, config, mix)
     return logits(params, rms_norm(x[:, -1], params["norm"], config.norm_eps), config), cache
 
@@ -359,7 +365,10 @@ def prefill(params: Any, tokens: Array, cache: Any, config: Config, *, valid: Ar
 def init_cache(config: Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
     """Empty caches of each stack of layers, leaves ``[layers, B, ...]``, for sequences of up to ``capacity`` tokens."""
     one = MIXERS[config.attention].init_cache(config, batch, capacity, dtype)
-    stack = lambda n: jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), one)  # noqa: E731
+
+    def stack(n):
+        return jax.tree.map(lambda x: jnp.zeros((n, *x.shape), x.dtype), one)
+
     return {name: stack(shape.num_layers) for name, shape in stacks(config).items()}
 
 
@@ -395,7 +404,10 @@ def decode_blocks(
     if not config.causal:
         raise ValueError("a decoder with causal=False has no decode step: its tokens see those that follow")
     step = MIXERS[config.attention].step
-    mix = lambda layer, y, cache, config: step(layer, y, cache, position, start, config)  # noqa: E731
+
+    def mix(layer, y, cache, config):
+        return step(layer, y, cache, position, start, config)
+
     x, cache = _with_caches(params, x, cache, config, mix)
     return rms_norm(x, params["norm"], config.norm_eps), cache
 
