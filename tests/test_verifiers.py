@@ -54,6 +54,13 @@ def test_boxed_and_last_number_and_whole():
     assert verifiers.whole(" a b\n") == ("a b", True)
 
 
+@pytest.mark.parametrize("text", [" " * 20_000, "\n" * 20_000 + "</think>", "</think><answer>" * 10_000])
+def test_an_answer_that_is_long_and_nearly_of_the_form_does_not_stall(text):
+    begin = time.monotonic()
+    assert verifiers.tagged(text) == (None, False)
+    assert time.monotonic() - begin < 1
+
+
 def test_your_own_function_sees_items_and_texts():
     prompts = [Item(f"double {i}", 2 * i) for i in range(5)]
     source = verifiers.from_function(

@@ -58,9 +58,12 @@ def tagged(text: str) -> tuple[str | None, bool]:
     prompt may end with it.
     """
     answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, re.DOTALL)
-    formed = re.fullmatch(r"\s*(<think>)?(.*)</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
+    # One expression for all of the form would go back and forth over a text of blanks: its time is quadratic.
+    thought, closed, said = text.strip().removeprefix("<think>").partition("</think>")
+    said = said.lstrip()
+    formed = bool(closed) and said.startswith("<answer>") and said.endswith("</answer>")
     tags = re.compile("</?(think|answer)>")
-    plain = formed is not None and not any(tags.search(inside) for inside in formed.groups()[1:])
+    plain = formed and not tags.search(thought) and not tags.search(said[len("<answer>") : -len("</answer>")])
     return (answers[-1].strip() if answers else None), plain
 
 
