@@ -1,9 +1,7 @@
 """Answers that attack their judge leave no file, change no other score and are wrong; right ones beside them are right."""
 
-import ctypes
 import importlib.util
 import inspect
-import os
 import re
 import signal
 import socket
@@ -18,8 +16,9 @@ import pytest
 
 from jrl.lm import grading, grading_server
 
-LANDLOCK = ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1) if sys.platform == "linux" else 0
-ALWAYS, NO_FILES, NO_NETWORK, NO_SIGNALS = 0, 1, 4, 6  # the version of Landlock that ensures it
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from attacks import answers
+
 RIGHT, WRONG = (4, "2 + 2"), (4, "5")
 
 
@@ -45,69 +44,13 @@ def port():
         yield server.getsockname()[1]
 
 
-ATTACKS = [
-    # files and programs
-    (NO_FILES, "os.system('touch FOLDER/new') or 4"),
-    (NO_FILES, "open('FOLDER/new', 'w').write('text')"),
-    (NO_FILES, "imp('subprocess').run(['touch', 'FOLDER/new']).returncode + 4"),
-    (NO_FILES, "os.mkdir('FOLDER/new') or 4"),
-    (NO_FILES, "os.symlink('/etc/passwd', 'FOLDER/new') or 4"),
-    (NO_FILES, "os.mkfifo('FOLDER/new') or 4"),
-    (NO_FILES, "os.remove('FOLDER/victim') or 4"),
-    (NO_FILES, "os.rename('FOLDER/victim', 'FOLDER/new') or 4"),
-    (NO_FILES, "open('FOLDER/victim', 'a').write('text')"),
-    (3, "os.truncate('FOLDER/victim', 0) or 4"),
-    (ALWAYS, "open('new', 'w') and 4"),
-    (ALWAYS, "[open('/etc/passwd').fileno() and open('/etc/passwd') for _ in range(99)] and 4"),
-    # other processes and the network
-    (NO_NETWORK, "imp('socket').create_connection(('127.0.0.1', PORT)) and 4"),
-    (NO_SIGNALS, "os.kill(PARENT, 10) or 4"),
-    (ALWAYS, "os.kill(os.getppid(), 9) + 4"),
-    (ALWAYS, "os.kill(os.getppid(), 19) + 4"),
-    (ALWAYS, "[os.fork() for _ in range(3)] and 5"),
-    (ALWAYS, "imp('threading').Thread(target=print).start() or 5"),
-    (ALWAYS, "os.fork() or imp('time').sleep(9)"),  # holds the pipe
-    (ALWAYS, "imp('resource').setrlimit(0, (99, 99)) or 4"),
-    (ALWAYS, "os.setsid() + 4"),
-    # time, memory and depth
-    (ALWAYS, "9**9**9"),
-    (ALWAYS, "any(iter(int, 1)) or 4"),
-    (ALWAYS, "[any(iter(int, 1)) for _ in [0]] and 4"),
-    (ALWAYS, "imp('time').sleep(9) or 4"),
-    (ALWAYS, "len('9' * 10**11) and 4"),
-    (ALWAYS, "len([0] * 10**10) and 4"),
-    (ALWAYS, "(lambda f: f(f))(lambda f: f(f))"),
-    (ALWAYS, "(" * 500 + "4" + ")" * 500),
-    (ALWAYS, "[" * 90_000),
-    (ALWAYS, "4" + " " * 200_000),
-    # the end of the judge
-    (ALWAYS, "imp('sys').exit(4)"),
-    (ALWAYS, "os._exit(4)"),
-    (ALWAYS, "os.abort()"),
-    (ALWAYS, "os.kill(os.getpid(), 9)"),
-    (ALWAYS, "imp('ctypes').string_at(0)"),
-    # the judge itself, and what comes after
-    (ALWAYS, "setattr(imp('builtins'), 'eval', lambda text: 4)"),
-    (ALWAYS, "setattr(imp('__main__'), '_forked', lambda *_: '1.0')"),
-    (ALWAYS, "setattr(imp('__main__'), '_answer', lambda *_: os._exit(0))"),
-    (ALWAYS, "imp('signal').signal(27, imp('signal').SIG_IGN) and 5"),
-    (ALWAYS, "[os.write(file, b'junk') for file in range(9)] and 4"),
-    (ALWAYS, "print('4') or imp('sys').stdout.flush()"),
-    (ALWAYS, "().__class__.__bases__[0].__subclasses__()"),
-    (ALWAYS, "type('Equal', (), {'__eq__': lambda self, other: float('nan')})()"),
-    (ALWAYS, "type('Equal', (), {'__eq__': lambda self, other: '\\n1\\n1'})()"),
-]
-
-
-@pytest.mark.parametrize("landlock, attack", ATTACKS, ids=[attack[:40] for _, attack in ATTACKS])
+@pytest.mark.parametrize("landlock, attack", answers.PYTHON, ids=[attack[:40] for _, attack in answers.PYTHON])
 def test_attacks_are_wrong_and_change_nothing(judge, folder, port, landlock, attack):
-    if landlock > LANDLOCK:
+    if landlock > answers.LANDLOCK:
         pytest.skip("the kernel's Landlock is too old")
     previous = signal.signal(signal.SIGUSR1, lambda *_: pytest.fail("a signal reached the program"))
-    attack = attack.replace("FOLDER", str(folder)).replace("PORT", str(port)).replace("PARENT", str(os.getpid()))
-    attack = attack.replace("imp(", "__import__(").replace("os.", "__import__('os').")
     try:
-        assert judge([(4, attack), RIGHT, WRONG]) == [0, 1, 0]
+        assert judge([(4, answers.expression(attack, folder, port)), RIGHT, WRONG]) == [0, 1, 0]
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert [path.name for path in folder.iterdir()] == ["victim"] and (folder / "victim").read_text() == "unharmed"
@@ -223,8 +166,8 @@ REFUSED = {
 
 def test_answers_that_scorers_evaluate_hold_nothing_but_mathematics_or_literals():
     for wanted, table in ((True, ADMITTED), (False, REFUSED)):
-        for dataset, answers in table.items():
-            for answer in answers:
+        for dataset, given in table.items():
+            for answer in given:
                 known = {"answer": "4", "metadata": {"source_dataset": dataset}}
                 assert grading_server.admitted(dataset, known, answer) == wanted, (dataset, answer)
                 assert grading_server.admitted("composite", known, answer) == wanted, (dataset, answer)
