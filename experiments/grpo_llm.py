@@ -362,8 +362,8 @@ def _write(folder: Path, record: log.Log, done: int, per_update: int, row: Row, 
 def _cut_back(path: Path, done: int) -> None:
     """Leave what was said up to step ``done``."""
     if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        disk.replace(path, "".join(takewhile(lambda line: line != f"step {done + 1}\n", lines)))
+        lines = path.read_bytes().splitlines(keepends=True)
+        disk.replace(path, b"".join(takewhile(lambda line: line != f"step {done + 1}\n".encode(), lines)))
 
 
 def _smooth(rows: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jrl.run import log
+from jrl.run import RunError, log
 
 LABELS = [{"cell": "lr=1", "seed": 0}, {"cell": "lr=1", "seed": 1}, {"cell": "lr=2", "seed": 0}]
 
@@ -46,6 +46,51 @@ def test_rows_after_the_checkpoint_are_dropped(table, updates):
     same(table.read(), *kept)
     table.write(*rows(updates + 1, 1))
     same(table.read(), *kept, rows(updates + 1, 1))
+
+
+def test_a_table_without_some_rows_is_refused(table):
+    assert len(log.read_whole(table, 6, 1, 10)[0]) == 6
+    for updates, every, last in ((7, 1, 6), (5, 1, 6)):
+        with pytest.raises(
+            RunError, match=f"metrics is damaged: rows are missing after update {last}, and .* is of {updates}"
+        ):
+            log.read_whole(table, updates, every, 10)
+    table.write(*rows(9, 1))
+    assert len(log.read_whole(table, 9, 3, 10)[0]) == 7  # rows of three updates each, but for the first
+    with pytest.raises(RunError, match="rows are missing after update 6, and the checkpoint is of 9"):
+        log.read_whole(table, 9, 1, 10)
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path):
+    table = log.CsvTable(tmp_path / "metrics.csv", LABELS)
+    table.write(*rows(1, 4))
+    whole = table.path.read_text()
+    for text in ("", whole.replace("seed", "sEed"), whole.replace("40,", "a,"), whole[:-20]):
+        table.path.write_text(text)
+        with pytest.raises(RunError, match="metrics.csv is damaged: it cannot be read"):
+            log.read_whole(table, 4, 1, 10)
+
+
+def test_what_is_no_row_is_dropped_with_all_after_it(tmp_path):
+    table = log.CsvTable(tmp_path / "metrics.csv", LABELS)
+    table.write(*rows(1, 4))
+    whole = table.path.read_bytes()
+    for tail in (b"\xff\x00\r\n", b"5" * 5000 + b"\r\n", b"3", b"7,70,lr=1,0,1,2\r\n1,10,lr=1,0,1,2\r\n"):
+        table.path.write_bytes(whole + tail)
+        table.truncate(4)
+        assert table.path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", b"x" * 50])
+def test_a_damaged_file_of_parquet_is_named(damage, tmp_path):
+    table = log.ParquetTable(tmp_path / "metrics", LABELS)
+    table.write(*rows(1, 4))
+    (path,) = table.path.iterdir()
+    path.write_bytes(damage)
+    with pytest.raises(RunError, match=f"{path.name} is damaged: it cannot be read"):
+        table.truncate(4)
+    table.truncate(0)
+    assert not [*table.path.iterdir()]  # of an update that is made again, it need not be read
 
 
 def test_a_half_written_file_is_dropped(tmp_path):

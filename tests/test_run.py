@@ -686,6 +686,92 @@ def test_arrays_are_compared_by_path_shape_and_dtype(tmp_path):
     saved.close()
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"notes": {"in_row": 2}}, "does not match its checksum"),
+        ({"config": {"a": 2}}, "does not match its checksum"),
+        ({"crc32": None}, "does not match its checksum"),
+        ({"notes": None, "files": {"../x": [1, 1]}, "crc32": "right"}, "../x does not lie beside it"),
+        ({"notes": None, "files": [], "crc32": "right"}, "files is list"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_refused(change, message, tmp_path):
+    from jrl.run.checkpoint import Checkpoints, sealed
+
+    state = {"a": np.zeros(3, np.float32)}
+    saved = Checkpoints(tmp_path / "checkpoints", {"a": 1})
+    saved.save(1, state, {"in_row": 1, "nan": {0: 3}})
+    saved.wait()
+    assert saved.restore(1, state)[1] == {"in_row": 1, "nan": {"0": 3}}
+    path = tmp_path / "checkpoints/1/manifest/metadata"
+    manifest = json.loads(path.read_text()) | change
+    if manifest["crc32"] == "right":
+        manifest = sealed({name: value for name, value in manifest.items() if name != "crc32"})
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(run.RunError, match=f"checkpoint {path.parents[1]} is damaged: .*{message}"):
+        saved.restore(1, state)
+    saved.close()
+
+
+def test_tables_begin_with_what_they_held_at_the_save(tmp_path):
+    from jrl.run.checkpoint import Checkpoints
+
+    state, path = {"a": np.zeros(3, np.float32)}, tmp_path / "metrics/1.parquet"
+    (tmp_path / "metrics").mkdir()
+    path.write_text("one")
+    (tmp_path / "metrics.csv").write_text("update,a\n1,2\n")
+    saved = Checkpoints(tmp_path / "checkpoints", {}, log.TABLES)
+    saved.save(1, state)
+    saved.wait()
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("2,3\n")
+    (tmp_path / "metrics/2.parquet").write_text("two")
+    saved.restore(1, state)  # what came after the save is another's business
+    for damaged, text in ((path, "on"), (path, "oNe"), (tmp_path / "metrics.csv", "update,a\n1,3\n2,3\n")):
+        before = damaged.read_text()
+        damaged.write_text(text)
+        with pytest.raises(run.RunError, match=f"{damaged} is damaged: it is not what it was at update 1"):
+            saved.restore(1, state)
+        damaged.write_text(before)
+    path.unlink()
+    with pytest.raises(run.RunError, match=f"{path} is missing, which the checkpoint of update 1 was saved with"):
+        saved.restore(1, state)
+    saved.close()
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[" * 100_000, "it is no JSON"),
+        (b"\xff", "it is no JSON"),
+        ("null", "it is NoneType, not list"),
+        ("[1]", "it is int, not an object"),
+        ('[{"env_steps": 16}]', "it has no checksum, or is of an older version"),
+        ('[{"env_steps": 17, "crc32": 1}]', "it does not match its checksum"),
+    ],
+)
+def test_a_record_that_was_changed_is_refused(text, message, tmp_path):
+    path, records = tmp_path / "evaluations.json", [{"env_steps": 16, "cells": {"": {"iqm": float("inf")}}}]
+    folders.write_json(path, records)
+    assert folders.read_json(path, []) == records
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(run.RunError, match=f"{path} is damaged: {message}"):
+        folders.read_json(path, [])
+
+
+@pytest.mark.parametrize("change", [{"settings": None}, {"settings": {"log_every": "a"}}, {"settings": []}])
+def test_the_configuration_of_a_run_that_was_changed_is_refused(change, tmp_path):
+    with folders.opened(tmp_path / "run", False, {"log_every": 1}) as folder:
+        path = folder / "config.json"
+        assert folders.saved_setting(folder, "log_every") == 1
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(run.RunError, match=f"{path} is damaged"):
+        folders.saved_setting(folder, "log_every")
+    with pytest.raises(run.RunError, match=f"{path} is damaged"), folders.opened(folder, True, {"log_every": 1}):
+        pass
+
+
 def test_wrong_arguments_are_refused_before_compiling(tmp_path):
     def never(*args):
         raise AssertionError("compiled")

@@ -1,7 +1,8 @@
 """Checkpoints of a whole run with orbax, checked on the way in and on the way out.
 
 A checkpoint holds the state of every member as NumPy arrays (keys as their data), so it does not depend on devices, and
-a manifest: the run's configuration and the path, shape, dtype and checksum of every array.
+a manifest: the run's configuration, the path, shape, dtype and checksum of every array, the size and checksum of the tables
+of metrics beside it, and the checksum of all this.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import logging
 import shutil
 import sys
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,15 +29,19 @@ class RunError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints in a folder, named by the number of updates done. Saves run in the background, one at a time."""
+    """The checkpoints in a folder, named by the number of updates done. Saves run in the background, one at a time.
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    ``tables`` are patterns of files beside the folder, to which a run only appends: what they held at a save, they have to begin with
+    when that checkpoint is restored.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], tables: Sequence[str] = ()) -> None:
         import orbax.checkpoint as ocp  # takes seconds to import
 
         _raise_without_logging()
         self._ocp = ocp
         self._config = json.loads(json.dumps(config))  # as a checkpoint gives it back
-        self.folder = folder.absolute()
+        self.folder, self._tables = folder.absolute(), tables
         for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -53,14 +59,20 @@ class Checkpoints:
         Raises ``RunError`` if that one met a full disk.
         """
         self.wait()
-        self._pending = self._thread.submit(self._save, updates, state, notes)
+        files = {name: _beginning(self.folder.parent / name) for name in self._files()}
+        self._pending = self._thread.submit(self._save, updates, state, {"notes": notes, "files": files})
 
-    def _save(self, updates: int, state: Any, notes: Any) -> None:
+    def _files(self) -> list[str]:
+        """Names of the tables' files, from the folder beside which they lie."""
+        beside = self.folder.parent
+        return sorted(str(path.relative_to(beside)) for pattern in self._tables for path in beside.glob(pattern))
+
+    def _save(self, updates: int, state: Any, more: dict[str, Any]) -> None:
         if self._manager.latest_step() == updates:
             return
         leaves = named_leaves(state)
         arrays = {name: _describe(x) for name, x in leaves.items()}
-        manifest = {"updates": updates, "config": self._config, "notes": notes, "arrays": arrays}
+        manifest = sealed({"updates": updates, "config": self._config, "arrays": arrays} | more)
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(leaves), manifest=self._ocp.args.JsonSave(manifest)
         )
@@ -72,7 +84,7 @@ class Checkpoints:
         """The state at ``updates`` in the structure of ``template``, host arrays, and the notes saved with it.
 
         Raises ``RunError`` naming the checkpoint and the difference: another configuration, missing or foreign arrays,
-        other shapes or dtypes, damaged data.
+        other shapes or dtypes, damaged data, or tables of metrics that are not those of the save.
         """
         path = self.folder / str(updates)
         wanted, manifest = named_leaves(template), self._manifest(updates)
@@ -81,6 +93,10 @@ class Checkpoints:
         if manifest["updates"] != updates:
             raise RunError(f"checkpoint {path} is of update {manifest['updates']}: its folder was renamed")
         _same_arrays(arrays, wanted, path)
+        for name, size_and_sum in manifest["files"].items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise RunError(f"checkpoint {path} is damaged: {name} does not lie beside it")
+            _same_beginning(self.folder.parent / name, size_and_sum, updates)
         try:
             args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(wanted))
             leaves = self._manager.restore(updates, args=args)["state"]
@@ -93,12 +109,18 @@ class Checkpoints:
         return state, manifest["notes"]
 
     def _manifest(self, updates: int) -> dict[str, Any]:
-        """What a checkpoint says of itself: ``updates``, ``config``, ``notes`` and ``arrays``. Raises ``RunError`` if it is damaged."""
+        """What a checkpoint says of itself: ``updates``, ``config``, ``arrays``, ``notes`` and ``files``. Raises ``RunError`` if it is damaged."""
         path = self.folder / str(updates)
         try:
             args = self._ocp.args.Composite(manifest=self._ocp.args.JsonRestore())
-            manifest = self._manager.restore(updates, args=args)["manifest"]
-            for name, kind in (("updates", int), ("config", dict), ("arrays", dict), ("notes", object)):
+            manifest = unsealed(self._manager.restore(updates, args=args)["manifest"])
+            for name, kind in (
+                ("updates", int),
+                ("config", dict),
+                ("arrays", dict),
+                ("notes", object),
+                ("files", dict),
+            ):
                 if not isinstance(manifest[name], kind):
                     raise TypeError(f"{name} is {type(manifest[name]).__name__}")
             return manifest
@@ -187,12 +209,18 @@ class disk_errors:
 def _raise_without_logging() -> None:
     """What fails in a save, its manager raises here; the threads that saved need not print a traceback each as well."""
     logging.getLogger("absl").addFilter(_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(_not_of_an_array)
     if sys.unraisablehook is not _not_of_a_closed_loop:
         sys.unraisablehook = _not_of_a_closed_loop
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _not_of_an_array(record: logging.LogRecord) -> bool:
+    """Of the arrays of a damaged checkpoint the first that cannot be read is told; the reads beside it fail as well."""
+    return not any(name in record.getMessage() for name in ("tensorstore", "OCDBT"))
 
 
 def _not_of_a_closed_loop(unraisable: Any, default: Any = sys.unraisablehook) -> None:
@@ -214,6 +242,49 @@ def _same_arrays(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> N
             given = saved[name].get(field) if isinstance(saved[name], dict) else None
             if given != needed:
                 raise RunError(f"checkpoint {path} does not fit: {name} has {field} {given}, this run needs {needed}")
+
+
+def _beginning(path: Path, size: int = -1) -> list[int]:
+    """How many bytes a file has, or its first ``size`` bytes are, and their checksum."""
+    with path.open("rb") as file:
+        data = file.read(size)
+    return [len(data), zlib.crc32(data)]
+
+
+def _same_beginning(path: Path, saved: Any, updates: int) -> None:
+    """Raise ``RunError`` unless a table begins with what it held at a save."""
+    try:
+        same = _beginning(path, saved[0]) == saved
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing, which the checkpoint of update {updates} was saved with") from None
+    except Exception as error:
+        raise RunError(f"{path} is damaged: it cannot be read ({_line(error)})") from None
+    if not same:
+        raise RunError(f"{path} is damaged: it is not what it was at update {updates}, when the checkpoint was saved")
+
+
+SEAL = "crc32"
+
+
+def sealed(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of JSON with the checksum of its text."""
+    return tree | {SEAL: _sum_of(tree)}
+
+
+def unsealed(tree: Any) -> dict[str, Any]:
+    """A tree without its checksum. Raises ``ValueError`` if they do not match."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"it is {type(tree).__name__}, not an object")
+    content = {name: value for name, value in tree.items() if name != SEAL}
+    if SEAL not in tree:
+        raise ValueError("it has no checksum, or is of an older version")
+    if tree.get(SEAL) != _sum_of(content):
+        raise ValueError("it does not match its checksum")
+    return content
+
+
+def _sum_of(tree: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(json.loads(json.dumps(tree)), sort_keys=True).encode())
 
 
 def _describe_abstract(x: Any) -> dict[str, Any]:

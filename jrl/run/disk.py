@@ -17,11 +17,11 @@ def sync(path: Path) -> None:
             os.close(handle)
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, data: bytes) -> None:
     """Write a file whole or not at all: beside it, and then in its place."""
     fresh = path.with_suffix(".tmp")
-    with fresh.open("w", newline="") as file:
-        file.write(text)
+    with fresh.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)

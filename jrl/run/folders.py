@@ -15,7 +15,7 @@ import jax
 
 from jrl.algorithm import Algorithm
 from jrl.run import disk
-from jrl.run.checkpoint import RunError, disk_errors, flat, same_config
+from jrl.run.checkpoint import RunError, disk_errors, flat, same_config, sealed, unsealed
 
 
 def settings(
@@ -58,11 +58,15 @@ def _plain(value: Any) -> Any:
 
 
 def saved_setting(folder: Path, name: str) -> Any:
-    """One setting of the run in a folder, or None where there is none."""
-    try:
-        return json.loads((folder / "config.json").read_text())["settings"].get(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # opened says what is wrong
+    """One setting of the run in a folder, or None where there is none. Raises ``RunError`` if its ``config.json`` is damaged."""
+    return _settings_in(folder / "config.json").get(name)
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    settings = read_json(path, {"settings": {}}).get("settings")
+    if not isinstance(settings, dict):
+        raise RunError(f"{path} is damaged: it is not the configuration of a run")
+    return settings
 
 
 @contextlib.contextmanager
@@ -94,11 +98,7 @@ def _make_or_compare(folder: Path, resume: bool, settings: dict[str, Any]) -> No
     if path.exists():
         if not resume:
             raise RunError(f"{folder} holds a run already: resume it (--resume), or choose another folder")
-        try:
-            saved = json.loads(path.read_text())["settings"]
-        except (ValueError, KeyError, TypeError):
-            raise RunError(f"{path} is damaged: it is not the configuration of a run") from None
-        same_config(saved, settings, folder)
+        same_config(_settings_in(path), settings, folder)
         return
     # A run that ended in its first moment leaves a part of its configuration.
     if any(item.name != path.with_suffix(".tmp").name for item in folder.iterdir()):
@@ -135,13 +135,22 @@ def _version(package: str) -> str | None:
 def read_json(path: Path, default: Any) -> Any:
     """What ``write_json`` wrote, or the default if nothing did. Raises ``RunError`` for a damaged file."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except FileNotFoundError:
         return default
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: it is no JSON ({error})") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        if not isinstance(found, type(default)):
+            raise ValueError(f"it is {type(found).__name__}, not {type(default).__name__}")
+        return [unsealed(part) for part in found] if isinstance(found, list) else unsealed(found)
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}") from None
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Whole or not at all."""
-    disk.replace(path, json.dumps(data, indent=2) + "\n")
+def write_json(path: Path, data: dict[str, Any] | list[dict[str, Any]]) -> None:
+    """An object, or several, each with its checksum; whole or not at all."""
+    with_sums = [sealed(part) for part in data] if isinstance(data, list) else sealed(data)
+    disk.replace(path, (json.dumps(with_sums, indent=2) + "\n").encode())

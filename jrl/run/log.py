@@ -6,11 +6,11 @@ is killed.
 """
 
 import csv
-import io
 import json
 import time
 import warnings
 from collections.abc import Container
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from jrl.run.checkpoint import RunError, disk_errors
 from jrl.run.stats import iqm
 
 CSV_MEMBERS = 256
+TABLES = ("metrics.csv", "metrics/*.parquet")
 EVALUATED = "return"  # the label of evaluations
 Labels = list[dict[str, Any]]
 
@@ -182,14 +183,13 @@ class CsvTable:
 
     def truncate(self, updates: int) -> None:
         """Drop the rows after ``updates``, and a half-written last row: they are about to be made again."""
+        if not updates:
+            self.path.unlink(missing_ok=True)
         if not self.path.exists():
             return
-        with self.path.open(newline="") as file:
-            rows = list(csv.reader(file))
-        kept = [row for row in rows[1:] if len(row) == len(rows[0]) and row[0].isdecimal() and int(row[0]) <= updates]
-        text = io.StringIO()
-        csv.writer(text).writerows([*rows[:1], *kept])
-        disk.replace(self.path, text.getvalue())
+        with self.path.open("rb") as file:
+            header, *rows = file.readlines() or [b""]
+        disk.replace(self.path, b"".join([header, *takewhile(lambda row: _is_of(row, updates), rows)]))
 
     def read(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """``(env_steps [rows], metrics {name: [members, rows]})``."""
@@ -201,6 +201,12 @@ class CsvTable:
                 rows = np.loadtxt(file, delimiter=",", quotechar='"', usecols=[1, *range(skip, len(header))], ndmin=2)
         rows = rows.reshape(-1, len(self._labels), len(header) - skip + 1)
         return rows[:, 0, 0].astype(int), {name: rows[:, :, i + 1].T for i, name in enumerate(header[skip:])}
+
+
+def _is_of(row: bytes, updates: int) -> bool:
+    """Whether a line is whole, and of one of the first ``updates``."""
+    update = row.partition(b",")[0]
+    return row.endswith(b"\n") and update.isdigit() and len(update) < 20 and int(update) <= updates
 
 
 class ParquetTable:
@@ -228,11 +234,15 @@ class ParquetTable:
         for path in self.path.glob("*.tmp"):
             path.unlink()
         for path in self._files():
-            rows = self._arrow.parquet.read_table(path)
-            kept = rows.filter(self._arrow.compute.field("update") <= updates)
-            if not len(kept):
+            if int(path.stem) > updates:
                 path.unlink()
-            elif len(kept) < len(rows):
+                continue
+            try:
+                rows = self._arrow.parquet.read_table(path)
+                kept = rows.filter(self._arrow.compute.field("update") <= updates)
+            except Exception as error:
+                raise RunError(f"{path} is damaged: it cannot be read ({error})") from None
+            if len(kept) < len(rows):
                 self._replace(path, kept)
 
     def read(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -247,7 +257,7 @@ class ParquetTable:
         return env_steps, {name: rows[name].to_numpy().reshape(-1, members).T for name in names}
 
     def _files(self) -> list[Path]:
-        return sorted(self.path.glob("*.parquet"))
+        return sorted(path for path in self.path.glob("*.parquet") if path.stem.isdecimal())
 
     def _replace(self, path: Path, rows: Any) -> None:
         fresh = path.with_suffix(".tmp")
