@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -163,10 +164,16 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
     refused(
         "tensor lm_head.wait is missing, which model.safetensors.index.json says is here|tensor lm_head.weight is not in"
     )
+    for elsewhere in ("../model.safetensors", "/model.safetensors", "..", "config.json", "a/b.safetensors"):
+        index.write_text(listed.replace(last.name, elsewhere))
+        refused("index.json: weight_map must name the file of each tensor, a .safetensors file in the same folder")
     index.write_text(listed[:-9])
     refused("index.json is damaged")
     index.unlink()
     refused("holds neither model.safetensors nor model.safetensors.index.json")
+    for text in ("[" * 100_000, '{"model_type": "\\ud800"}'):
+        (tmp_path / "config.json").write_text(text)
+        refused("config.json is damaged")
     (tmp_path / "config.json").write_text("[]")
     refused("config.json must hold an object; got list")
     (tmp_path / "config.json").unlink()
@@ -205,13 +212,34 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads must be null, 4"),
         ("deepseek_v3", {"topk_group": 5}, "moe.groups must divide moe.experts = 8"),
         ("llama", {"vocab_size": None}, "vocab_size must be an integer of at least 1; got None"),
+        ("llama", {"rms_norm_eps": math.inf}, "rms_norm_eps must be a number, finite in float32; got inf"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps must be a number, finite in float32; got 1000"),
+        ("qwen3", {"layer_types": 7}, "layer_types must name num_hidden_layers = 2 layers; got 7"),
+        ("qwen3", {"layer_types": [[], {}]}, "layer_types .* must be full_attention"),
+        (
+            "qwen2",
+            {"num_hidden_layers": 10**30, "layer_types": None},
+            "tensors are too few for 1000000000000000000000000000000 layers",
+        ),
+        (
+            "mixtral",
+            {"num_local_experts": 10**30},
+            "tensors are too few for 2 layers of 1000000000000000000000000000000 experts",
+        ),
+        (
+            "deepseek_v3",
+            {"num_nextn_predict_layers": "1"},
+            "num_nextn_predict_layers must be an integer of at least 0; got '1'",
+        ),
+        ("deepseek_v3", {"rope_interleave": 2}, "rope_interleave must be true or false; got 2"),
     ],
 )
 def test_settings_that_cannot_be_done_are_refused(family, change, message, tmp_path):
     found = json.loads((DATA / family / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(found))
+    shutil.copytree(DATA / family, tmp_path / "model")
+    (tmp_path / "model/config.json").write_text(json.dumps(found))
     with pytest.raises(ValueError, match=message):
-        hf.load(tmp_path)
+        hf.load(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -329,6 +357,10 @@ def test_gguf_that_cannot_be_read_is_refused(tmp_path):
     refused("is damaged")
     as_gguf(path, "llama", llama__expert_count=8)
     refused("llama.expert_count must be 0: nothing else is read; got 8")
+    as_gguf(path, "llama", llama__block_count=1 << 30)
+    refused("tensors are too few for 1073741824 layers")
+    as_gguf(path, "llama", general__architecture=1)
+    refused("general.architecture must be one of")
     as_gguf(path, "llama", drop=K)
     refused(r"tensor blk.1.attn_k.weight \[16, 32\] is missing")
 

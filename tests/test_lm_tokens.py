@@ -72,6 +72,31 @@ def test_the_tokens_that_end_an_answer(found, ends, message, folder):
         assert lm.load(folder)[2].ends == ends
 
 
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("chat_template.jinja", b"\xff", "chat_template.jinja is damaged"),
+        (
+            "chat_template.json",
+            b'{"chat_template": 1}',
+            "chat_template must be a text, or a list of them with their names",
+        ),
+        ("chat_template.json", b'{"chat_template": [1]}', "chat_template must be a text, or a list of them"),
+        ("chat_template.json", b'{"chat_template": [{"name": []}]}', "chat_template must be a text, or a list of them"),
+        ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json is damaged"),
+        ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "tokenizer_config.json is damaged"),
+        ("tokenizer.json", b"{}", "tokenizer.json is damaged"),
+        ("generation_config.json", b'{"eos_token_id": true}', "eos_token_id must be a token's id"),
+    ],
+)
+def test_a_damaged_file_of_a_tokenizer_is_named(name, content, message, folder):
+    if name == "chat_template.json":
+        (folder / "chat_template.jinja").unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{folder}.*{message}"):
+        lm.load(folder)
+
+
 @pytest.mark.parametrize("name", ["eot", "eom"])
 def test_gguf_names_the_end_of_a_turn(name, tmp_path):
     writer = gguf_package.GGUFWriter(tmp_path / "x.gguf", "llama")

@@ -67,7 +67,7 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path):
     whole = table.path.read_text()
     for text in ("", whole.replace("seed", "sEed"), whole.replace("40,", "a,"), whole[:-20]):
         table.path.write_text(text)
-        with pytest.raises(RunError, match="metrics.csv is damaged: it cannot be read"):
+        with pytest.raises(RunError, match=r"metrics\.csv is damaged: it cannot be read"):
             log.read_whole(table, 4, 1, 10)
 
 

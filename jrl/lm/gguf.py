@@ -53,10 +53,11 @@ def load(
     held = {x.name: x for x in reader.tensors}
     try:
         config = _config(reader, held)
+        layout.enough(config, len(held), "the file")
         wanted = layout.tensors(config, pairs=metadata(reader, "general.architecture") == "llama")
         wanted = [x._replace(name=_name(x.name)) for x in wanted]
         _check(wanted, held)
-    except ValueError as error:
+    except Exception as error:  # metadata of a damaged file may be of any kind
         raise ValueError(f"{reader.data.filename}: {error}") from None
 
     def get(name: str) -> np.ndarray:

@@ -41,8 +41,9 @@ def load(folder: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple
         config = settings.read(found)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
-    files = _files(folder)
-    wanted, held = _wanted(config, found), _held(files)
+    held = _held(_files(folder))
+    layout.enough(config, len(held), str(folder))
+    wanted = _wanted(config, found)
     _check(folder, wanted, held, found)
     get = lambda name: held[name][1].get_tensor(name)  # noqa: E731
     params = layout.gather(config, wanted, get, dtype)
@@ -95,7 +96,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        json.dumps(found, ensure_ascii=False).encode()  # half of a character can be written as \\ud800, and is no text
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold an object; got {type(found).__name__}")
@@ -113,9 +115,15 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} holds neither {ONE} nor {INDEX}")
     where = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(x, str) for x in where.values()):
-        raise ValueError(f"{folder / INDEX}: weight_map must name the file of each tensor")
+    if not isinstance(where, dict) or not all(_is_a_file_here(x) for x in where.values()):
+        raise ValueError(
+            f"{folder / INDEX}: weight_map must name the file of each tensor, a .safetensors file in the same folder"
+        )
     return {folder / file: {x for x in where if where[x] == file} for file in sorted(set(where.values()))}
+
+
+def _is_a_file_here(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 def _held(files: Mapping[Path, set[str] | None]) -> dict[str, tuple[Path, Any]]:

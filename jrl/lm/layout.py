@@ -60,6 +60,16 @@ def tensors(config: Config, *, pairs: bool = False) -> list[Tensor]:
     return found
 
 
+def enough(config: Config, held: int, where: str) -> None:
+    """Raise ``ValueError`` where so many tensors cannot be those of so many layers and experts: they need not be listed."""
+    experts = config.experts.experts
+    if config.num_layers + (config.num_layers - config.dense_layers) * experts > held:
+        raise ValueError(
+            f"{where}: {held} tensors are too few for {config.num_layers} layers"
+            + f" of {experts} experts" * bool(experts)
+        )
+
+
 def _attention(config: Config, pairs: bool) -> list[Tensor]:
     d, h, k, w = config.dim, config.num_heads, config.num_kv_heads, config.width
     out = h * config.value_width

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from jrl import checks
 from jrl.attention import mla, nsa
 from jrl.attention.rotary import Scaling
@@ -93,12 +95,14 @@ def _window(found: Settings, family: str, layers: int) -> dict[str, Any]:
     kinds = found.get("layer_types")
     if kinds is None:
         full = _size(found, "max_window_layers", 28, at_least=0) if window else layers
-        kinds = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
-    if len(kinds) != layers:
-        raise ValueError(f"layer_types must name num_hidden_layers = {layers} layers; got {len(kinds)}")
-    if set(kinds) == {"full_attention"}:
+        counts = {"full_attention": full, "sliding_attention": layers - full}
+        kinds = [kind for kind, count in counts.items() if count > 0]
+    elif not isinstance(kinds, list) or len(kinds) != layers:
+        got = len(kinds) if isinstance(kinds, list) else repr(kinds)
+        raise ValueError(f"layer_types must name num_hidden_layers = {layers} layers; got {got}")
+    if all(kind == "full_attention" for kind in kinds):
         return {}
-    if set(kinds) == {"sliding_attention"} and window:
+    if all(kind == "sliding_attention" for kind in kinds) and window:
         return {"attention": "window", "window": window}
     raise ValueError(
         "layer_types (by use_sliding_window, sliding_window and max_window_layers where not given) must be full_attention "
@@ -112,6 +116,8 @@ def _deepseek(found: Settings, family: str, shared: dict[str, Any]) -> Config:
     _only(found, "scoring_func", None, "sigmoid")
     _only(found, "topk_method", None, "noaux_tc")
     _only(found, "moe_layer_freq", None, 1)
+    _size(found, "num_nextn_predict_layers", 0, null=0, at_least=0)
+    _flag(found, "rope_interleave", True)
     _window(found, family, layers)
     theta, scaling = _rope(found, 1e4)
     latent = mla.Config(
@@ -211,14 +217,17 @@ def _size(found: Settings, name: str, default: int = MISSING, null: int = MISSIN
     return value
 
 
+LARGEST = float(np.finfo(np.float32).max)
+
+
 def _number(found: Settings, name: str, default: float | None = None) -> float:
     value = found.get(name)
     if value is None:
         value = default
     if value is None:
         raise ValueError(f"{name} is missing")
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a number; got {value!r}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST:
+        raise ValueError(f"{name} must be a number, finite in float32; got {value!r}")
     return float(value)
 
 

@@ -138,8 +138,16 @@ def from_folder(folder: str | Path) -> Tokenizer:
     known = {x.content for x in raw.get_added_tokens_decoder().values()}
     plain = [x for x in special.values() if x not in known and raw.token_to_id(x) is not None]
     raw.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in plain])
-    files = {name: (folder / name).read_text(encoding="utf-8") for name in FILES if (folder / name).is_file()}
+    files = {name: _read(folder / name) for name in FILES if (folder / name).is_file()}
     return _tokenizer(raw, special, _template(folder, found), _ends(folder), files, str(folder))
+
+
+def _read(path: Path) -> str:
+    """The text of a file; ``ValueError`` with its name if it is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def _ends(folder: Path) -> list[int]:
@@ -149,7 +157,7 @@ def _ends(folder: Path) -> list[int]:
     )
     ends = None if path is None else read_json(path).get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(isinstance(x, int) and x >= 0 for x in ends):
+    if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in ends):
         raise ValueError(f"{path}: eos_token_id must be a token's id, or a list of them; got {ends}")
     return ends
 
@@ -161,13 +169,18 @@ def _text(token: Any) -> Any:
 
 
 def _template(folder: Path, found: Mapping[str, Any]) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if (folder / "chat_template.json").is_file():
-        found = read_json(folder / "chat_template.json")
-    template = found.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        template = {x["name"]: x["template"] for x in template}.get("default")
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return _read(path)
+    path = folder / "chat_template.json"
+    template = (read_json(path) if path.is_file() else found).get("chat_template")
+    try:
+        if isinstance(template, list):  # several, by name
+            template = {x["name"]: x["template"] for x in template}.get("default")
+    except (KeyError, TypeError):
+        template = ()
+    if not isinstance(template, str | None):
+        raise ValueError(f"{folder}: chat_template must be a text, or a list of them with their names")
     return template
 
 
@@ -214,14 +227,18 @@ def _split(pattern: str) -> Any:
 def from_gguf(path: str | Path | GGUFReader) -> Tokenizer:
     """Of the tokens and merges in a GGUF file, or of what ``gguf.read`` gave. Raises ``ValueError`` for a kind of tokenizer that is not read."""
     reader = gguf.read(path)
-    get = lambda name, *default: gguf.metadata(reader, f"tokenizer.{name}", *default)  # noqa: E731
     try:
-        checks.one_of("tokenizer.ggml.model", get("ggml.model"), ["gpt2"])
-        kind = get("ggml.pre")
-        checks.one_of("tokenizer.ggml.pre", kind, SPLITS)
-        tokens, merges = get("ggml.tokens"), [tuple(x.split(" ", 1)) for x in get("ggml.merges")]
-    except ValueError as error:
+        return _of_metadata(reader)
+    except Exception as error:  # metadata of a damaged file may be of any kind
         raise ValueError(f"{reader.data.filename}: {error}") from None
+
+
+def _of_metadata(reader: GGUFReader) -> Tokenizer:
+    get = lambda name, *default: gguf.metadata(reader, f"tokenizer.{name}", *default)  # noqa: E731
+    checks.one_of("tokenizer.ggml.model", get("ggml.model"), ["gpt2"])
+    kind = get("ggml.pre")
+    checks.one_of("tokenizer.ggml.pre", kind, SPLITS)
+    tokens, merges = get("ggml.tokens"), [tuple(x.split(" ", 1)) for x in get("ggml.merges")]
     vocab = {token: i for i, token in enumerate(tokens)}
     raw = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=kind == "llama-bpe"))
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=bool(get("ggml.add_space_prefix", False)), use_regex=False)
@@ -244,4 +261,4 @@ def from_gguf(path: str | Path | GGUFReader) -> Tokenizer:
         "tokenizer.json": raw.to_str(),
         "tokenizer_config.json": json.dumps(special | ({} if template is None else {"chat_template": template})),
     }
-    return _tokenizer(raw, special, template, [x for x in more if x is not None], files, str(reader.data.filename))
+    return _tokenizer(raw, special, template, [x for x in more if x is not None], files, "its tokenizer")
