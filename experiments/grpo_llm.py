@@ -248,7 +248,7 @@ def train(
     ``step(state, done)`` gives the state after one more update, its metrics, and what was said.
     """
     per_update, labels = args.config.rows, [{"seed": args.seed}]
-    checkpoints = Checkpoints(folder / "checkpoints", settings)
+    checkpoints = Checkpoints(folder / "checkpoints", settings, log.TABLES)
     done = checkpoints.latest() or 0
     rows: list[Row] = []
     if done:

@@ -571,27 +571,37 @@ def test_a_renamed_checkpoint_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("members", [1, 256])
-def test_metrics_without_some_rows_are_refused(members, tmp_path, monkeypatch):
+def test_metrics_that_are_not_those_of_the_checkpoint_are_refused(members, tmp_path, monkeypatch):
     monkeypatch.setattr(log, "CSV_MEMBERS", members)
-    monkeypatch.setattr("jrl.run.loop.CHUNK_SECONDS", 0.0)
     algo, folder = make("Probe-action"), tmp_path / "run"
-    train(algo, 6, run_dir=folder, log_every=1)
-    if members == 256:
-        lines = (folder / "metrics.csv").read_text().splitlines(keepends=True)
-        damaged = {
-            "after update 2": lines[:5] + lines[7:],
-            "after update 4": lines[:9],
-            "cannot be read": [*lines[:6], "3,48,1,a" + ",0" * (lines[0].count(",") - 3) + "\n", *lines[7:]],
-            "it cannot": [],
-        }
-        for message, left in damaged.items():
-            (folder / "metrics.csv").write_text("".join(left))
-            with pytest.raises(run.RunError, match=rf"metrics.csv is damaged: .*{message}"):
-                train(algo, 6, run_dir=folder, log_every=1, resume=True)
-    else:
-        sorted((folder / "metrics").iterdir())[2].unlink()
-        with pytest.raises(run.RunError, match="metrics is damaged: rows are missing after update 2"):
-            train(algo, 6, run_dir=folder, log_every=1, resume=True)
+    train(algo, 2, run_dir=folder, log_every=1)
+    path = folder / "metrics.csv" if members == 256 else min((folder / "metrics").iterdir())
+    whole = path.read_bytes()
+    for left in (whole[:-1], whole.replace(b"1", b"2"), b""):
+        path.write_bytes(left)
+        with pytest.raises(run.RunError, match=f"{path.name} is damaged: it is not what it was at update 2"):
+            train(algo, 2, run_dir=folder, log_every=1, resume=True)
+    path.unlink()
+    with pytest.raises(run.RunError, match=f"{path.name} is missing, which the checkpoint of update 2 was saved with"):
+        train(algo, 2, run_dir=folder, log_every=1, resume=True)
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [None, {"in_row": 1}, {"in_row": 1, "nan": {}}, {"in_row": 0, "nan": {"9": 1}}, {"in_row": 0, "nan": {"0": None}}],
+)
+def test_notes_that_are_not_of_the_run_are_refused(notes, tmp_path):
+    from jrl.run.checkpoint import sealed
+
+    algo, folder = make("Probe-action"), tmp_path / "run"
+    train(algo, 1, run_dir=folder)
+    path = folder / "checkpoints/1/manifest/metadata"
+    manifest = {name: value for name, value in json.loads(path.read_text()).items() if name != "crc32"}
+    path.write_text(json.dumps(sealed(manifest | {"notes": notes})))
+    with pytest.raises(
+        run.RunError, match=f"checkpoint {folder / 'checkpoints/1'} is damaged: its notes are not of this run"
+    ):
+        train(algo, 1, run_dir=folder, resume=True)
 
 
 @pytest.mark.parametrize("name", ["summary.json", "evaluations.json"])

@@ -179,41 +179,46 @@ class _Run:
 
     def open(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
         """Open the folder's files, and go on from its newest checkpoint if asked to."""
-        self.folder, self.checkpoints = folder, Checkpoints(folder / "checkpoints", settings)
+        self.folder, self.checkpoints = folder, Checkpoints(folder / "checkpoints", settings, log.TABLES)
         latest = self.checkpoints.latest() if resume else None
-        notes = {} if latest is None else self._restore(self.checkpoints, latest)
+        if latest is not None:
+            self._restore(self.checkpoints, latest)
         with disk_errors(folder):
             resume_at = self.done if resume else None
             self.log = log.Log(folder, self.members.labels, resume_at, self.algo.env_steps_per_update)
         if latest is None:
             self.log.write_settings(settings)
         else:
-            self._reread(folder, notes)
+            self._reread(folder)
         self.progress = self._progress()
         if resume:
             where = f"resumed at {self._steps():,} steps a seed" if latest else "no checkpoint yet: beginning anew"
             self.progress.say(f"{folder}: {where}")
 
-    def _restore(self, checkpoints: Checkpoints, latest: int) -> dict[str, Any]:
-        """Take up the state of a checkpoint; what was noted beside it."""
+    def _restore(self, checkpoints: Checkpoints, latest: int) -> None:
+        """Take up the state of a checkpoint, and what ``_save`` noted beside it."""
         held = program.Members(self.state, self.row)
         arrays, notes = checkpoints.restore(latest, layout.fetch(self.layout, held))
         live = checkpoint.restore_keys(arrays, held)
         self.state, self.row = layout.put(self.layout, layout.pad(self.layout, live))
         self.done = self.first = latest
-        self.in_row = notes["in_row"]
+        try:
+            self.in_row = range(self.every).index(notes["in_row"])
+            self.watch.found = {int(member): int(update) for member, update in notes["nan"].items()}
+            self.watch.report()
+        except (AttributeError, LookupError, TypeError, ValueError):
+            path = checkpoints.folder / str(latest)
+            raise RunError(f"checkpoint {path} is damaged: its notes are not of this run") from None
         if self.done > self.total:
             raise RunError(
                 f"{self.folder} has done {latest} updates already, more than the {self.total} of this budget"
             )
-        return notes
 
-    def _reread(self, folder: Path, notes: dict[str, Any]) -> None:
-        """Take up what was written before: the table of metrics, the seeds that turned NaN, the evaluations."""
+    def _reread(self, folder: Path) -> None:
+        """Take up what was written before: the table of metrics, the evaluations."""
         table, per_update = log.table(folder, self.members.labels), self.algo.env_steps_per_update
         env_steps, metrics = log.read_whole(table, self.done - self.in_row, self.every, per_update)
         self.history.append({k: v.astype(np.float32) for k, v in metrics.items()} | {"env_steps": env_steps})
-        self.watch.found = {int(member): update for member, update in notes["nan"].items()}
         saved = folders.read_json(folder / "evaluations.json", [])
         self.evaluations = [e for e in saved if e["env_steps"] <= self._steps()]
 
