@@ -280,6 +280,7 @@ def train(
                 save()
             checkpoints.wait()
             record.close()
+            pool.shutdown(wait=False)
             print(f"{folder}: saved at step {done}" if done else f"{folder}: nothing to save", flush=True)
     return done, rows
 

@@ -36,7 +36,7 @@ from attacks import processes
 from jrl import lm
 from jrl.lm import gguf, hf, layout
 from jrl.nets import moe, transformer
-from jrl.run import checkpoint, cli, log, loop
+from jrl.run import checkpoint, cli, compiled, log, loop, scores
 
 COUNT = 2000
 SECONDS = 120.0  # until a case counts as hanging
@@ -196,36 +196,34 @@ class Stop(loop.StopOnSignal):
     def requested(self, value: bool) -> None:
         pass
 
+    def result(self, future: Any) -> Any:
+        return future.result()
+
 
 def _compile_once() -> None:
     """Keep the compiled programs of a kind of run for the next run of that kind."""
     kept: dict[Any, Any] = {}
-    run = loop._Run
-    compile_, evaluators, is_broken = run.compile, run._evaluators.func, run._is_broken.func
+    build, compile_scorer, watch = compiled.build, scores.Scorer.compile, loop.NanWatch
 
-    def key(self: Any, *more: Any) -> Any:
-        return (self.algo.name, self.layout.num_members, self.every, *more)
+    def build_once(algo: Any, members: Any, names: Any, total: int, every: int, *more: Any, **how: Any) -> Any:
+        name = ("chunk", algo.name, len(members.labels), every, str(members.keys))
+        if name not in kept:
+            kept[name] = build(algo, members, names, total, every, *more, **how)
+        return kept[name]._replace(start=jax.tree.map(lambda x: x.copy(), kept[name].start))  # for a chunk takes it
 
-    def compiled(self: Any, chosen: Any, automatic: bool) -> None:
-        self.layout = chosen
-        if (name := key(self, str(self.members.keys))) not in kept:
-            compile_(self, chosen, automatic)
-            kept[name] = {n: getattr(self, n) for n in ("layout", "max_rows", "chunk", "row", "compile_seconds")}
-            kept[name]["state"] = jax.tree.map(lambda x: x.copy(), self.state)
-        for field, value in kept[name].items():
-            setattr(self, field, value)
-        self.state, self.row = jax.tree.map(lambda x: x.copy(), (self.state, self.row))
+    def compile_once(self: Any, states: Any) -> None:
+        name = ("scores", self._algo.name, self._layout.num_members)
+        if name not in kept:
+            compile_scorer(self, states)
+            kept[name] = self._programs
+        self._programs = kept[name]
 
-    def once(what: str, make: Callable[[Any], Any]) -> property:
-        def get(self: Any) -> Any:
-            if key(self, what) not in kept:
-                kept[key(self, what)] = make(self)
-            return kept[key(self, what)]
+    def watch_once(algo: Any, labels: Any, layout: Any) -> Any:
+        made = watch(algo, labels, layout)
+        made._is_broken = kept.setdefault(("broken", algo.name, len(labels)), made._is_broken)
+        return made
 
-        return property(get)
-
-    run.compile = compiled
-    run._evaluators, run._is_broken = once("evaluators", evaluators), once("broken", is_broken)
+    compiled.build, scores.Scorer.compile, loop.NanWatch = build_once, compile_once, watch_once
     loop.CHUNK_SECONDS = 0.0
     loop.StopOnSignal = Stop
     loop.report.write_curves = lambda *_: None
