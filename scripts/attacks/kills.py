@@ -21,7 +21,7 @@ from attacks.processes import Ended, Process, command, no_device_used
 COUNT = 60
 LIMIT = 240.0  # seconds, for a start of a run
 LEAVES_WITHIN = 5.0 + 1.0  # seconds after a signal; the last one for a machine that is busy
-SPEED = {"compile_seconds", "run_seconds", "env_steps_per_second"}
+SPEED = {"compile_seconds", "run_seconds", "env_steps_per_second", "crc32"}
 
 
 class Run(NamedTuple):
@@ -38,9 +38,9 @@ COMMON = ("--num-seeds", "2", "--checkpoint-every", "0.2", "--eval-episodes", "2
 REPLAY = ("--config.replay.capacity", "256", "--config.learning-starts", "64")
 RUNS = {
     "ppo": Run("ppo.py", (*COMMON, *ENVS, "--env-steps", "200000", "--eval-every", "50000")),
-    "ppo, evaluating": Run("ppo.py", (*COMMON, *ENVS, "--env-steps", "6400", "--eval-every", "64", "--log-every", "7")),
+    "ppo, evaluating": Run("ppo.py", (*COMMON, *ENVS, "--env-steps", "3200", "--eval-every", "160", "--log-every", "7")),
     "ppo, memory": Run(
-        "ppo.py", (*COMMON, *ENVS, "--env", "MemoryChain-bsuite", "--config.network.gru", "4", "--env-steps", "60000")
+        "ppo.py", (*COMMON, *ENVS, "--env", "MemoryChain-bsuite", "--config.network.gru", "4", "--config.num-minibatches", "1", "--env-steps", "60000")
     ),
     "ppo, a sweep": Run("ppo.py", (*COMMON, *ENVS, "--env-steps", "40000", "--sweep", "hyper.learning_rate=1e-3,1e-4")),
     "dqn": Run("dqn.py", (*COMMON, "--preset", "none", "--env-steps", "40000", "--eval-every", "10000")),
