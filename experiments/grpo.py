@@ -9,7 +9,6 @@ python experiments/grpo.py --task my_task.py                  a task of your own
 Each method's run is in its folder; grpo.png and grpo.csv compare them: right answers before the first update and after the last.
 """
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,9 +57,7 @@ class Args:
 
 def defaults(argv: list[str]) -> Args:
     """The preset of the task that the command line names."""
-    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ahead.add_argument("--task", default=Args.task)
-    preset = grpo_preset(ahead.parse_known_args(argv)[0].task)
+    preset = grpo_preset(cli.read_ahead(argv, task=Args.task)["task"])
     return Args(updates=preset.updates, config=preset.config, hyper=preset.hyper)
 
 

@@ -43,12 +43,16 @@ def instances(function: str, **arguments: tuple[Any, type]) -> None:
 
 
 def traced(owner: str, name: str, function: Callable, *args: Any) -> Any:
-    """Shapes of what a user's function returns. Raises ``ValueError`` naming its owner and its name where it fails."""
+    """Shapes of what a user's function returns. Raises ``ValueError`` naming its owner and its name for whatever it raises."""
     try:
         return jax.eval_shape(function, *args)
-    except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{_place(error)}{owner}: {name} cannot be traced: {line}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's function may raise SystemExit, too
+        kind = type(error).__name__
+        line = (str(error).strip() or kind).splitlines()[0]
+        said = line if isinstance(error, ValueError) or line == kind else f"{kind}: {line}"
+        raise ValueError(f"{_place(error)}{owner}: {name} cannot be traced: {said}") from error
 
 
 def _place(error: BaseException) -> str:

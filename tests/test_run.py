@@ -398,7 +398,7 @@ def test_an_algorithm_may_report_no_episodes(tmp_path):
     [
         (lambda algo: with_metric(algo, "q", np.zeros(3)), "ppo: the metric 'q' must be a scalar number; got"),
         (lambda algo: algo._replace(update=lambda state: state), r"ppo: update must return \(state, metrics\)"),
-        (lambda algo: algo._replace(update=lambda state: 1 / 0), "ppo: update cannot be traced: division by zero"),
+        (lambda algo: algo._replace(update=lambda state: 1 / 0), "ppo: update cannot be traced: ZeroDivisionError: division by zero"),
         (
             lambda algo: algo._replace(update=lambda s: (s._replace(updates=s.updates + 0.5), {})),
             r"ppo: update returns updates as float32 \[\], init as int32 \[\]",

@@ -375,7 +375,7 @@ def test_a_task_in_a_file(imports, tmp_path):
         (("[2, 1], jnp.int32", "[2], jnp.int32"), r"demonstrate's answer must be int32 \[2\], got int32 \[1\]"),
         (('"format"', '"form"'), 'a dict with "correct" and "format"'),
         (("right.astype(jnp.float32)", "right"), r"verify's 'correct' must be float32 \[\], got bool \[\]"),
-        (("tokens[0]", "token[0]"), "verify cannot be traced: name 'token' is not defined"),
+        (("tokens[0]", "token[0]"), "verify cannot be traced: NameError: name 'token' is not defined"),
     ],
 )
 def test_a_broken_task_is_refused(tmp_path, edit, message):

@@ -71,11 +71,19 @@ class Options:
 
 def preset_of(argv: list[str], options: type[Options] = Options) -> tuple[str, str]:
     """``--preset`` and ``--env`` of a command line, read ahead since they decide the other defaults."""
-    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ahead.add_argument("--preset", default=options.preset)
-    ahead.add_argument("--env", default=options.env)
-    known, _ = ahead.parse_known_args(argv)
-    return known.preset, known.env
+    known = read_ahead(argv, preset=options.preset, env=options.env)
+    return known["preset"], known["env"]
+
+
+def read_ahead(argv: list[str], **defaults: str) -> dict[str, str]:
+    """The values of some flags of a command line, which ``parse`` refuses later where it is wrong."""
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, default in defaults.items():
+        ahead.add_argument(f"--{name}", default=default)
+    try:
+        return vars(ahead.parse_known_args(argv)[0])
+    except argparse.ArgumentError:
+        return defaults
 
 
 def paragraphs(doc: str | None) -> str:
@@ -240,19 +248,26 @@ def main(experiment: Callable[[list[str]], Result | None]) -> NoReturn:
     An interrupted run exits with 130.
     """
     try:
-        host.require_accelerator()
+        host.check_environment()
         result = experiment(sys.argv[1:])
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os._exit(0)
     except OverflowError as error:
-        sys.exit(f"error: a number, such as --seed, is too large: {error}")
+        sys.exit(_line(f"a number, such as --seed, is too large: {error}"))
     except (MemoryError, RuntimeError) as error:
-        sys.exit(f"error: {_runtime_error(error)}")
+        sys.exit(_line(_runtime_error(error)))
     except (ValueError, RunError, OSError) as error:
-        sys.exit(f"error: {str(error).strip()}")
+        sys.exit(_line(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0 if result is None or result.finished else 130)
+
+
+def _line(error: str, longest: int = 1000) -> str:
+    """An error as one line. Of a long one, which has somebody's long words in it, the beginning and the end."""
+    error = " ".join(error.split())
+    half = longest // 2
+    return f"error: {error if len(error) <= longest else f'{error[:half]} [...] {error[-half:]}'}"
 
 
 def _runtime_error(error: MemoryError | RuntimeError) -> str:
