@@ -205,6 +205,12 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path):
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads must be null, 4"),
         ("deepseek_v3", {"topk_group": 5}, "moe.groups must divide moe.experts = 8"),
         ("llama", {"vocab_size": None}, "vocab_size must be an integer of at least 1; got None"),
+        ("llama", {"num_hidden_layers": 10**12}, "num_hidden_layers must be between 1 and 10000"),
+        ("qwen3", {"layer_types": 5}, "layer_types must be a list of texts; got 5"),
+        ("qwen3", {"layer_types": [[], []]}, "layer_types must be a list of texts"),
+        ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps must be a number, finite in float32; got nan"),
+        ("llama", {"rope_theta": 10**400}, "rope_theta must be a number, finite in float32"),
+        ("llama", {"rope_parameters": 5}, "rope_parameters must be an object; got 5"),
     ],
 )
 def test_settings_that_cannot_be_done_are_refused(family, change, message, tmp_path):

@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold an object; got {type(found).__name__}")

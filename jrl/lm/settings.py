@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from jrl import checks
 from jrl.attention import mla, nsa
 from jrl.attention.rotary import Scaling
@@ -15,6 +17,9 @@ from jrl.nets import moe
 from jrl.nets.transformer import Config
 
 Settings = Mapping[str, Any]
+
+MOST = float(np.finfo(np.float32).max)
+MOST_LAYERS = 10_000  # of a file; far more than any has, and few enough to be listed
 
 # Of rope_parameters, by type; each may say its base as well.
 ROPE_KEYS = {
@@ -49,7 +54,7 @@ def read(found: Settings) -> Config:
     shared = {
         "vocab_size": _size(found, "vocab_size"),
         "dim": _size(found, "hidden_size"),
-        "num_layers": _size(found, "num_hidden_layers"),
+        "num_layers": _layers(found),
         "num_heads": _size(found, "num_attention_heads"),
         "norm_eps": _number(found, "rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
         "tie_embeddings": _flag(found, "tie_word_embeddings"),
@@ -94,6 +99,8 @@ def _window(found: Settings, family: str, layers: int) -> dict[str, Any]:
     if kinds is None:
         full = _size(found, "max_window_layers", 28, at_least=0) if window else layers
         kinds = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"layer_types must be a list of texts; got {kinds!r}")
     if len(kinds) != layers:
         raise ValueError(f"layer_types must name num_hidden_layers = {layers} layers; got {len(kinds)}")
     if set(kinds) == {"full_attention"}:
@@ -211,14 +218,20 @@ def _size(found: Settings, name: str, default: int = MISSING, null: int = MISSIN
     return value
 
 
+def _layers(found: Settings) -> int:
+    layers = _size(found, "num_hidden_layers")
+    checks.within("num_hidden_layers", layers, 1, MOST_LAYERS)
+    return layers
+
+
 def _number(found: Settings, name: str, default: float | None = None) -> float:
     value = found.get(name)
     if value is None:
         value = default
     if value is None:
         raise ValueError(f"{name} is missing")
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a number; got {value!r}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= MOST:
+        raise ValueError(f"{name} must be a number, finite in float32; got {value!r}")
     return float(value)
 
 
