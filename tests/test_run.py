@@ -19,7 +19,7 @@ from scipy.stats import trim_mean
 
 from jrl import envs, host, nets, optim, run
 from jrl.algos import ppo
-from jrl.run import cli, folders, layout, log, program, progress, stats
+from jrl.run import cli, folders, layout, log, memory, program, progress, stats
 from jrl.run.interrupt import StopOnSignal
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
@@ -832,6 +832,8 @@ def test_whole_numbers_and_words_on_the_command_line():
         ),
         (RuntimeError("Unable to initialize backend 'cuda'"), "JAX_PLATFORMS names the platforms to use, such as cpu"),
         (OverflowError("int too big"), "error: a number, such as --seed, is too large"),
+        (ValueError("one\n  and another\n"), "error: one and another"),
+        (ValueError("a" * 9999 + "b"), "error: " + "a" * 500 + " [...] " + "a" * 499 + "b"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, message):
@@ -861,9 +863,35 @@ def test_an_accelerator_that_is_wanted_and_missing_is_an_error(monkeypatch):
         monkeypatch.setenv("JRL_ACCEL", wanted)
         if jax.default_backend() == "cpu":
             with pytest.raises(ValueError, match=rf"JRL_ACCEL={wanted} asks for a .pu; JAX finds cpu"):
-                host.require_accelerator()
+                host.check_environment()
+    monkeypatch.setenv("JRL_ACCEL", "gpu")
+    with pytest.raises(ValueError, match="JRL_ACCEL must be one of cpu, tpu, cuda12, cuda13; got 'gpu'"):
+        host.check_environment()
     monkeypatch.setenv("JRL_ACCEL", "cpu")
-    host.require_accelerator()
+    host.check_environment()
+
+
+def test_a_wrong_number_of_cpu_devices_is_an_error_of_the_command_line_not_of_the_import(monkeypatch):
+    for wrong in ("0", "x", "-1", "1.5", "²", "257", 30 * "9"):
+        monkeypatch.setenv("JRL_CPU_DEVICES", wrong)
+        host.use_cpu_cores()
+        with pytest.raises(
+            SystemExit, match=f"^error: JRL_CPU_DEVICES must be an integer from 1 to 256; got '{wrong}'$"
+        ):
+            cli.main(lambda argv: None)
+
+
+def test_a_flag_without_its_value_is_refused_where_the_others_are():
+    assert cli.read_ahead(["--preset"], preset="auto", env="CartPole-v1") == {"preset": "auto", "env": "CartPole-v1"}
+    assert cli.read_ahead(["--x", "1", "--env", "Recall"], preset="auto", env="CartPole-v1")["env"] == "Recall"
+
+
+def test_what_the_memory_cannot_hold_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^runs = 9: too large, since it takes 3,725,290,298\.5 GiB of memory and there are"
+    ):
+        memory.refuse_if_too_large("runs = 9", jax.ShapeDtypeStruct((10**18,), jnp.float32))
+    memory.refuse_if_too_large("runs", jax.ShapeDtypeStruct((10**3,), jnp.float32))
 
 
 def test_the_progress_line_keeps_the_last_return_that_is_known(capsys, monkeypatch):

@@ -47,6 +47,15 @@ def refuse_if_too_many(state: Any, members: int, devices: int) -> None:
         )
 
 
+def refuse_if_too_large(what: str, arrays: Any) -> None:
+    """Raise ``ValueError`` that names ``what`` if arrays of these shapes (``jax.eval_shape``) do not fit the first device."""
+    there, needed = device_memory(), state_bytes(arrays)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"{what}: too large, since it takes {needed / 2**30:,.1f} GiB of memory and there are {there / 2**30:.1f} GiB"
+        )
+
+
 def tpu_gib(chip: str, algo: Algorithm, num_seeds: int) -> float:
     """Memory that one update of ``num_seeds`` seeds needs on one chip, ahead of time and without a TPU.
 
