@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.algorithm import Algorithm, State
+from jrl.run import memory
 
 Array = jax.Array
 MAX_STEPS = 10_000  # for environments without a time limit
@@ -18,6 +19,13 @@ class Evaluation(NamedTuple):
     returns: Array
     lengths: Array
     finished: Array
+
+
+def check_episodes(algo: Algorithm, episodes: int) -> None:
+    """Raise ``ValueError`` for more episodes than the memory has room for their environments."""
+    start = jax.eval_shape(algo.env.reset, jax.eval_shape(lambda: jax.random.key(0)))
+    side_by_side = jax.tree.map(lambda x: jax.ShapeDtypeStruct((episodes, *x.shape), x.dtype), start)
+    memory.refuse_if_too_large(f"eval_episodes = {episodes:,}", side_by_side)
 
 
 def evaluate(algo: Algorithm, state: State, key: Array, episodes: int, greedy: bool = True) -> Evaluation:

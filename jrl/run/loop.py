@@ -17,7 +17,7 @@ from jrl import checks, host
 from jrl.algorithm import Algorithm, check, check_act, over_members, to_means
 from jrl.run import checkpoint, folders, layout, log, memory, program, report, stats, sweep
 from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
-from jrl.run.evaluate import evaluate, record
+from jrl.run.evaluate import check_episodes, evaluate, record
 from jrl.run.interrupt import StopOnSignal
 from jrl.run.layout import Layout
 from jrl.run.progress import Progress
@@ -109,10 +109,11 @@ def train(
         raise ValueError(f"devices must be at most {len(jax.devices())}, the number of this machine; got {devices}")
     total = program.num_updates(algo, env_steps)
     state, metrics = check(algo)
+    memory.refuse_if_too_many(state, num_seeds * len(hypers or [""]), len(jax.devices()[:devices]))
     if eval_episodes:
         check_act(algo, state)
+        check_episodes(algo, eval_episodes)
     members = _Members.of(algo, key, num_seeds, hypers)
-    memory.refuse_if_too_many(state, len(members.labels), len(jax.devices()[:devices]))
     saved = folders.saved_setting(Path(run_dir), "log_every") if resume and run_dir is not None else None
     every = log_every or saved or -(-total // 1000)
     cells = {"": algo.hyper} if hypers is None else hypers
