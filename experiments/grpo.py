@@ -97,13 +97,13 @@ def main(argv: list[str]) -> None:
         algo, home = grpo.make(task, *settings[name]), folder / name
         if (config := settings[name][0]).supervised:
             print(f"{name}: {config.supervised} supervised updates first", flush=True)
-        grid = run.sweep.parse(args.sweep)
+        hypers = cli.cells(algo, args.sweep)
         result = run.train(
             algo,
             jax.random.key(args.seed),
             args.updates * algo.env_steps_per_update,
             num_seeds=args.num_seeds,
-            hypers=run.sweep.grid(algo.hyper, grid) if grid else None,
+            hypers=hypers,
             run_dir=home,
             resume=home.exists(),
             eval_episodes=args.eval_episodes,
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
                     "greedy, %": percent(scores["per_seed"]),
                 }
             )
-        if not grid:
+        if hypers is None:
             answers = m["env_steps"] // task.answer_length
             curves.append((name, *plot.curve(m["episode_return"], m["episodes"], answers)))
     report.print_table(folder / "grpo.csv", rows)

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+from jrl import checks
+
 T = TypeVar("T")
 
 
@@ -120,8 +122,7 @@ def blamed(path: Path) -> Iterator[None]:
 
 def make(path: Path, module: SimpleNamespace, settings: Mapping[str, Any]) -> Any:
     """``make(**settings)`` of the file. Raises ``ValueError`` as ``call`` does, and for whatever goes wrong in the file."""
-    if not callable(module.make):
-        raise ValueError(f"{path}: make must be a function; got {module.make!r}")
+    checks.function(f"{path}: make", module.make)
     with blamed(path):
         return call(str(path), module.make, settings)
 

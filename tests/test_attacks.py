@@ -11,7 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, sys.argv[1])
 import attack  # noqa: F401  (sets what the forks need)
-from attacks import inputs
+from attacks import inputs, processes
+
+for name in inputs.SMALL:  # or they could not be forked, nor a wrong platform be refused
+    processes.script(name)
+    print("no device is used yet" if processes.no_device_used() else f"importing {name} uses a device")
 
 for number, case in enumerate(inputs.some(23)):
     folder = Path(str(number)).absolute()
@@ -27,4 +31,4 @@ def test_bad_inputs_are_refused_with_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=processes.ENVIRONMENT, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) >= 30 and set(lines) == {"refused"}, done.stdout
+    assert len(lines) >= 40 and set(lines) == {"refused", "no device is used yet"}, done.stdout

@@ -230,6 +230,10 @@ def test_a_file_may_import_those_beside_it(imports, tmp_path):
         ("make()", "mine.py, line 14: RecursionError: maximum recursion depth exceeded"),
         ("next(iter(()))", "mine.py, line 14: StopIteration"),
         ("envs.make('nope')", "mine.py, line 14: ValueError: unknown environment 'nope'; known"),
+        (
+            "envs.Environment('own', wait, step, action_space)",
+            "mine.py: own: reset must be a function; got a coroutine",
+        ),
         ("None", "mine.py: an environment must have reset, step, action_space; got None"),
         ("'CartPole-v1'", "mine.py: an environment must have reset, step, action_space; got 'CartPole-v1'"),
         ("envs.Environment('own', reset, 5, action_space)", "mine.py: own: step must be a function; got 5"),
@@ -243,7 +247,7 @@ def test_a_file_may_import_those_beside_it(imports, tmp_path):
 )
 def test_what_goes_wrong_in_a_file_is_said_with_its_name_and_line(made, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    own_make = f"import sys\nfrom jrl import envs\ndef make():\n    return {made}\n"
+    own_make = f"import sys\nfrom jrl import envs\ndef make():\n    return {made}\nasync def wait(key): ...\n"
     (tmp_path / "mine.py").write_text(OWN + own_make)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         envs.make("mine.py")

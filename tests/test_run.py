@@ -822,6 +822,13 @@ def test_whole_numbers_and_words_on_the_command_line():
             envs.make(name, **params)
 
 
+CALLBACK = """INTERNAL: CpuCallback error calling callback: Traceback (most recent call last):
+  File "/home/.venv/lib/python3.11/site-packages/jax/_src/callback.py", line 71, in __call__
+  File "/home/work/mine.py", line 7, in <lambda>
+ZeroDivisionError: division by zero
+"""
+
+
 @pytest.mark.parametrize(
     "error, message",
     [
@@ -832,6 +839,7 @@ def test_whole_numbers_and_words_on_the_command_line():
         ),
         (RuntimeError("Unable to initialize backend 'cuda'"), "JAX_PLATFORMS names the platforms to use, such as cpu"),
         (OverflowError("int too big"), "error: a number, such as --seed, is too large"),
+        (RuntimeError(CALLBACK), "error: mine.py, line 7: a callback raised ZeroDivisionError: division by zero"),
         (ValueError("one\n  and another\n"), "error: one and another"),
         (ValueError("a" * 9999 + "b"), "error: " + "a" * 500 + " [...] " + "a" * 499 + "b"),
     ],
@@ -884,6 +892,19 @@ def test_a_wrong_number_of_cpu_devices_is_an_error_of_the_command_line_not_of_th
 def test_a_flag_without_its_value_is_refused_where_the_others_are():
     assert cli.read_ahead(["--preset"], preset="auto", env="CartPole-v1") == {"preset": "auto", "env": "CartPole-v1"}
     assert cli.read_ahead(["--x", "1", "--env", "Recall"], preset="auto", env="CartPole-v1")["env"] == "Recall"
+
+
+def test_a_sweep_of_too_many_cells_is_refused():
+    values = ",".join(map(str, range(101)))
+    with pytest.raises(ValueError, match="the sweep has 10,201 cells; at most 10,000 may be"):
+        cli.cells(make(), (f"hyper.gamma={values}", f"hyper.clip_eps={values}"))
+
+
+def test_a_size_beyond_64_bits_is_refused():
+    with pytest.raises(ValueError, match=r"^config.num_envs must be below 2\*\*63; got 9223372036854775808$"):
+        ppo.Config(num_envs=2**63)
+    with pytest.raises(ValueError, match="network.gru must be between 0 and"):
+        nets.Config(gru=2**40)
 
 
 def test_what_the_memory_cannot_hold_is_refused():

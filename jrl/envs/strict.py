@@ -81,8 +81,7 @@ def _record(env: Any) -> Environment:
     fields: dict[str, Any] = {field: getattr(env, field, None) for field in Environment._fields}
     fields |= {"name": name, "settings": fields["settings"] or ()}
     for field in ("reset", "step"):
-        if not callable(fields[field]):
-            raise ValueError(f"{name}: {field} must be a function; got {fields[field]!r}")
+        checks.function(f"{name}: {field}", fields[field])
     for field in ("time_limit", "first_truncation"):
         if fields[field] is not None:
             checks.positive_int(f"{name}: {field}", fields[field])

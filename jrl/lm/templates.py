@@ -6,6 +6,7 @@ A template is a foreign file's program. Jinja's sandbox keeps it from Python's o
 template that is compiled for each.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -61,7 +62,7 @@ class _Renderer:
             raise
 
     def _ask(self, message: str, limit: float) -> str:
-        process, reply = self._process, b""
+        process, reply = self._process, b""  # a whole line; one comes for each message, so none waits in a buffer
         assert process is not None and process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(message.encode() + b"\n")
@@ -71,14 +72,14 @@ class _Renderer:
         except OSError:
             pass
         finally:
-            if not reply:  # an interrupt, too, may not leave a reply behind that the next question would get
+            if not reply.endswith(
+                b"\n"
+            ):  # an interrupt, too, may not leave a reply behind that the next question would get
                 self._end()
-        if not reply:
-            late = process.returncode in (-signal.SIGPROF, -signal.SIGKILL)
-            why = (
-                f"it is not done after {SECONDS:g} s" if late else f"its process ended with status {process.returncode}"
-            )
-            raise ValueError(f"the chat template fails: {why}")
+        if not reply.endswith(b"\n"):
+            if process.returncode in (-signal.SIGPROF, -signal.SIGKILL):
+                raise ValueError(f"the chat template fails: it is not done after {SECONDS:g} s")
+            raise ValueError(f"the chat template fails: its process ended with status {process.returncode}")
         answer = json.loads(reply)
         if "error" in answer:
             raise ValueError(f"the chat template {answer['error']}")
@@ -89,10 +90,13 @@ class _Renderer:
         if process is None:
             return
         assert process.stdin is not None and process.stdout is not None
-        if not readable(0, process.stdout):  # else it ended by itself, with a status that tells why
+        with contextlib.suppress(OSError):
+            process.stdin.close()  # which ends it, unless it is at work
+        try:
+            process.wait(1.0)  # it may have ended by itself, with a status that tells why
+        except subprocess.TimeoutExpired:
             process.kill()
-        process.wait()
-        process.stdin.close()
+            process.wait()
         process.stdout.close()
 
 
@@ -104,7 +108,6 @@ def _started() -> subprocess.Popen:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        bufsize=0,
         env={"PYTHONPATH": paths, **kept},
         start_new_session=True,
     )

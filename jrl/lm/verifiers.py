@@ -127,8 +127,7 @@ def from_function(
     if not isinstance(prompts, Sequence) or isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of texts or Items; got {type(prompts).__name__}")
     checks.not_empty(prompts=prompts)
-    if not callable(function):
-        raise ValueError(f"a verifier must be a function of items and texts; got {function!r}")
+    checks.function("a verifier", function)
     items = [prompt if isinstance(prompt, Item) else Item(prompt, None) for prompt in prompts]
     items = _items("prompts", items, len(items))
 
@@ -174,8 +173,7 @@ def from_file(path: str | Path, seed: int = 0, **settings: Any) -> Source:
     if not isinstance(source, Source):
         raise ValueError(f"{path}: make must return a jrl.lm.verifiers.Source; got {type(source).__name__}")
     for name in ("draw", "score"):
-        if not callable(getattr(source, name)):
-            raise ValueError(f"{path}: {name} must be a function; got {getattr(source, name)!r}")
+        checks.function(f"{path}: {name}", getattr(source, name))
 
     def draw(seed: int, n: int) -> list[Item]:
         with user_file.blamed(path):

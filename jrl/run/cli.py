@@ -3,7 +3,10 @@
 import argparse
 import contextlib
 import itertools
+import logging
+import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +26,7 @@ from jrl.run.loop import Result, train
 from jrl.run.stats import seeds
 
 T = TypeVar("T")
+MOST_CELLS = 10_000  # of a sweep: each is checked before the run
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def run(options: Options, algo: Algorithm) -> Result:
     """Train as the options say, and print the result."""
     if options.run_dir is None and options.resume:
         raise ValueError("--resume needs --run-dir")
-    grid = sweeps.parse(options.sweep)
+    hypers = cells(algo, options.sweep)
     name = f"{algo.name}-{options.env.removesuffix('.py').replace('/', '-')}"
     fresh = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = options.run_dir or fresh_folder(fresh)
@@ -176,7 +180,7 @@ def run(options: Options, algo: Algorithm) -> Result:
             jax.random.key(options.seed),
             options.env_steps,
             num_seeds=options.num_seeds,
-            hypers=sweeps.grid(algo.hyper, grid) if grid else None,
+            hypers=hypers,
             run_dir=folder,
             resume=options.resume,
             eval_every=options.eval_every,
@@ -194,6 +198,14 @@ def run(options: Options, algo: Algorithm) -> Result:
                 folder.parent.rmdir()
     report(result)
     return result
+
+
+def cells(algo: Algorithm, sweep: tuple[str, ...]) -> dict[str, Any] | None:
+    """The hyperparameters of a sweep, by label; None without one. Raises ``ValueError`` for more than ``MOST_CELLS``."""
+    values = sweeps.parse(sweep)
+    if (count := math.prod(map(len, values.values()))) > MOST_CELLS:
+        raise ValueError(f"the sweep has {count:,} cells; at most {MOST_CELLS:,} may be")
+    return sweeps.grid(algo.hyper, values) if values else None
 
 
 def fresh_folder(path: Path) -> Path:
@@ -247,6 +259,9 @@ def main(experiment: Callable[[list[str]], Result | None]) -> NoReturn:
 
     An interrupted run exits with 130.
     """
+    logging.getLogger("jax._src.callback").setLevel(
+        logging.CRITICAL
+    )  # else it shows a user's error with its own frames
     try:
         host.check_environment()
         result = experiment(sys.argv[1:])
@@ -275,9 +290,22 @@ def _runtime_error(error: MemoryError | RuntimeError) -> str:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first or "Out of memory" in first:
         return f"out of memory: {first}; fewer seeds, environments or episodes of evaluation, or a smaller replay, take less"
+    if "allback" in first and "Traceback" in first:  # of an environment or a task: there are none in jrl
+        return _callback_error(str(error))
     if "nable to initialize backend" in first or "nknown backend" in first:
         return f"{first}; JAX_PLATFORMS names the platforms to use, such as cpu"
     raise error
+
+
+def _callback_error(text: str) -> str:
+    """What a callback raised, and where, from the traceback within an error of XLA."""
+    places = [
+        (Path(file).name, line)
+        for file, line in re.findall(r'File "(.+)", line (\d+)', text)
+        if "site-packages" not in file
+    ]
+    where = "{}, line {}: ".format(*places[-1]) if places else ""
+    return f"{where}a callback raised {text.strip().splitlines()[-1]}"
 
 
 def environment(options: Options) -> envs.Environment:

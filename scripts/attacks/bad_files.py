@@ -402,7 +402,7 @@ PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Probe-memory", ("delay=0", "delay=-1", "delay=nan")),
     ("Probe-truncation", ("limit=0", "limit=-1", "limit=1e30", "limit=x")),
     ("Probe-value", ("nope=1",)),
-    ("RandomWalk", ("num_states=0", "num_states=-1", "num_states=2", "num_states=1e12", "num_states=x", "one_hot=5", "one_hot=false")),
+    ("RandomWalk", ("num_states=0", "num_states=-1", "num_states=1.5", "num_states=1e12", "num_states=x", "one_hot=5", "one_hot=false")),
     ("CliffWalking", ("time_limit=0", "time_limit=-1", "time_limit=x", "time_limit=1e30", "one_hot=x")),
     ("FrozenLake", ("slippery=5", "slippery=x", "time_limit=0", "time_limit=1.5")),
     ("Garnet", ("seed=x", "num_states=0", "num_actions=0", "num_actions=-1", "branching=0", "branching=99", "num_states=1e12", "num_states=1e6", "seed=1e30")),

@@ -104,8 +104,7 @@ def strict(task: Task) -> Task:
     for name in ("prompt_length", "answer_length"):
         checks.positive_int(f"{task.name}: {name}", getattr(task, name))
     for name in ("draw", "verify", "demonstrate"):
-        if not callable(getattr(task, name)):
-            raise ValueError(f"{task.name}: {name} must be a function; got {getattr(task, name)!r}")
+        checks.function(f"{task.name}: {name}", getattr(task, name))
     if tuple(task.symbols[:2]) != MARKS:
         raise ValueError(f"{task.name}: the first two symbols must be {MARKS}; got {tuple(task.symbols[:2])}")
     if len(set(task.symbols)) < len(task.symbols):
