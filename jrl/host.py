@@ -89,9 +89,17 @@ def _wanted_cpu_devices() -> int | None:
 
 
 def check_environment() -> None:
-    """Raise ``ValueError`` for a ``JRL_CPU_DEVICES`` that is no number of devices, and a ``JRL_ACCEL`` that JAX does not have."""
+    """Raise ``ValueError`` for a ``JRL_CPU_DEVICES`` that is no number of devices, and for a ``JAX_PLATFORMS`` or a ``JRL_ACCEL`` that
+    JAX does not have."""
     if (text := os.environ.get("JRL_CPU_DEVICES", "")) and _wanted_cpu_devices() is None:
         raise ValueError(f"JRL_CPU_DEVICES must be an integer from 1 to {MOST_WANTED}; got {text!r}")
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        try:
+            jax.default_backend()
+        except AssertionError:  # of JAX, where a platform is known and its plugin is missing
+            raise ValueError(
+                f"JAX finds no device for JAX_PLATFORMS={platforms}; it names the platforms to use, such as cpu"
+            ) from None
     wanted = os.environ.get("JRL_ACCEL") or "cpu"
     backends = {"cpu": None, "tpu": "tpu", "cuda12": "gpu", "cuda13": "gpu"}
     if wanted not in backends:

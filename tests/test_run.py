@@ -889,6 +889,16 @@ def test_a_wrong_number_of_cpu_devices_is_an_error_of_the_command_line_not_of_th
             cli.main(lambda argv: None)
 
 
+def test_a_platform_without_a_device_is_refused(monkeypatch):
+    def finds_none():
+        raise AssertionError  # as JAX does for JAX_PLATFORMS=cuda where its plugin is missing
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "default_backend", finds_none)
+    with pytest.raises(SystemExit, match=r"^error: JAX finds no device for JAX_PLATFORMS=cuda; it names"):
+        cli.main(lambda argv: None)
+
+
 def test_a_flag_without_its_value_is_refused_where_the_others_are():
     assert cli.read_ahead(["--preset"], preset="auto", env="CartPole-v1") == {"preset": "auto", "env": "CartPole-v1"}
     assert cli.read_ahead(["--x", "1", "--env", "Recall"], preset="auto", env="CartPole-v1")["env"] == "Recall"
@@ -903,7 +913,7 @@ def test_a_sweep_of_too_many_cells_is_refused():
 def test_a_size_beyond_64_bits_is_refused():
     with pytest.raises(ValueError, match=r"^config.num_envs must be below 2\*\*63; got 9223372036854775808$"):
         ppo.Config(num_envs=2**63)
-    with pytest.raises(ValueError, match="network.gru must be between 0 and"):
+    with pytest.raises(ValueError, match=r"network\.gru must be between 0 and"):
         nets.Config(gru=2**40)
 
 
