@@ -167,6 +167,10 @@ def test_an_environment_in_a_file(tmp_path, key):
             ("action, False, t >= time_limit", "action, False"),
             "must return \\(obs, state, reward, terminated, truncated\\)",
         ),
+        (
+            ("return jnp.zeros(3), 0", "return jnp.zeros(3, complex), 0"),
+            "mine: observations must be real; got dtype complex64",
+        ),
         (("action, False,", "jnp.ones(2), False,"), r"scalar reward, got shape \(2,\)"),
         (
             ("t = state + 1", "t = nonsense"),

@@ -144,7 +144,10 @@ def _joined(env: str, name: str, first: Any, then: Any) -> Any:
 
 
 def _check_observation(env: Environment, obs: Any) -> None:
-    """Raise ``ValueError`` for a mask that does not fit the actions, or beside an observation that is not one array."""
+    """Raise ``ValueError`` for complex numbers, and for a mask that does not fit the actions or beside no single array."""
+    for x in jax.tree.leaves(obs):
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise ValueError(f"{env.name}: observations must be real; got dtype {x.dtype}")
     if not isinstance(obs, MaskedObs):
         return
     match env.action_space:
