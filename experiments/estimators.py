@@ -34,7 +34,7 @@ import numpy as np
 
 from jrl import checks
 from jrl import token_losses as tl
-from jrl.run import cli, plot, report
+from jrl.run import cli, memory, plot, report
 
 Array = jax.Array
 
@@ -342,6 +342,10 @@ def check(args: Args) -> None:
         checks.positive_int("group_sizes", group_size, 2)
     checks.positive_int("samples", args.samples, 2)
     checks.within("step", args.step, 0, math.inf)
+    answers = jax.ShapeDtypeStruct((args.samples, max(args.group_sizes), args.length), jnp.int32)
+    gradients = jax.ShapeDtypeStruct((args.samples, numbers), jnp.float64)
+    memory.refuse_if_too_large("samples and group_sizes", (answers, gradients))
+    args.folder.mkdir(parents=True, exist_ok=True)
 
 
 if __name__ == "__main__":

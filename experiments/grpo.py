@@ -9,7 +9,6 @@ python experiments/grpo.py --task my_task.py                  a task of your own
 Each method's run is in its folder; grpo.png and grpo.csv compare them: right answers before the first update and after the last.
 """
 
-import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,9 +57,7 @@ class Args:
 
 def defaults(argv: list[str]) -> Args:
     """The preset of the task that the command line names."""
-    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ahead.add_argument("--task", default=Args.task)
-    preset = grpo_preset(ahead.parse_known_args(argv)[0].task)
+    preset = grpo_preset(cli.read_ahead(argv, task=Args.task)["task"])
     return Args(updates=preset.updates, config=preset.config, hyper=preset.hyper)
 
 
@@ -100,13 +97,13 @@ def main(argv: list[str]) -> None:
         algo, home = grpo.make(task, *settings[name]), folder / name
         if (config := settings[name][0]).supervised:
             print(f"{name}: {config.supervised} supervised updates first", flush=True)
-        grid = run.sweep.parse(args.sweep)
+        hypers = cli.cells(algo, args.sweep)
         result = run.train(
             algo,
             jax.random.key(args.seed),
             args.updates * algo.env_steps_per_update,
             num_seeds=args.num_seeds,
-            hypers=run.sweep.grid(algo.hyper, grid) if grid else None,
+            hypers=hypers,
             run_dir=home,
             resume=home.exists(),
             eval_episodes=args.eval_episodes,
@@ -124,7 +121,7 @@ def main(argv: list[str]) -> None:
                     "greedy, %": percent(scores["per_seed"]),
                 }
             )
-        if not grid:
+        if hypers is None:
             answers = m["env_steps"] // task.answer_length
             curves.append((name, *plot.curve(m["episode_return"], m["episodes"], answers)))
     report.print_table(folder / "grpo.csv", rows)

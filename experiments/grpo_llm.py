@@ -29,7 +29,7 @@ from jrl.algos import grpo
 from jrl.lm import verifiers
 from jrl.lm.sampling import Rollout, decoder
 from jrl.nets import transformer
-from jrl.run import cli, disk, folders, interrupt, log, plot
+from jrl.run import cli, disk, folders, interrupt, log, memory, plot
 from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
 from jrl.run.interrupt import StopOnSignal
 
@@ -100,6 +100,9 @@ def checked(args: Args) -> Args:
     if args.config.supervised:
         raise ValueError("config.supervised must be 0: a published model needs no supervised start here")
     grpo.check_hyper(args.hyper)
+    tokens = answer_length + (args.prompt_length or 0)
+    answers = jax.ShapeDtypeStruct((args.config.oversample * args.config.rows, tokens, 3), jnp.float32)
+    memory.refuse_if_too_large("num_prompts, group_size, prompt_length and answer_length", answers)
     instruction = instruction if args.instruction is None else args.instruction
     return replace(args, form=form, instruction=instruction, answer_length=answer_length)
 
@@ -214,7 +217,9 @@ def main(argv: list[str]) -> None:
     key_init, key_run = jax.random.split(jax.random.key(args.seed))
     start = (key_init, params, args.hyper, args.steps)
     of_params = sharding.shardings(mesh, transformer.axes(config.model), params)
-    where = sharding.like(mesh, params, of_params, jax.eval_shape(learner.init, *start))
+    shapes = jax.eval_shape(learner.init, *start)
+    memory.refuse_states(shapes, 1, mesh.size)
+    where = sharding.like(mesh, params, of_params, shapes)
     state = jax.jit(learner.init, out_shardings=where)(*start)
     del params, start
     sample, learn = jax.jit(learner.sample), jax.jit(learner.learn, out_shardings=(where, None))

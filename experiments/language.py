@@ -23,7 +23,7 @@ import optax
 from jrl import checks, optim
 from jrl.attention import nsa
 from jrl.nets import transformer
-from jrl.run import cli, plot, report
+from jrl.run import cli, memory, plot, report
 
 Array = jax.Array
 Draw = Callable[[Array], tuple[Array, Array]]  # key -> tokens [B, T + 1], weight of each prediction [B, T]
@@ -146,6 +146,16 @@ def growing(steps: int, length: int) -> list[tuple[int, int]]:
     return [(steps - third - each * len(between), min(SHORT, length)), *((each, n) for n in between), (third, length)]
 
 
+def refuse_if_too_large(config: transformer.Config, draw: Draw) -> None:
+    """Raise ``ValueError`` for a decoder, or a batch of it, that the memory cannot hold."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(lambda key: transformer.init(key, config), key)
+    memory.refuse_if_too_large("dim and num_layers", (params,) * 4)  # with gradients and two moments
+    tokens, _ = jax.eval_shape(draw, key)
+    read = jax.ShapeDtypeStruct((*tokens.shape, config.dim), jnp.float32)
+    memory.refuse_if_too_large("batch_size, length and dim", read)
+
+
 def losses(params: Any, tokens: Array, weight: Array, config: transformer.Config) -> tuple[Array, Array]:
     """Mean cross-entropy in nats, and accuracy, of the predictions that count."""
     logits = transformer.forward(params, tokens[:, :-1], config)
@@ -198,6 +208,8 @@ def main(argv: list[str]) -> None:
         test, vocab, sparse = haystack(batch, length), FILLER + VALUES + 1, nsa.Config(16, 8, 32, 8, window=64)
     folder = args.folder or Path("runs") / f"language-{args.task}"
     decoders = {kind: decoder(kind, args, vocab, sparse) for kind in args.kinds}
+    for config in decoders.values():
+        refuse_if_too_large(config, test)
     folder.mkdir(parents=True, exist_ok=True)
     rows, lines = [], []
     for kind, config in decoders.items():

@@ -20,7 +20,7 @@ from jrl import checks, envs, optim, run
 from jrl.algos import ppo
 from jrl.algos.presets import Preset, ppo_preset
 from jrl.optim import OptimizerConfig
-from jrl.run import cli, plot, report, stats
+from jrl.run import cli, memory, plot, report, stats
 
 Array = jax.Array
 
@@ -53,7 +53,7 @@ class Args:
 # A student network learns what a random teacher says of inputs whose sizes differ a hundredfold.
 STUDENT = nn.Sequential([nn.Dense(64), nn.tanh, nn.Dense(64), nn.tanh, nn.Dense(1)])
 TEACHER = nn.Sequential([nn.Dense(32), nn.tanh, nn.Dense(1)])
-SCALES = jnp.logspace(0, -2, 16)
+SCALES = np.logspace(0, -2, 16, dtype=np.float32)  # of NumPy: JAX may not look for its platform yet
 POINTS = 50
 
 
@@ -134,6 +134,8 @@ def main(argv: list[str]) -> None:
     if args.toy_steps < 1 or args.toy_steps % POINTS:
         raise ValueError(f"toy_steps must be a multiple of {POINTS}; got {args.toy_steps}")
     checks.within("learning_rates", args.learning_rates, 0, float("inf"))
+    keys = jax.ShapeDtypeStruct((len(args.learning_rates), args.num_seeds, args.toy_steps, 2), jnp.uint32)
+    memory.refuse_if_too_large("learning_rates, num_seeds and toy_steps", keys)
     preset = ppo_preset("auto", args.env)
     folder = args.folder or Path("runs") / f"optimizers-{args.env}"
 

@@ -16,7 +16,7 @@ import numpy as np
 from jrl import checks, envs, mdp, run
 from jrl.algos import td
 from jrl.envs import tabular
-from jrl.run import cli, plot
+from jrl.run import cli, memory, plot
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ def by_episode(
     env: envs.Environment, method: str, hyper: td.Hyper, env_steps: int, runs: int, seed: int, metric: str
 ) -> np.ndarray:
     """A metric of each run's episodes in their order, ``[runs, episodes]``; as many as every run finished."""
+    history = jax.ShapeDtypeStruct((runs, env_steps), jax.numpy.float32)
+    memory.refuse_if_too_large(f"{runs:,} runs of {env_steps:,} steps", history)
     algo = td.make(env, td.Config(method, num_steps=1), hyper)  # type: ignore[arg-type]  # checked in main
     train = jax.jit(lambda keys: jax.vmap(run.train_fn(algo, env_steps))(keys)[1][metric])
     history = np.asarray(train(jax.random.split(jax.random.key(seed), runs)))

@@ -20,7 +20,7 @@ from jrl import checks, mdp
 from jrl.algos import td
 from jrl.envs import tabular
 from jrl.mdp import MDP
-from jrl.run import cli, plot, report
+from jrl.run import cli, memory, plot, report
 
 Array = jax.Array
 
@@ -40,10 +40,11 @@ class Args:
     folder: Path = Path("runs/td-random-walk")
 
 
-TD_ALPHAS, MC_ALPHAS = jnp.array([0.05, 0.1, 0.15]), jnp.array([0.01, 0.02, 0.03, 0.04])
-ALPHAS = jnp.linspace(0, 1, 21)
+# Of NumPy: an array of JAX would look for the platform before a wrong one can be refused.
+TD_ALPHAS, MC_ALPHAS = np.array([0.05, 0.1, 0.15], np.float32), np.array([0.01, 0.02, 0.03, 0.04], np.float32)
+ALPHAS = np.linspace(0, 1, 21, dtype=np.float32)
 STEPS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-LAMBDAS = jnp.array([0.0, 0.4, 0.8, 0.9, 0.95, 0.975, 0.99, 1.0])
+LAMBDAS = np.array([0.0, 0.4, 0.8, 0.9, 0.95, 0.975, 0.99, 1.0], np.float32)
 EPISODES = 10
 LONGEST = 1000  # of an episode; of 19 states one in a million is longer
 
@@ -91,7 +92,7 @@ def figure_6_2(keys: Array) -> tuple[Array, Array, Array]:
     middle = jnp.where(process.terminal, 0.0, 0.5)
     streams = jax.vmap(lambda k: episodes(k, process, 100, 150))(keys)
 
-    def errors(method: Any, alphas: Array) -> Array:
+    def errors(method: Any, alphas: np.ndarray) -> Array:
         def one(alpha, s):
             return rms_errors(process, lambda w, e: method(w, e, alpha)[0], middle, s)
 
@@ -133,6 +134,8 @@ def figures_of_19(keys: Array) -> dict[str, Array]:
 def main(argv: list[str]) -> None:
     args = cli.parse(Args, argv, doc=__doc__)
     checks.positive_int("runs", args.runs)
+    transitions = jax.ShapeDtypeStruct((args.runs, EPISODES, LONGEST, 2 * 21 + 3), jnp.float32)  # two states of 21 each
+    memory.refuse_if_too_large(f"runs = {args.runs:,}", transitions)
     args.folder.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     keys = jax.random.split(jax.random.key(args.seed), args.runs)
@@ -146,11 +149,10 @@ def main(argv: list[str]) -> None:
     lines.append(("true values", states, exact[None]))
     panels.append(plot.Panel("6.2: values of TD(0), one run", "state", "value", lines))
     steps = np.arange(1, 101)
-    lines = [(f"TD {a:g}", steps, e) for a, e in zip(np.asarray(TD_ALPHAS), td_errors, strict=True)]
-    lines += [(f"MC {a:g}", steps, e) for a, e in zip(np.asarray(MC_ALPHAS), mc_errors, strict=True)]
+    lines = [(f"TD {a:g}", steps, e) for a, e in zip(TD_ALPHAS, td_errors, strict=True)]
+    lines += [(f"MC {a:g}", steps, e) for a, e in zip(MC_ALPHAS, mc_errors, strict=True)]
     panels.append(plot.Panel("6.2: TD(0) and Monte Carlo by step size", "episodes", "RMS error", lines))
 
-    alphas = np.asarray(ALPHAS)
     figures = {
         "n-step TD": "7.2",
         "offline lambda-return": "12.3",
@@ -158,18 +160,16 @@ def main(argv: list[str]) -> None:
         "true online TD(lambda)": "12.8",
     }
     for name, grid in grids.items():
-        settings = (
-            [f"n = {n}" for n in STEPS] if name == "n-step TD" else [f"lambda = {x:g}" for x in np.asarray(LAMBDAS)]
-        )
+        settings = [f"n = {n}" for n in STEPS] if name == "n-step TD" else [f"lambda = {x:g}" for x in LAMBDAS]
         # As in the book, the plot ends where errors leave it.
         shown = np.where(grid < 0.55, grid, np.inf)
-        lines = [(s, alphas, e.T) for s, e in zip(settings, shown, strict=True)]
+        lines = [(s, ALPHAS, e.T) for s, e in zip(settings, shown, strict=True)]
         panels.append(plot.Panel(f"{figures[name]}: {name}, 19 states", "alpha", "RMS error, first 10 episodes", lines))
         mean = grid.mean(-1)
         for s, e in zip(settings, mean, strict=True):
             best = int(np.nanargmin(e))
             rows.append(
-                {"method": name, "setting": s, "best alpha": f"{alphas[best]:.2f}", "RMS error": f"{e[best]:.3f}"}
+                {"method": name, "setting": s, "best alpha": f"{ALPHAS[best]:.2f}", "RMS error": f"{e[best]:.3f}"}
             )
     plot.draw(args.folder / "td_random_walk.png", panels)
     report.print_table(args.folder / "td_random_walk.csv", rows)

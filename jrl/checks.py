@@ -1,5 +1,6 @@
 """Checks that fail at trace time, or before, with one clear line."""
 
+import inspect
 import math
 import traceback
 from collections.abc import Callable, Iterable, Sized
@@ -26,9 +27,18 @@ def one_of(field: str, value: Any, allowed: Iterable[Any]) -> None:
 
 
 def positive_int(field: str, value: Any, at_least: int = 1) -> None:
-    """Raise ``ValueError`` unless ``value`` is an int of at least ``at_least``."""
+    """Raise ``ValueError`` unless ``value`` is an int of at least ``at_least`` that fits in 64 bits."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{field} must be an integer of at least {at_least}; got {value!r}")
+    if value >= 2**63:
+        raise ValueError(f"{field} must be below 2**63; got {value}")
+
+
+def function(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless ``value`` can be called and answers at once, which a coroutine does not."""
+    if not callable(value) or inspect.iscoroutinefunction(value):
+        kind = f"a coroutine, {value!r}: write def without async" if callable(value) else repr(value)
+        raise ValueError(f"{name} must be a function; got {kind}")
 
 
 def instances(function: str, **arguments: tuple[Any, type]) -> None:
@@ -43,12 +53,16 @@ def instances(function: str, **arguments: tuple[Any, type]) -> None:
 
 
 def traced(owner: str, name: str, function: Callable, *args: Any) -> Any:
-    """Shapes of what a user's function returns. Raises ``ValueError`` naming its owner and its name where it fails."""
+    """Shapes of what a user's function returns. Raises ``ValueError`` naming its owner and its name for whatever it raises."""
     try:
         return jax.eval_shape(function, *args)
-    except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{_place(error)}{owner}: {name} cannot be traced: {line}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a user's function may raise SystemExit, too
+        kind = type(error).__name__
+        line = (str(error).strip() or kind).splitlines()[0]
+        said = line if isinstance(error, ValueError) or line == kind else f"{kind}: {line}"
+        raise ValueError(f"{_place(error)}{owner}: {name} cannot be traced: {said}") from error
 
 
 def _place(error: BaseException) -> str:

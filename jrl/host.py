@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 MOST = 8  # more host devices than this bring little: the programs are small
-
+MOST_WANTED = 256  # each has threads of its own
 
 _platform: str | None = None
 
@@ -68,25 +68,43 @@ def use_cpu_cores() -> None:
     """Show each CPU core to JAX as a device of its own, so that seeds can be laid over them.
 
     Called when ``jrl`` is imported, since JAX fixes its devices at their first use; if they are fixed already, nothing
-    changes. ``JRL_CPU_DEVICES=1`` keeps JAX's single CPU device, another number asks for that many.
+    changes. ``JRL_CPU_DEVICES=1`` keeps JAX's single CPU device, another number asks for that many; what is none is as if it were not
+    there, until ``check_environment``.
     """
-    wanted = os.environ.get("JRL_CPU_DEVICES", "")
-    if wanted and not (wanted.isdecimal() and int(wanted) > 0):
-        raise ValueError(f"JRL_CPU_DEVICES must be a positive integer; got {wanted!r}")
+    wanted = _wanted_cpu_devices()
     chosen: int = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
     already_chosen = chosen > 0 or "xla_force_host_platform" in os.environ.get("XLA_FLAGS", "")
     if already_chosen and not wanted:
         return
     try:
-        jax.config.update("jax_num_cpu_devices", int(wanted) if wanted else min(num_cores(), MOST))
+        jax.config.update("jax_num_cpu_devices", wanted or min(num_cores(), MOST))
     except RuntimeError:  # the devices are fixed already
         pass
 
 
-def require_accelerator() -> None:
-    """Raise ``ValueError`` where the environment's ``JRL_ACCEL`` asks for an accelerator that JAX does not have."""
-    wanted = os.environ.get("JRL_ACCEL", "")
-    backend = {"cuda12": "gpu", "cuda13": "gpu", "tpu": "tpu"}.get(wanted)
+def _wanted_cpu_devices() -> int | None:
+    """The number in ``JRL_CPU_DEVICES``; None if it is not there, or not one that can be."""
+    text = os.environ.get("JRL_CPU_DEVICES", "")
+    return int(text) if text.isdecimal() and len(text) < 5 and 1 <= int(text) <= MOST_WANTED else None
+
+
+def check_environment() -> None:
+    """Raise ``ValueError`` for a ``JRL_CPU_DEVICES`` that is no number of devices, and for a ``JAX_PLATFORMS`` or a ``JRL_ACCEL`` that
+    JAX does not have."""
+    if (text := os.environ.get("JRL_CPU_DEVICES", "")) and _wanted_cpu_devices() is None:
+        raise ValueError(f"JRL_CPU_DEVICES must be an integer from 1 to {MOST_WANTED}; got {text!r}")
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        try:
+            jax.default_backend()
+        except AssertionError:  # of JAX, where a platform is known and its plugin is missing
+            raise ValueError(
+                f"JAX finds no device for JAX_PLATFORMS={platforms}; it names the platforms to use, such as cpu"
+            ) from None
+    wanted = os.environ.get("JRL_ACCEL") or "cpu"
+    backends = {"cpu": None, "tpu": "tpu", "cuda12": "gpu", "cuda13": "gpu"}
+    if wanted not in backends:
+        raise ValueError(f"JRL_ACCEL must be one of {', '.join(backends)}; got {wanted!r}")
+    backend = backends[wanted]
     if backend is None:
         return
     try:

@@ -1,5 +1,7 @@
 """Environments: the protocol, gymnax behind it, wrappers, your own, and what is refused."""
 
+import re
+import sys
 import types
 
 import jax
@@ -165,8 +167,15 @@ def test_an_environment_in_a_file(tmp_path, key):
             ("action, False, t >= time_limit", "action, False"),
             "must return \\(obs, state, reward, terminated, truncated\\)",
         ),
+        (
+            ("return jnp.zeros(3), 0", "return jnp.zeros(3, complex), 0"),
+            "mine: observations must be real; got dtype complex64",
+        ),
         (("action, False,", "jnp.ones(2), False,"), r"scalar reward, got shape \(2,\)"),
-        (("t = state + 1", "t = nonsense"), r"^mine.py, line 9: mine: step cannot be traced: name 'nonsense'"),
+        (
+            ("t = state + 1", "t = nonsense"),
+            r"^mine.py, line 9: mine: step cannot be traced: NameError: name 'nonsense'",
+        ),
     ],
 )
 def test_a_broken_environment_is_refused(tmp_path, edit, message):
@@ -200,6 +209,52 @@ def make(steps: int):
         envs.make(path, length=5)
     with pytest.raises(ValueError, match=r"mine\.py needs the settings steps"):
         envs.make(path)
+
+
+@pytest.mark.parametrize("imports", ["import helper\n", ""])
+def test_a_file_may_import_those_beside_it(imports, tmp_path):
+    body = "\n    import colorsys, helper\n    colorsys.rgb_to_hsv(1, 1, 1)\n    t = state + helper.STEP"
+    before = sys.path.copy()
+    for folder, step in ((tmp_path / "a", 1), (tmp_path / "b", 2)):  # with two files of one name
+        folder.mkdir()
+        (folder / "mine.py").write_text(imports + OWN.replace("\n    t = state + 1", body))
+        (folder / "helper.py").write_text(f"STEP = {step}\n")
+        (folder / "colorsys.py").write_text("1 / 0")  # Python's own comes first
+        env = envs.make(folder / "mine.py")
+        assert env.step(jax.random.key(0), jnp.int32(0), 0)[1] == step
+        assert dict(env.settings)["text of helper"] == f"STEP = {step}\n"
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        ("{}['x']", "mine.py, line 14: KeyError: 'x'"),
+        ("sys.exit(0)", "mine.py, line 14: SystemExit: 0"),
+        ("make()", "mine.py, line 14: RecursionError: maximum recursion depth exceeded"),
+        ("next(iter(()))", "mine.py, line 14: StopIteration"),
+        ("envs.make('nope')", "mine.py, line 14: ValueError: unknown environment 'nope'; known"),
+        (
+            "envs.Environment('own', wait, step, action_space)",
+            "mine.py: own: reset must be a function; got a coroutine",
+        ),
+        ("None", "mine.py: an environment must have reset, step, action_space; got None"),
+        ("'CartPole-v1'", "mine.py: an environment must have reset, step, action_space; got 'CartPole-v1'"),
+        ("envs.Environment('own', reset, 5, action_space)", "mine.py: own: step must be a function; got 5"),
+        ("envs.Environment('own', reset, step, 5)", "mine.py: own: action_space must be Discrete"),
+        ("envs.Environment('own', reset, step, action_space, 'five')", "mine.py: own: time_limit must be an integer"),
+        (
+            "envs.Environment('own', lambda key: sys.exit(), step, action_space)",
+            "mine.py, line 14: own: reset cannot be traced: SystemExit",
+        ),
+    ],
+)
+def test_what_goes_wrong_in_a_file_is_said_with_its_name_and_line(made, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own_make = f"import sys\nfrom jrl import envs\ndef make():\n    return {made}\nasync def wait(key): ...\n"
+    (tmp_path / "mine.py").write_text(OWN + own_make)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        envs.make("mine.py")
 
 
 # What an environment may return

@@ -1,6 +1,7 @@
 """A model and its tokenizer agree: on how many ids there are, on the tokens that end an answer, and after both are saved."""
 
 import json
+import re
 
 import gguf as gguf_package
 import jax
@@ -11,7 +12,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from jrl import lm
-from jrl.lm import hf, tokenizer
+from jrl.lm import hf, templates, tokenizer
 from jrl.lm.sampling import Support, decoder, sample, score
 from jrl.nets import transformer
 
@@ -136,6 +137,29 @@ def test_what_is_saved_is_what_was_loaded(folder, tmp_path):
     assert json.loads(read.files["tokenizer_config.json"])["model_max_length"] == 99
 
 
+@pytest.mark.parametrize(
+    "found, message",
+    [
+        ({"chat_template": 5}, "chat_template must be a text; got 5"),
+        ({"chat_template": []}, "each of several chat templates must have a name and a template"),
+        ({"chat_template": [5]}, "each of several chat templates must have a name and a template"),
+        ({"chat_template": [{"name": "default"}]}, "each of several chat templates must have a name and a template"),
+        ({"chat_template": [{"name": "default", "template": 5}]}, "chat_template must be a text; got 5"),
+    ],
+)
+def test_a_tokenizer_with_settings_of_another_kind_is_refused(found, message, folder):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    write(folder / "tokenizer_config.json", found)
+    with pytest.raises(ValueError, match=message):
+        tokenizer.from_folder(folder)
+
+
+def test_an_end_token_that_is_no_number_is_refused(folder):
+    write(folder / "generation_config.json", {"eos_token_id": True})
+    with pytest.raises(ValueError, match="eos_token_id must be a token's id"):
+        tokenizer.from_folder(folder)
+
+
 @pytest.mark.parametrize("support", [Support(), Support(top_p=0.9)])
 def test_ids_that_no_tokenizer_knows_are_never_sampled_and_have_no_probability(support, folder):
     config, params, words = lm.load(folder)
@@ -175,3 +199,63 @@ def test_a_raw_key_samples_as_a_typed_one(folder):
     raw, typed = jax.random.PRNGKey(7), jax.random.key(7)
     np.testing.assert_array_equal(run(raw), run(typed))
     assert jax.eval_shape(run, jax.random.split(raw, 3)).shape == (3, 3)  # one a row
+
+
+# Chat templates, which are programs of whoever wrote the file
+
+HELLO = {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": True}
+DOUBLING = (
+    "{%% set n = namespace(x=%s) %%}{%% for i in range(90) %%}{%% set n.x = n.x %s n.x %%}{%% endfor %%}{{ n.x }}"
+)
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{ raise_exception('no') }}", "refuses: no"),
+        ("{{ messages.__class__.__mro__ }}", "refuses: access to attribute '__class__'"),
+        ("{% for", "refuses: unexpected 'end of template'"),
+        ("{% include 'a' %}", "fails: TypeError: no loader"),
+        ("{{ 1 / 0 }}", "fails: ZeroDivisionError"),
+        ("{{ 'a' * 10**10 }}", "fails: it takes more than 1 GiB of memory"),
+        ("{{ '%10000000000d' % 1 }}", "fails: it takes more than 1 GiB of memory"),
+        ("{{ 'a' | center(10**10) }}", "fails: it takes more than 1 GiB of memory"),
+        ("{{ 'a'.ljust(10**10) }}", "fails: it takes more than 1 GiB of memory"),
+        (DOUBLING % ("['a']", "+"), "fails: it takes more than 1 GiB of memory"),
+        ("{{ 'a' * 10**8 }}", "fails: it writes 100,000,000 characters, more than 10,000,000"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails: it is nested too deep"),
+        ("{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "fails: it is nested too deep"),
+        ("{{" + "(" * 5000 + ")" * 5000 + "}}", "fails: it is nested too deep"),
+        ("{{ range(10**10) | list }}", "fails: OverflowError: Range too big"),
+    ],
+)
+def test_a_chat_template_can_do_no_harm(template, message):
+    with pytest.raises(ValueError, match=f"^the chat template {re.escape(message)}"):
+        templates.render(template, HELLO)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+        DOUBLING % ("99", "*"),
+    ],
+)
+def test_a_chat_template_without_end_is_stopped(template, monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 0.2)
+    with pytest.raises(ValueError, match=r"^the chat template fails: it is not done after 0\.2 s$"):
+        templates.render(template, HELLO)
+
+
+def test_a_chat_template_that_failed_can_be_tried_again():
+    template = "{{ 1 / (messages | length - 1) }}"
+    for messages, text in (([], "-1.0"), ([1], None), ([1, 2], "1.0")):
+        if text is None:
+            with pytest.raises(ValueError, match="ZeroDivisionError"):
+                templates.render(template, {"messages": messages})
+        else:
+            assert templates.render(template, {"messages": messages}) == text
+    for _ in range(2):
+        with pytest.raises(ValueError, match="unknown tag 'nope'"):
+            templates.render("{% nope %}", HELLO)

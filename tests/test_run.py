@@ -19,7 +19,7 @@ from scipy.stats import trim_mean
 
 from jrl import envs, host, nets, optim, run
 from jrl.algos import ppo
-from jrl.run import cli, folders, layout, log, program, progress, stats
+from jrl.run import cli, folders, layout, log, memory, program, progress, stats
 from jrl.run.interrupt import StopOnSignal
 from jrl.run.members import members_of
 
@@ -401,7 +401,10 @@ def test_an_algorithm_may_report_no_episodes(tmp_path):
     [
         (lambda algo: with_metric(algo, "q", np.zeros(3)), "ppo: the metric 'q' must be a scalar number; got"),
         (lambda algo: algo._replace(update=lambda state: state), r"ppo: update must return \(state, metrics\)"),
-        (lambda algo: algo._replace(update=lambda state: 1 / 0), "ppo: update cannot be traced: division by zero"),
+        (
+            lambda algo: algo._replace(update=lambda state: 1 / 0),
+            "ppo: update cannot be traced: ZeroDivisionError: division by zero",
+        ),
         (
             lambda algo: algo._replace(update=lambda s: (s._replace(updates=s.updates + 0.5), {})),
             r"ppo: update returns updates as float32 \[\], init as int32 \[\]",
@@ -948,6 +951,13 @@ def test_whole_numbers_and_words_on_the_command_line():
             envs.make(name, **params)
 
 
+CALLBACK = """INTERNAL: CpuCallback error calling callback: Traceback (most recent call last):
+  File "/home/.venv/lib/python3.11/site-packages/jax/_src/callback.py", line 71, in __call__
+  File "/home/work/mine.py", line 7, in <lambda>
+ZeroDivisionError: division by zero
+"""
+
+
 @pytest.mark.parametrize(
     "error, message",
     [
@@ -958,6 +968,9 @@ def test_whole_numbers_and_words_on_the_command_line():
         ),
         (RuntimeError("Unable to initialize backend 'cuda'"), "JAX_PLATFORMS names the platforms to use, such as cpu"),
         (OverflowError("int too big"), "error: a number, such as --seed, is too large"),
+        (RuntimeError(CALLBACK), "error: mine.py, line 7: a callback raised ZeroDivisionError: division by zero"),
+        (ValueError("one\n  and another\n"), "error: one and another"),
+        (ValueError("a" * 9999 + "b"), "error: " + "a" * 500 + " [...] " + "a" * 499 + "b"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, message):
@@ -987,9 +1000,58 @@ def test_an_accelerator_that_is_wanted_and_missing_is_an_error(monkeypatch):
         monkeypatch.setenv("JRL_ACCEL", wanted)
         if jax.default_backend() == "cpu":
             with pytest.raises(ValueError, match=rf"JRL_ACCEL={wanted} asks for a .pu; JAX finds cpu"):
-                host.require_accelerator()
+                host.check_environment()
+    monkeypatch.setenv("JRL_ACCEL", "gpu")
+    with pytest.raises(ValueError, match="JRL_ACCEL must be one of cpu, tpu, cuda12, cuda13; got 'gpu'"):
+        host.check_environment()
     monkeypatch.setenv("JRL_ACCEL", "cpu")
-    host.require_accelerator()
+    host.check_environment()
+
+
+def test_a_wrong_number_of_cpu_devices_is_an_error_of_the_command_line_not_of_the_import(monkeypatch):
+    for wrong in ("0", "x", "-1", "1.5", "²", "257", 30 * "9"):
+        monkeypatch.setenv("JRL_CPU_DEVICES", wrong)
+        host.use_cpu_cores()
+        with pytest.raises(
+            SystemExit, match=f"^error: JRL_CPU_DEVICES must be an integer from 1 to 256; got '{wrong}'$"
+        ):
+            cli.main(lambda argv: None)
+
+
+def test_a_platform_without_a_device_is_refused(monkeypatch):
+    def finds_none():
+        raise AssertionError  # as JAX does for JAX_PLATFORMS=cuda where its plugin is missing
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "default_backend", finds_none)
+    with pytest.raises(SystemExit, match=r"^error: JAX finds no device for JAX_PLATFORMS=cuda; it names"):
+        cli.main(lambda argv: None)
+
+
+def test_a_flag_without_its_value_is_refused_where_the_others_are():
+    assert cli.read_ahead(["--preset"], preset="auto", env="CartPole-v1") == {"preset": "auto", "env": "CartPole-v1"}
+    assert cli.read_ahead(["--x", "1", "--env", "Recall"], preset="auto", env="CartPole-v1")["env"] == "Recall"
+
+
+def test_a_sweep_of_too_many_cells_is_refused():
+    values = ",".join(map(str, range(101)))
+    with pytest.raises(ValueError, match="the sweep has 10,201 cells; at most 10,000 may be"):
+        cli.cells(make(), (f"hyper.gamma={values}", f"hyper.clip_eps={values}"))
+
+
+def test_a_size_beyond_64_bits_is_refused():
+    with pytest.raises(ValueError, match=r"^config.num_envs must be below 2\*\*63; got 9223372036854775808$"):
+        ppo.Config(num_envs=2**63)
+    with pytest.raises(ValueError, match=r"network\.gru must be between 0 and"):
+        nets.Config(gru=2**40)
+
+
+def test_what_the_memory_cannot_hold_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^runs = 9: too large, since it takes 3,725,290,298\.5 GiB of memory and there are"
+    ):
+        memory.refuse_if_too_large("runs = 9", jax.ShapeDtypeStruct((10**18,), jnp.float32))
+    memory.refuse_if_too_large("runs", jax.ShapeDtypeStruct((10**3,), jnp.float32))
 
 
 def test_the_progress_line_keeps_the_last_return_that_is_known(capsys, monkeypatch):

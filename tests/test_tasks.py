@@ -365,6 +365,15 @@ def test_a_task_in_a_file(imports, tmp_path):
     "edit, message",
     [
         (("def demonstrate", "def show"), "must define demonstrate"),
+        (('(*MARKS, "x")', "5"), "mine: symbols must be a tuple of texts; got 5"),
+        (('*MARKS, "x"', "*MARKS, 5"), "mine: symbols must be a tuple of texts"),
+        (('"x"), 1, 2', '"x"), 1, -2'), "mine: answer_length must be an integer of at least 1; got -2"),
+        (("def verify", "verify = 5\ndef check"), "mine: verify must be a function; got 5"),
+        (
+            ("def draw", "def make():\n    return None\ndef draw"),
+            "mine.py: a task must be a jrl.lm.tasks.Task; got NoneType",
+        ),
+        (("def draw", "def make():\n    raise SystemExit(0)\ndef draw"), r"mine.py, line \d+: SystemExit: 0"),
         (('*MARKS, "x"', '"x", *MARKS'), "first two symbols"),
         (('*MARKS, "x"', '*MARKS, "x", "x"'), "symbols must differ"),
         (
@@ -375,7 +384,7 @@ def test_a_task_in_a_file(imports, tmp_path):
         (("[2, 1], jnp.int32", "[2], jnp.int32"), r"demonstrate's answer must be int32 \[2\], got int32 \[1\]"),
         (('"format"', '"form"'), 'a dict with "correct" and "format"'),
         (("right.astype(jnp.float32)", "right"), r"verify's 'correct' must be float32 \[\], got bool \[\]"),
-        (("tokens[0]", "token[0]"), "verify cannot be traced: name 'token' is not defined"),
+        (("tokens[0]", "token[0]"), "verify cannot be traced: NameError: name 'token' is not defined"),
     ],
 )
 def test_a_broken_task_is_refused(tmp_path, edit, message):
@@ -393,6 +402,9 @@ def test_a_broken_task_is_refused(tmp_path, edit, message):
         ("missing.py", {}, "no such task file"),
         ("modular_addition", {"base": 3}, "has no setting 'base'; it has: modulus"),
         ("modular_addition", {"modulus": 1}, "modulus must be an integer of at least 2; got 1"),
+        ("modular_addition", {"modulus": 10**12}, r"modulus must be between 2 and 1e\+06; got 1e\+12"),
+        ("parity", {"length": 10**12}, r"length must be between 1 and 1e\+06; got 1e\+12"),
+        ("countdown", {"target": 10**12}, r"target must be between 1 and 1e\+06; got 1e\+12"),
         ("addition", {"digits": 10}, "digits must be at most 9"),
         ("reverse", {"length": 3, "shortest": 4}, "shortest must be at most length, 3; got 4"),
         ("sort", {"letters": 27}, "letters must be at most 26"),

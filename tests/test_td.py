@@ -94,6 +94,10 @@ def test_exact_answers_vmap():
         (lambda: mdp.make(jnp.ones((1, 1, 1)), jnp.ones((2, 1))), r"reward must have shape \(1, 1, 1\)"),
         (lambda: tabular.gridworld(["S.", "G"]), "one length"),
         (lambda: tabular.gridworld(["..", ".G"]), "needs a start"),
+        (lambda: tabular.garnet(jax.random.key(0), 10**6), "num_states must be between 1 and 10000"),
+        (lambda: tabular.garnet(jax.random.key(0), 3, 10**6), "num_actions must be between 1 and 10000"),
+        (lambda: tabular.random_walk(10**12), "num_states must be between 1 and 10000"),
+        (lambda: tabular.random_walk(0), "num_states must be an integer of at least 1; got 0"),
         (lambda: tabular.garnet(jax.random.key(0), 3, 2, 4), "branching must be between 1 and num_states = 3; got 4"),
     ],
 )

@@ -53,8 +53,10 @@ def make(name: str | Path, **params: Any) -> Environment:
         raise ValueError(f"an environment's name must be text; got {name!r}")
     name = str(name)
     if name.endswith(".py"):
-        made = strict(_from_file(Path(name), params))
-        return with_settings(made, params | user_file.text_of(Path(name)))
+        path = Path(name)
+        with user_file.blamed(path):
+            made = strict(_from_file(path, params))
+        return with_settings(made, params | user_file.text_of(path))
     if name in gymnax.IDS:
         return strict(gymnax.make(name, **params))
     if name not in _registered:
@@ -69,7 +71,7 @@ def _from_file(path: Path, params: dict[str, Any]) -> Environment:
     """``make(**params) -> Environment`` of the file if it has one, else its ``reset``, ``step`` and ``action_space``."""
     module = user_file.load(path, "environment file")
     if hasattr(module, "make"):
-        return user_file.call(str(path), module.make, params)
+        return user_file.make(path, module, params)
     missing = [field for field in ("reset", "step", "action_space") if not hasattr(module, field)]
     if missing:
         raise ValueError(

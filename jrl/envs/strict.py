@@ -81,8 +81,7 @@ def _record(env: Any) -> Environment:
     fields: dict[str, Any] = {field: getattr(env, field, None) for field in Environment._fields}
     fields |= {"name": name, "settings": fields["settings"] or ()}
     for field in ("reset", "step"):
-        if not callable(fields[field]):
-            raise ValueError(f"{name}: {field} must be a function; got {fields[field]!r}")
+        checks.function(f"{name}: {field}", fields[field])
     for field in ("time_limit", "first_truncation"):
         if fields[field] is not None:
             checks.positive_int(f"{name}: {field}", fields[field])
@@ -145,7 +144,10 @@ def _joined(env: str, name: str, first: Any, then: Any) -> Any:
 
 
 def _check_observation(env: Environment, obs: Any) -> None:
-    """Raise ``ValueError`` for a mask that does not fit the actions, or beside an observation that is not one array."""
+    """Raise ``ValueError`` for complex numbers, and for a mask that does not fit the actions or beside no single array."""
+    for x in jax.tree.leaves(obs):
+        if jnp.issubdtype(x.dtype, jnp.complexfloating):
+            raise ValueError(f"{env.name}: observations must be real; got dtype {x.dtype}")
     if not isinstance(obs, MaskedObs):
         return
     match env.action_space:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrl import checks
 from jrl import mdp as mdps
 from jrl.envs.types import Discrete, Environment, MaskedObs
 from jrl.mdp import MDP
@@ -15,12 +16,22 @@ MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))  # left, down, right, up: (row, colum
 FROZEN_LAKE = ("SFFF", "FHFH", "FFFH", "HFFG")
 
 
+MOST = 10_000  # states or actions: a table has an entry for each pair of states
+
+
+def _check_size(**counts: int) -> None:
+    for name, count in counts.items():
+        checks.positive_int(name, count)
+        checks.within(name, count, 1, MOST)
+
+
 def random_walk(num_states: int = 19, left: float = -1.0, right: float = 1.0) -> MDP:
     """A walk over ``num_states`` states that starts in the middle and ends beyond either end (examples 6.2 and 7.1).
 
     Its one action goes left or right by chance; leaving on the left pays ``left``, on the right ``right``. States 0 and
     ``num_states + 1`` are terminal.
     """
+    _check_size(num_states=num_states)
     n = num_states + 2
     transition, reward = np.zeros((n, 1, n)), np.zeros((n, 1, n))
     for s in range(n):
@@ -126,6 +137,7 @@ def garnet(key: Array, num_states: int = 10, num_actions: int = 4, branching: in
 
     Nothing is terminal. Raises ``ValueError`` if ``branching`` is more than ``num_states``.
     """
+    _check_size(num_states=num_states, num_actions=num_actions)
     if not 1 <= branching <= num_states:
         raise ValueError(f"branching must be between 1 and num_states = {num_states}; got {branching}")
     key_next, key_cuts, key_reward = jax.random.split(key, 3)

@@ -16,6 +16,7 @@ import numpy as np
 from jrl import checks
 from jrl.attention.rotary import Scaling, frequencies
 from jrl.lm import layout
+from jrl.lm.settings import MOST_LAYERS
 from jrl.nets.transformer import Config
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -104,8 +105,10 @@ def _config(reader: gguf.GGUFReader, held: dict[str, Any]) -> Config:
     if "token_embd.weight" not in held:
         raise ValueError("tensor token_embd.weight is missing")
     dim, heads = get("embedding_length"), get("attention.head_count")
-    for name, value in (("embedding_length", dim), ("attention.head_count", heads)):
+    layers = get("block_count")
+    for name, value in (("embedding_length", dim), ("attention.head_count", heads), ("block_count", layers)):
         checks.positive_int(f"{family}.{name}", value)
+    checks.within(f"{family}.block_count", layers, 1, MOST_LAYERS)
     width = get("attention.key_length", dim // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if get(name, width) != width:
@@ -114,7 +117,7 @@ def _config(reader: gguf.GGUFReader, held: dict[str, Any]) -> Config:
     return Config(
         vocab_size=int(held["token_embd.weight"].shape[1]),
         dim=dim,
-        num_layers=get("block_count"),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=get("attention.head_count_kv", heads),
         head_dim=width,

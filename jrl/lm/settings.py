@@ -18,6 +18,9 @@ from jrl.nets.transformer import Config
 
 Settings = Mapping[str, Any]
 
+MOST = float(np.finfo(np.float32).max)
+MOST_LAYERS = 10_000  # of a file; far more than any has, and few enough to be listed
+
 # Of rope_parameters, by type; each may say its base as well.
 ROPE_KEYS = {
     "default": (),
@@ -51,7 +54,7 @@ def read(found: Settings) -> Config:
     shared = {
         "vocab_size": _size(found, "vocab_size"),
         "dim": _size(found, "hidden_size"),
-        "num_layers": _size(found, "num_hidden_layers"),
+        "num_layers": _layers(found),
         "num_heads": _size(found, "num_attention_heads"),
         "norm_eps": _number(found, "rms_norm_eps", 1e-5 if family == "mixtral" else 1e-6),
         "tie_embeddings": _flag(found, "tie_word_embeddings"),
@@ -95,14 +98,14 @@ def _window(found: Settings, family: str, layers: int) -> dict[str, Any]:
     kinds = found.get("layer_types")
     if kinds is None:
         full = _size(found, "max_window_layers", 28, at_least=0) if window else layers
-        counts = {"full_attention": full, "sliding_attention": layers - full}
-        kinds = [kind for kind, count in counts.items() if count > 0]
-    elif not isinstance(kinds, list) or len(kinds) != layers:
-        got = len(kinds) if isinstance(kinds, list) else repr(kinds)
-        raise ValueError(f"layer_types must name num_hidden_layers = {layers} layers; got {got}")
-    if all(kind == "full_attention" for kind in kinds):
+        kinds = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"layer_types must be a list of texts; got {kinds!r}")
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types must name num_hidden_layers = {layers} layers; got {len(kinds)}")
+    if set(kinds) == {"full_attention"}:
         return {}
-    if all(kind == "sliding_attention" for kind in kinds) and window:
+    if set(kinds) == {"sliding_attention"} and window:
         return {"attention": "window", "window": window}
     raise ValueError(
         "layer_types (by use_sliding_window, sliding_window and max_window_layers where not given) must be full_attention "
@@ -217,7 +220,10 @@ def _size(found: Settings, name: str, default: int = MISSING, null: int = MISSIN
     return value
 
 
-LARGEST = float(np.finfo(np.float32).max)
+def _layers(found: Settings) -> int:
+    layers = _size(found, "num_hidden_layers")
+    checks.within("num_hidden_layers", layers, 1, MOST_LAYERS)
+    return layers
 
 
 def _number(found: Settings, name: str, default: float | None = None) -> float:
@@ -226,7 +232,7 @@ def _number(found: Settings, name: str, default: float | None = None) -> float:
         value = default
     if value is None:
         raise ValueError(f"{name} is missing")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= LARGEST:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= MOST:
         raise ValueError(f"{name} must be a number, finite in float32; got {value!r}")
     return float(value)
 

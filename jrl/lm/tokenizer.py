@@ -6,19 +6,15 @@ ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Hi"}]))
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 from gguf import GGUFReader
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from jrl import checks
-from jrl.lm import gguf
+from jrl.lm import gguf, templates
 from jrl.lm.hf import read_json
 
 Message = Mapping[str, Any]
@@ -75,41 +71,15 @@ class Tokenizer(NamedTuple):
     def chat(self, messages: Sequence[Message], *, answer: bool = True, **more: Any) -> str:
         """The conversation as text: messages have ``role`` and ``content``; ``answer`` opens the assistant's next one.
 
-        ``more`` goes to the template. Raises ``ValueError`` where there is no template, or it refuses.
+        ``more`` goes to the template, and is of JSON's kinds. Raises ``ValueError`` where there is no template, or as
+        ``templates.render`` does.
         """
         if self.template is None:
             raise ValueError("this tokenizer has no chat template")
         given = {"tools": None, "documents": None, **self.special, **more}
-        try:
-            return _compile(self.template).render(messages=list(messages), add_generation_prompt=answer, **given)
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses: {error}") from None
-
-
-class _Generation(Extension):
-    """``{% generation %}``, by which some templates mark the assistant's text: what is in it."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
-
-
-def _compile(template: str) -> Any:
-    """As ``transformers`` compiles them: sandboxed, for a file's template is somebody's program."""
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda x, **how: json.dumps(x, **{"ensure_ascii": False} | how)
-    return environment.from_string(template)
+        return templates.render(
+            self.template, {"messages": list(map(dict, messages)), "add_generation_prompt": answer, **given}
+        )
 
 
 # Hugging Face's files
@@ -174,13 +144,14 @@ def _template(folder: Path, found: Mapping[str, Any]) -> str | None:
         return _read(path)
     path = folder / "chat_template.json"
     template = (read_json(path) if path.is_file() else found).get("chat_template")
-    try:
-        if isinstance(template, list):  # several, by name
-            template = {x["name"]: x["template"] for x in template}.get("default")
-    except (KeyError, TypeError):
-        template = ()
-    if not isinstance(template, str | None):
-        raise ValueError(f"{folder}: chat_template must be a text, or a list of them with their names")
+    if isinstance(template, list):  # several, by name
+        if not template or not all(isinstance(x, dict) and {"name", "template"} <= x.keys() for x in template):
+            raise ValueError(
+                f"{folder}: each of several chat templates must have a name and a template; got {template!r}"
+            )
+        template = next((x["template"] for x in template if x["name"] == "default"), None)
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{folder}: chat_template must be a text; got {template!r}")
     return template
 
 

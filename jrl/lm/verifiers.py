@@ -127,8 +127,12 @@ def from_function(
 
     Prompts are texts, or ``Item``s that carry data for the function. They come in random order, and none twice before all came.
     """
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of texts or Items; got {type(prompts).__name__}")
     checks.not_empty(prompts=prompts)
+    checks.function("a verifier", function)
     items = [prompt if isinstance(prompt, Item) else Item(prompt, None) for prompt in prompts]
+    items = _items("prompts", items, len(items))
 
     def score(items: Sequence[Item], texts: Sequence[str]) -> dict[str, np.ndarray]:
         given = function(items, texts)
@@ -168,10 +172,28 @@ def from_file(path: str | Path, seed: int = 0, **settings: Any) -> Source:
     module = user_file.load(path, "file of problems")
     if not hasattr(module, "make"):
         raise ValueError(f"{path} must define make(seed) -> jrl.lm.verifiers.Source")
-    source = user_file.call(str(path), module.make, {"seed": seed, **settings})
+    source = user_file.make(path, module, {"seed": seed, **settings})
     if not isinstance(source, Source):
         raise ValueError(f"{path}: make must return a jrl.lm.verifiers.Source; got {type(source).__name__}")
-    return source
+    for name in ("draw", "score"):
+        checks.function(f"{path}: {name}", getattr(source, name))
+
+    def draw(seed: int, n: int) -> list[Item]:
+        with user_file.blamed(path):
+            return _items("draw", source.draw(seed, n), n)
+
+    return source._replace(name=str(source.name), draw=draw)
+
+
+def _items(name: str, given: Any, n: int) -> list[Item]:
+    """Raise ``ValueError`` for what is no list of ``n`` items, each with a text for its prompt."""
+    if not isinstance(given, list | tuple) or len(given) != n:
+        got = f"{len(given)} items" if isinstance(given, list | tuple) else type(given).__name__
+        raise ValueError(f"{name} must give a list of {n} Items; got {got}")
+    for item in given:
+        if not isinstance(item, Item) or not isinstance(item.prompt, str):
+            raise ValueError(f"{name}: a problem must be an Item with a text for its prompt; got {item!r}")
+    return list(given)
 
 
 def reasoning_gym(

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jrl import checks
 from jrl.distributions import MASKED, NormalParams
 from jrl.envs.types import Box, Discrete, MultiDiscrete, Space
 from jrl.nets import fused
@@ -50,6 +51,10 @@ class Config(TorsoConfig):
 
     shared: bool = False
     log_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.within("network.log_std", self.log_std, -80, 80)  # its exponential is a float32 above 0
 
 
 def actor_critic(config: Config, obs_spec: Any, space: Space) -> Network:

@@ -74,6 +74,7 @@ class TorsoConfig:
         checks.one_of("network.activation", self.activation, get_args(Activation))
         checks.one_of("network.norm", self.norm, get_args(Norm))
         checks.positive_int("network.gru", self.gru, at_least=0)
+        checks.within("network.gru", self.gru, 0, 2**31 - 1)  # an empty memory is made before a state's size is known
         checks.positive_int("network.patch", self.patch)
         if self.torso == "vit":
             self.vit()

@@ -3,7 +3,10 @@
 import argparse
 import contextlib
 import itertools
+import logging
+import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +27,7 @@ from jrl.run.loop import Result, train
 from jrl.run.stats import seeds
 
 T = TypeVar("T")
+MOST_CELLS = 10_000  # of a sweep: each is checked before the run
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,19 @@ class Options:
 
 def preset_of(argv: list[str], options: type[Options] = Options) -> tuple[str, str]:
     """``--preset`` and ``--env`` of a command line, read ahead since they decide the other defaults."""
-    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    ahead.add_argument("--preset", default=options.preset)
-    ahead.add_argument("--env", default=options.env)
-    known, _ = ahead.parse_known_args(argv)
-    return known.preset, known.env
+    known = read_ahead(argv, preset=options.preset, env=options.env)
+    return known["preset"], known["env"]
+
+
+def read_ahead(argv: list[str], **defaults: str) -> dict[str, str]:
+    """The values of some flags of a command line, which ``parse`` refuses later where it is wrong."""
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, default in defaults.items():
+        ahead.add_argument(f"--{name}", default=default)
+    try:
+        return vars(ahead.parse_known_args(argv)[0])
+    except argparse.ArgumentError:
+        return defaults
 
 
 def paragraphs(doc: str | None) -> str:
@@ -159,7 +171,7 @@ def run(options: Options, algo: Algorithm) -> Result:
     """Train as the options say, and print the result."""
     if options.run_dir is None and options.resume:
         raise ValueError("--resume needs --run-dir")
-    grid = sweeps.parse(options.sweep)
+    hypers = cells(algo, options.sweep)
     name = f"{algo.name}-{options.env.removesuffix('.py').replace('/', '-')}"
     fresh = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = options.run_dir or fresh_folder(fresh)
@@ -170,7 +182,7 @@ def run(options: Options, algo: Algorithm) -> Result:
             jax.random.key(options.seed),
             options.env_steps,
             num_seeds=options.num_seeds,
-            hypers=sweeps.grid(algo.hyper, grid) if grid else None,
+            hypers=hypers,
             run_dir=folder,
             resume=options.resume,
             eval_every=options.eval_every,
@@ -188,6 +200,14 @@ def run(options: Options, algo: Algorithm) -> Result:
                 folder.parent.rmdir()
     report(result)
     return result
+
+
+def cells(algo: Algorithm, sweep: tuple[str, ...]) -> dict[str, Any] | None:
+    """The hyperparameters of a sweep, by label; None without one. Raises ``ValueError`` for more than ``MOST_CELLS``."""
+    values = sweeps.parse(sweep)
+    if (count := math.prod(map(len, values.values()))) > MOST_CELLS:
+        raise ValueError(f"the sweep has {count:,} cells; at most {MOST_CELLS:,} may be")
+    return sweeps.grid(algo.hyper, values) if values else None
 
 
 def fresh_folder(path: Path) -> Path:
@@ -241,22 +261,31 @@ def main(experiment: Callable[[list[str]], Result | None]) -> NoReturn:
 
     An interrupted run exits with 130, within seconds of Ctrl-C, SIGTERM or SIGHUP.
     """
+    # JAX would show a user's error with its own frames.
+    logging.getLogger("jax._src.callback").setLevel(logging.CRITICAL)
     try:
         with interrupt.leaving_in_time():
-            host.require_accelerator()
+            host.check_environment()
             result = experiment(sys.argv[1:])
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os._exit(0)
     except OverflowError as error:
-        sys.exit(f"error: a number, such as --seed, is too large: {error}")
+        sys.exit(_line(f"a number, such as --seed, is too large: {error}"))
     except (MemoryError, RuntimeError) as error:
-        sys.exit(f"error: {_runtime_error(error)}")
+        sys.exit(_line(_runtime_error(error)))
     except (ValueError, RunError, OSError) as error:
-        sys.exit(f"error: {str(error).strip()}")
+        sys.exit(_line(str(error)))
     except KeyboardInterrupt:
         print(interrupt.last_words, file=sys.stderr)
         sys.exit(interrupt.INTERRUPTED)
     sys.exit(0 if result is None or result.finished else interrupt.INTERRUPTED)
+
+
+def _line(error: str, longest: int = 1000) -> str:
+    """An error as one line. Of a long one, which has somebody's long words in it, the beginning and the end."""
+    error = " ".join(error.split())
+    half = longest // 2
+    return f"error: {error if len(error) <= longest else f'{error[:half]} [...] {error[-half:]}'}"
 
 
 def _runtime_error(error: MemoryError | RuntimeError) -> str:
@@ -264,9 +293,22 @@ def _runtime_error(error: MemoryError | RuntimeError) -> str:
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first or "Out of memory" in first:
         return f"out of memory: {first}; fewer seeds, environments or episodes of evaluation, or a smaller replay, take less"
+    if "allback" in first and "Traceback" in first:  # of an environment or a task: there are none in jrl
+        return _callback_error(str(error))
     if "nable to initialize backend" in first or "nknown backend" in first:
         return f"{first}; JAX_PLATFORMS names the platforms to use, such as cpu"
     raise error
+
+
+def _callback_error(text: str) -> str:
+    """What a callback raised, and where, from the traceback within an error of XLA."""
+    places = [
+        (Path(file).name, line)
+        for file, line in re.findall(r'File "(.+)", line (\d+)', text)
+        if "site-packages" not in file
+    ]
+    where = "{}, line {}: ".format(*places[-1]) if places else ""
+    return f"{where}a callback raised {text.strip().splitlines()[-1]}"
 
 
 def environment(options: Options) -> envs.Environment:

@@ -57,6 +57,15 @@ def _refuse(what: str, one: int, count: int, devices: int, advice: str) -> None:
         )
 
 
+def refuse_if_too_large(what: str, arrays: Any) -> None:
+    """Raise ``ValueError`` that names ``what`` if arrays of these shapes (``jax.eval_shape``) do not fit the first device."""
+    there, needed = device_memory(), state_bytes(arrays)
+    if there is not None and needed > there:
+        raise ValueError(
+            f"{what}: too large, since it takes {_readable(needed)} of memory and there are {_readable(there)}"
+        )
+
+
 def _readable(size: int) -> str:
     return f"{size / 2**30:,.1f} GiB" if size >= 2**27 else f"{size:,} bytes"
 

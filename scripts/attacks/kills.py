@@ -38,9 +38,23 @@ COMMON = ("--num-seeds", "2", "--checkpoint-every", "0.2", "--eval-episodes", "2
 REPLAY = ("--config.replay.capacity", "256", "--config.learning-starts", "64")
 RUNS = {
     "ppo": Run("ppo.py", (*COMMON, *ENVS, "--env-steps", "200000", "--eval-every", "50000")),
-    "ppo, evaluating": Run("ppo.py", (*COMMON, *ENVS, "--env-steps", "3200", "--eval-every", "160", "--log-every", "7")),
+    "ppo, evaluating": Run(
+        "ppo.py", (*COMMON, *ENVS, "--env-steps", "3200", "--eval-every", "160", "--log-every", "7")
+    ),
     "ppo, memory": Run(
-        "ppo.py", (*COMMON, *ENVS, "--env", "MemoryChain-bsuite", "--config.network.gru", "4", "--config.num-minibatches", "1", "--env-steps", "60000")
+        "ppo.py",
+        (
+            *COMMON,
+            *ENVS,
+            "--env",
+            "MemoryChain-bsuite",
+            "--config.network.gru",
+            "4",
+            "--config.num-minibatches",
+            "1",
+            "--env-steps",
+            "60000",
+        ),
     ),
     "ppo, a sweep": Run("ppo.py", (*COMMON, *ENVS, "--env-steps", "40000", "--sweep", "hyper.learning_rate=1e-3,1e-4")),
     "dqn": Run("dqn.py", (*COMMON, "--preset", "none", "--env-steps", "40000", "--eval-every", "10000")),

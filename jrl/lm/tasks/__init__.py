@@ -65,8 +65,10 @@ def make(name: str, **settings: Any) -> Task:
     Raises ``ValueError`` for an unknown name, file or setting, or for functions that break the protocol.
     """
     if name.endswith(".py"):
-        made = strict(_from_file(Path(name), settings))
-        return with_settings(made, settings | user_file.text_of(Path(name)))
+        path = Path(name)
+        with user_file.blamed(path):
+            made = strict(_from_file(path, settings))
+        return with_settings(made, settings | user_file.text_of(path))
     if name not in _registered:
         near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
@@ -79,7 +81,7 @@ def _from_file(path: Path, settings: dict[str, Any]) -> Task:
     """``make(**settings) -> Task`` of the file if it has one, else its ``symbols``, lengths and functions."""
     module = user_file.load(path, "task file")
     if hasattr(module, "make"):
-        return user_file.call(str(path), module.make, settings)
+        return user_file.make(path, module, settings)
     fields = Task._fields[1:-1]
     missing = [field for field in fields if not hasattr(module, field)]
     if missing:

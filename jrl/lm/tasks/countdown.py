@@ -50,6 +50,7 @@ def countdown(numbers: int = 3, shortest: int | None = None, largest: int = 20, 
     checks.within("numbers", numbers, 2, 6)
     checks.positive_int("largest", largest)
     checks.positive_int("target", target, at_least=numbers * largest)  # then the sum of all is always in reach
+    checks.within("target", target, 1, parts.MOST)
     if largest**numbers >= 2**31:
         raise ValueError(f"largest ** numbers must be below 2 ** 31, to be exact; got {largest} ** {numbers}")
     plus = ZERO + target + 1

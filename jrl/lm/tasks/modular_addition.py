@@ -16,6 +16,7 @@ def modular_addition(modulus: int = 11) -> Task:
     Parts: "correct"; "format", one residue and the end; "close", the share of right tokens.
     """
     checks.positive_int("modulus", modulus, at_least=2)
+    checks.within("modulus", modulus, 2, parts.MOST)
     zero, plus, equals = 2, 2 + modulus, 3 + modulus
 
     def draw(key: Array) -> Problem:

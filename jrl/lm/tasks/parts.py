@@ -8,6 +8,7 @@ from jrl import checks
 from jrl.lm.tasks.types import END, PAD, answer_mask
 
 Array = jax.Array
+MOST = 1_000_000  # symbols of a task, or tokens of a problem
 
 
 def prompt(tokens: Array, keep: Array) -> tuple[Array, Array]:
@@ -58,6 +59,7 @@ def consists_of(tokens: Array, mask: Array, low: int, high: int, least: int = 1,
 def lengths(longest_name: str, longest: int, shortest: int | None, at_least: int = 1) -> tuple[int, int]:
     """The range that a problem's length is drawn from: ``shortest`` (None: ``longest``) to ``longest``, checked."""
     checks.positive_int(longest_name, longest, at_least)
+    checks.within(longest_name, longest, at_least, MOST)
     if shortest is None:
         return longest, longest
     checks.positive_int("shortest", shortest, at_least)

@@ -97,6 +97,14 @@ def strict(task: Task) -> Task:
 
     Raises ``ValueError`` naming the function and the mismatch.
     """
+    if not isinstance(task, Task):
+        raise ValueError(f"a task must be a jrl.lm.tasks.Task; got {type(task).__name__}")
+    if not isinstance(task.symbols, tuple | list) or not all(isinstance(symbol, str) for symbol in task.symbols):
+        raise ValueError(f"{task.name}: symbols must be a tuple of texts; got {task.symbols!r}")
+    for name in ("prompt_length", "answer_length"):
+        checks.positive_int(f"{task.name}: {name}", getattr(task, name))
+    for name in ("draw", "verify", "demonstrate"):
+        checks.function(f"{task.name}: {name}", getattr(task, name))
     if tuple(task.symbols[:2]) != MARKS:
         raise ValueError(f"{task.name}: the first two symbols must be {MARKS}; got {tuple(task.symbols[:2])}")
     if len(set(task.symbols)) < len(task.symbols):
@@ -114,6 +122,8 @@ def strict(task: Task) -> Task:
     if not isinstance(parts, dict) or not {"correct", "format"} <= set(parts):
         raise ValueError(f'{task.name}: verify must return a dict with "correct" and "format", got {parts}')
     for name, part in parts.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{task.name}: the names of verify's parts must be texts; got {name!r}")
         _leaf(task, f"verify's {name!r}", part, (), jnp.float32)
     return task
 
