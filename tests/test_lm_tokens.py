@@ -80,10 +80,18 @@ def test_the_tokens_that_end_an_answer(found, ends, message, folder):
         (
             "chat_template.json",
             b'{"chat_template": 1}',
-            "chat_template must be a text, or a list of them with their names",
+            "chat_template must be a text; got 1",
         ),
-        ("chat_template.json", b'{"chat_template": [1]}', "chat_template must be a text, or a list of them"),
-        ("chat_template.json", b'{"chat_template": [{"name": []}]}', "chat_template must be a text, or a list of them"),
+        (
+            "chat_template.json",
+            b'{"chat_template": [1]}',
+            "each of several chat templates must have a name and a template",
+        ),
+        (
+            "chat_template.json",
+            b'{"chat_template": [{"name": []}]}',
+            "each of several chat templates must have a name and a template",
+        ),
         ("tokenizer_config.json", b"[" * 100_000, "tokenizer_config.json is damaged"),
         ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "tokenizer_config.json is damaged"),
         ("tokenizer.json", b"{}", "tokenizer.json is damaged"),
