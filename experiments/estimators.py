@@ -6,7 +6,7 @@ python experiments/estimators.py --vocabulary 6 --length 5 --group-sizes 2 4 --m
 A tiny policy writes answers of up to ``length`` tokens, token 0 ending one early; an answer is right if more than half of its
 symbols are 1. Answers are drawn in groups. An estimate sees of an answer its reward, its length and its gradient: given the
 rewards and lengths of a group, its answers are independent, so summing over every such group gives the estimator's mean
-and variance without sampling. The equations are those of jrl.token_losses. On-policy, the sampler is the policy; off-policy,
+and variance without sampling. The equations are those of jrl.equations.token_losses. On-policy, the sampler is the policy; off-policy,
 the policy has since taken a step of ``step`` along the true gradient, so that ratios leave 1.
 
 On-policy, REINFORCE and RLOO are unbiased, and Dr. GRPO's centred rewards are but for the factor (G - 1) / G: no weight of
@@ -32,8 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks
-from jrl import token_losses as tl
+from jrl.equations import token_losses as tl
+from jrl.numerics import checks
 from jrl.run import cli, memory, plot, report
 
 Array = jax.Array

@@ -17,10 +17,11 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from jrl import checks, run
+from jrl import run
 from jrl.algos import grpo
 from jrl.algos.presets import grpo_preset
 from jrl.lm import tasks
+from jrl.numerics import checks
 from jrl.run import cli, plot, report, stats
 
 

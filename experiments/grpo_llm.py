@@ -24,11 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks, lm, precision, sharding
+from jrl import lm
 from jrl.algos import grpo
 from jrl.lm import verifiers
 from jrl.lm.sampling import Rollout, decoder
 from jrl.nets import transformer
+from jrl.numerics import checks, precision, sharding
 from jrl.run import cli, disk, folders, interrupt, log, memory, plot
 from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
 from jrl.run.interrupt import StopOnSignal

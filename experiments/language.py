@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jrl import checks, optim
 from jrl.attention import nsa
 from jrl.nets import transformer
+from jrl.numerics import checks, optim
 from jrl.run import cli, memory, plot, report
 
 Array = jax.Array

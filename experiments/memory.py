@@ -16,10 +16,11 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jrl import checks, envs, nets, run
+from jrl import envs, nets, run
 from jrl.algorithm import Algorithm
 from jrl.algos import ppo
 from jrl.nets.memory import AttentionConfig
+from jrl.numerics import checks
 from jrl.run import cli, plot, report, stats
 
 WINDOW = 64

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks, envs, optim, run
+from jrl import envs, run
 from jrl.algos import ppo
 from jrl.algos.presets import Preset, ppo_preset
-from jrl.optim import OptimizerConfig
+from jrl.numerics import checks, optim
+from jrl.numerics.optim import OptimizerConfig
 from jrl.run import cli, memory, plot, report, stats
 
 Array = jax.Array

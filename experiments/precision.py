@@ -16,10 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jrl import algorithm, checks, envs, host, precision, run
+from jrl import algorithm, envs, run
 from jrl.algorithm import Algorithm
 from jrl.algos import ppo
 from jrl.algos.presets import Preset, ppo_preset
+from jrl.numerics import checks, host, precision
 from jrl.run import cli, memory, plot, report, stats
 
 EXACT = "float32 exact"  # products of matrices in float32 too: a GPU rounds their operands to TF32, a TPU to bfloat16, unless told

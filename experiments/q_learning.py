@@ -13,9 +13,11 @@ from typing import get_args
 import jax
 import numpy as np
 
-from jrl import checks, envs, mdp, run
+from jrl import envs, run
 from jrl.algos import td
 from jrl.envs import tabular
+from jrl.equations import mdp
+from jrl.numerics import checks
 from jrl.run import cli, memory, plot
 
 

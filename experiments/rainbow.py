@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 
-from jrl import checks, envs, run
+from jrl import envs, run
 from jrl.algorithm import Algorithm
 from jrl.algos import dqn
 from jrl.algos.presets import Preset, dqn_preset
+from jrl.numerics import checks
 from jrl.run import cli, plot, report, stats
 
 # Fields of the configuration, and of its network, that make up a part.

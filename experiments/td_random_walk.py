@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks, mdp
 from jrl.algos import td
 from jrl.envs import tabular
-from jrl.mdp import MDP
+from jrl.equations import mdp
+from jrl.equations.mdp import MDP
+from jrl.numerics import checks
 from jrl.run import cli, memory, plot, report
 
 Array = jax.Array

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from jrl import checks, optim, precision, rounding
 from jrl.envs.types import Environment, example_action, observation_spec
-from jrl.rollout import mean_or_nan
+from jrl.experience.rollout import mean_or_nan
+from jrl.numerics import checks, optim, precision, rounding
 
 Array = jax.Array
 State = Any

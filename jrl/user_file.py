@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from jrl import checks
+from jrl.numerics import checks
 
 T = TypeVar("T")
 

@@ -32,7 +32,7 @@ import bench_grpo
 import jax
 import tyro
 
-from jrl.host import num_cores
+from jrl.numerics.host import num_cores
 from jrl.run import stats
 
 HERE = Path(__file__).parent

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from jrl import attention, checks
+from jrl import attention
 from jrl.attention import cache, mla, nsa, nsa_cache, rwkv
 from jrl.nets.mixers import Recurrent
+from jrl.numerics import checks
 from jrl.run import plot, report
 from jrl.run.memory import TPUS, state_bytes
 from jrl.run.timing import fastest, spread

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
 from jrl.algos import grpo
 from jrl.lm import tasks
 from jrl.lm.policy import language_model
 from jrl.lm.sampling import Model, Rollout
 from jrl.nets import transformer
+from jrl.numerics import checks
 from jrl.run import cli, layout, report, stats
 from jrl.run.timing import fastest
 

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl import envs, host, nets, optim, run
+from jrl import envs, nets, run
 from jrl.algorithm import Algorithm, check
 from jrl.algos import dqn, ppo, pqn
+from jrl.numerics import host, optim
 from jrl.run import layout, program
 from jrl.run.kernels import launches
 

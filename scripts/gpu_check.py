@@ -20,9 +20,10 @@ import tyro
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jrl import checks, envs, host
+from jrl import envs
 from jrl.algorithm import Algorithm, over_seeds
 from jrl.algos import dqn, ppo, pqn, presets, r2d2
+from jrl.numerics import checks, host
 from jrl.run.kernels import launches
 
 ALGOS = {

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import jax
 
-from jrl import checks, envs, run
+from jrl import envs, run
 from jrl.algos import dqn, ppo, pqn, presets, r2d2
 from jrl.algos.presets import Preset
+from jrl.numerics import checks
 from jrl.run import cli, stats
 
 MODULES = {"ppo": ppo, "dqn": dqn, "r2d2": r2d2, "pqn": pqn}

@@ -16,10 +16,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import tyro
 
-from jrl import checks, envs
+from jrl import envs
 from jrl.algorithm import Algorithm
 from jrl.algos import dqn, grpo, ppo, pqn, presets, r2d2
 from jrl.lm import tasks
+from jrl.numerics import checks
 from jrl.run import stats
 from jrl.run.memory import TPUS, tpu_gib
 

@@ -7,8 +7,8 @@ import pytest
 import scipy.integrate
 import scipy.stats
 
-from jrl import distributions as d
-from jrl.distributions import MASKED, NormalParams
+from jrl.equations import distributions as d
+from jrl.equations.distributions import MASKED, NormalParams
 
 LOGITS = jnp.array([0.5, -1.0, 2.0])
 OTHER = jnp.array([0.0, 0.3, -0.2])

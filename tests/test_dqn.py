@@ -10,9 +10,10 @@ import numpy as np
 import optax
 import pytest
 
-from jrl import envs, losses, nets, run
+from jrl import envs, nets, run
 from jrl.algos import dqn, r2d2
-from jrl.optim import OptimizerConfig
+from jrl.equations import losses
+from jrl.numerics.optim import OptimizerConfig
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import token_losses as tl
+from jrl.equations import token_losses as tl
 
 
 def load():

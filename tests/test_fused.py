@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, set_gpu_interpret_mode
 
-from jrl import envs, host, nets
+from jrl import envs, nets
 from jrl.nets import fused, mlp, mlp_kernel
+from jrl.numerics import host
 
 RANK_PROMOTION = "allow"  # the interpreter promotes ranks
 pytestmark = pytest.mark.skipif(jax.__version_info__ < fused.NEEDS_JAX, reason="the kernels need a newer JAX")

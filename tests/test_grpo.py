@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import algorithm, lora, optim, run, token_losses
+from jrl import algorithm, run
 from jrl.algos import grpo, ppo_lm, sft
 from jrl.attention import mla
+from jrl.equations import token_losses
 from jrl.lm import tasks
 from jrl.lm.policy import language_model
 from jrl.lm.sampling import Rollout
 from jrl.nets import moe, transformer
+from jrl.numerics import lora, optim
 
 TASK = tasks.make("modular_addition", modulus=3)
 SHAPE = transformer.Config(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16)

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jrl import optim, run
+from jrl import run
 from jrl.algos import grpo, ppo_lm, sft
 from jrl.lm import tasks
 from jrl.nets import transformer
+from jrl.numerics import optim
 from jrl.run import checkpoint, folders
 
 TASK = tasks.make("modular_addition", modulus=3)

@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from jrl import envs, host, loops, nets, optim, returns
+from jrl import envs, nets
 from jrl.algorithm import over_seeds
 from jrl.algos import ppo
+from jrl.equations import returns
+from jrl.numerics import host, loops, optim
 from jrl.run.kernels import launches
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks

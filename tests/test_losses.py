@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import losses, normalize
+from jrl.equations import losses
+from jrl.experience import normalize
 
 
 def test_ppo_clip_by_hand():

@@ -10,7 +10,7 @@ import pytest
 from jrl import envs, nets, run
 from jrl.algos import ppo, pqn
 from jrl.nets.memory import AttentionConfig
-from jrl.optim import OptimizerConfig
+from jrl.numerics.optim import OptimizerConfig
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import optim
 from jrl.algos import grpo, ppo_lm, sft
 from jrl.lm import tasks
 from jrl.lm.sampling import Rollout, decoder, score
 from jrl.nets import moe, transformer
+from jrl.numerics import optim
 
 SMALL = moe.Config(experts=6, chosen=2, expert_dim=5)
 KINDS = {

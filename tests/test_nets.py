@@ -6,12 +6,13 @@ import jaxprs
 import numpy as np
 import pytest
 
-from jrl import nets, precision
-from jrl.distributions import MASKED, NormalParams
+from jrl import nets
 from jrl.envs import Box, Discrete, MaskedObs, MultiDiscrete
+from jrl.equations.distributions import MASKED, NormalParams
 from jrl.nets import moe, transformer
 from jrl.nets.initializers import orthogonal
 from jrl.nets.memory import AttentionConfig
+from jrl.numerics import precision
 
 VECTOR = jax.ShapeDtypeStruct((5,), jnp.float32)
 IMAGE = jax.ShapeDtypeStruct((10, 10, 4), jnp.bool_)

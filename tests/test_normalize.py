@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import normalize
 from jrl.envs import MaskedObs
+from jrl.experience import normalize
 
 
 def test_statistics_are_those_of_all_data():

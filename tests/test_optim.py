@@ -11,8 +11,8 @@ import optax
 import pytest
 from optax import contrib
 
-from jrl import optim, parameters, rounding
-from jrl.optim import Hyper, OptimizerConfig
+from jrl.numerics import optim, parameters, rounding
+from jrl.numerics.optim import Hyper, OptimizerConfig
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}
 GRADS = {"kernel": jnp.array([[0.3, 0.1]]), "bias": jnp.array([-0.2])}

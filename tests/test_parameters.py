@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import lora, nets, optim, parameters
+from jrl import nets
 from jrl.attention import mla, nsa
 from jrl.envs.types import Box, Discrete
 from jrl.nets import moe, transformer
 from jrl.nets.action_values import ValueConfig, action_values
 from jrl.nets.memory import AttentionConfig
-from jrl.optim import Hyper, OptimizerConfig
+from jrl.numerics import lora, optim, parameters
+from jrl.numerics.optim import Hyper, OptimizerConfig
 
 # One line a parameter: its path, its kind, the axes that stack, and each matrix (inputs x outputs) or vector.
 

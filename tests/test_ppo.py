@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 
-from jrl import envs, nets, optim, rollout, run
+from jrl import envs, nets, run
 from jrl.algorithm import check, over_devices, over_hypers, over_seeds, with_evaluation
 from jrl.algos import dqn, ppo, pqn, r2d2, td
+from jrl.experience import rollout
+from jrl.numerics import optim
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 

@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from jrl import optim, run
+from jrl import run
 from jrl.algos import ppo_lm
 from jrl.lm import tasks
 from jrl.nets import transformer
+from jrl.numerics import optim
 
 TASK = tasks.make("modular_addition", modulus=3)
 SHAPE = transformer.Config(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=16)

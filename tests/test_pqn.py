@@ -9,9 +9,10 @@ import jaxprs
 import numpy as np
 import pytest
 
-from jrl import envs, greedy, nets, run
+from jrl import envs, nets, run
 from jrl.algos import pqn
-from jrl.optim import OptimizerConfig
+from jrl.experience import greedy
+from jrl.numerics.optim import OptimizerConfig
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from jrl import envs, nets, optim, precision, rounding, run
+from jrl import envs, nets, run
 from jrl.algorithm import over_devices, over_hypers, over_seeds
 from jrl.algos import ppo
 from jrl.envs.types import Discrete
@@ -18,7 +18,8 @@ from jrl.lm import tasks
 from jrl.lm.policy import language_model
 from jrl.nets import moe, transformer
 from jrl.nets.mixers import MIXERS, Recurrent
-from jrl.optim import OptimizerConfig
+from jrl.numerics import optim, precision, rounding
+from jrl.numerics.optim import OptimizerConfig
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 

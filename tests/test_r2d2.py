@@ -9,9 +9,10 @@ import jaxprs
 import numpy as np
 import pytest
 
-from jrl import envs, losses, nets, run
+from jrl import envs, nets, run
 from jrl.algos import r2d2
-from jrl.optim import OptimizerConfig
+from jrl.equations import losses
+from jrl.numerics.optim import OptimizerConfig
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 

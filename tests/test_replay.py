@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import envs, replay, rollout
+from jrl import envs
 from jrl.algorithm import over_seeds
 from jrl.algos import dqn, r2d2
+from jrl.experience import replay, rollout
 from jrl.run.memory import state_bytes
 
 SPEC = jax.ShapeDtypeStruct((2,), jnp.uint8)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import returns
+from jrl.equations import returns
 
 # Three steps: an ordinary one, a truncated one (its value counts, nothing leaks over it), a terminated one.
 V_TM1 = jnp.array([1.0, 2.0, 3.0])

@@ -8,7 +8,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 
-from jrl import rounding
+from jrl.numerics import rounding
 
 FLOATS = st.floats(min_value=-(2.0**100), max_value=2.0**100, width=32, allow_subnormal=False)
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from scipy.stats import trim_mean
 
-from jrl import envs, host, nets, optim, run
+from jrl import envs, nets, run
 from jrl.algos import ppo
+from jrl.numerics import host, optim
 from jrl.run import cli, folders, layout, log, memory, program, progress, stats
 from jrl.run.interrupt import StopOnSignal
 from jrl.run.members import members_of
@@ -826,7 +827,8 @@ def test_thousands_of_cells_are_checked_without_tracing_each():
 
 SCRIPT = """
 import sys, jax
-from jrl import envs, host, nets, optim, run
+from jrl import envs, nets, run
+from jrl.numerics import host, optim
 from jrl.algos import ppo
 from jrl.run import loop
 loop.CHUNK_SECONDS = 0.05

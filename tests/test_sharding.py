@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jrl import sharding
 from jrl.algos import grpo
 from jrl.lm import tasks
 from jrl.nets import transformer
+from jrl.numerics import sharding
 
 MODEL = transformer.Config(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=32)
 CONFIG = grpo.Config(model=MODEL, num_prompts=4, group_size=4, num_minibatches=2, micro_batches=2, kl="k3")

@@ -8,10 +8,11 @@ import jaxprs
 import numpy as np
 import pytest
 
-from jrl import distributions, envs, mdp, returns, run
+from jrl import envs, run
 from jrl.algos import td
 from jrl.envs import tabular
 from jrl.envs.types import observation_spec
+from jrl.equations import distributions, mdp, returns
 
 WALK = tabular.random_walk(5, 0.0, 1.0)
 

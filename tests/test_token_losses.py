@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl import losses
-from jrl import token_losses as tl
+from jrl.equations import losses
+from jrl.equations import token_losses as tl
 
 ORACLE = json.loads((Path(__file__).parent / "data/lm_losses.json").read_text())
 G = ORACLE["in_G"]

@@ -1,1 +1,16 @@
-"""Algorithms, one file each."""
+"""Algorithms, one file each; ``jrl.algos.ppo`` is imported when it is first used."""
+
+import importlib
+from typing import Any
+
+__all__ = ["dqn", "grpo", "ppo", "ppo_lm", "pqn", "prediction", "presets", "r2d2", "sft", "td"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return importlib.import_module(f"jrl.algos.{name}")
+    raise AttributeError(f"module 'jrl.algos' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -9,7 +9,7 @@ One update: act for a few steps in B environments, then take gradient steps on t
                    with pi = softmax(Q' / tau)                                  2007.14430, eq. 1
     C51            the distribution of y, projected on fixed atoms              1707.06887, algorithm 1
     QR             its quantiles                                                1710.10044, eq. 10
-    dueling, noisy are shapes of the network (``nets.ValueConfig``), PER a way of drawing (``jrl.replay``)
+    dueling, noisy are shapes of the network (``nets.ValueConfig``), PER a way of drawing (``jrl.experience.replay``)
 
 Each is an option of its own. ``RAINBOW`` is their documented composition. Truncated episodes bootstrap from their last
 observation. Until ``learning_starts`` steps are stored, gradient steps are computed and dropped: the schedule is static.
@@ -21,12 +21,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, losses, nets, optim, precision, replay, rollout
+from jrl import nets
 from jrl.algorithm import Algorithm, Metrics, exploration, importance_exponent, learning_rate_factor, optimizer
 from jrl.envs import wrappers
 from jrl.envs.strict import strict
 from jrl.envs.types import Discrete, Environment, observation_spec
-from jrl.greedy import epsilon_greedy, exploration_noise, mask, pick
+from jrl.equations import losses
+from jrl.experience import replay, rollout
+from jrl.experience.greedy import epsilon_greedy, exploration_noise, mask, pick
+from jrl.numerics import checks, optim, precision
 
 Array = jax.Array
 

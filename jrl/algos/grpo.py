@@ -20,14 +20,16 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, lora, optim, precision, rollout, token_losses
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
 from jrl.algos import sft
+from jrl.equations import token_losses
+from jrl.experience import rollout
 from jrl.lm.policy import answer, language_model, reader
 from jrl.lm.sampling import Model, Rollout, Support, check_support, sample, score
 from jrl.lm.tasks import END, PAD, Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe, transformer
+from jrl.numerics import checks, lora, optim, precision
 
 Array = jax.Array
 Advantage = Literal["zscore", "centred", "rloo", "reinforce++"]

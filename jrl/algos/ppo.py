@@ -21,11 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks, distributions, loops, losses, nets, normalize, optim, precision, returns, rollout
+from jrl import nets
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
-from jrl.distributions import Distribution
 from jrl.envs.strict import strict
 from jrl.envs.types import Box, Discrete, Environment, MaskedObs, MultiDiscrete, Space, observation_spec
+from jrl.equations import distributions, losses, returns
+from jrl.equations.distributions import Distribution
+from jrl.experience import normalize, rollout
+from jrl.numerics import checks, loops, optim, precision
 
 Array = jax.Array
 

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, losses, optim, precision, rollout, token_losses
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
+from jrl.equations import losses, token_losses
+from jrl.experience import rollout
 from jrl.lm.policy import Answers, answer, language_model, reader
 from jrl.lm.sampling import Rollout, Support, answer_hidden, score
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe, transformer
+from jrl.numerics import checks, optim, precision
 
 Array = jax.Array
 

@@ -17,11 +17,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, loops, nets, optim, precision, returns, rollout
+from jrl import nets
 from jrl.algorithm import Algorithm, Metrics, exploration, learning_rate_factor, optimizer
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
-from jrl.greedy import best_value, epsilon_greedy, exploration_noise, mask, pick
+from jrl.equations import returns
+from jrl.experience import rollout
+from jrl.experience.greedy import best_value, epsilon_greedy, exploration_noise, mask, pick
+from jrl.numerics import checks, loops, optim, precision
 
 Array = jax.Array
 

@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, returns
-from jrl.precision import exact
+from jrl.equations import returns
+from jrl.numerics import checks
+from jrl.numerics.precision import exact
 
 Array = jax.Array
 Trace = Literal["accumulating", "replacing", "dutch"]

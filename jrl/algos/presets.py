@@ -3,9 +3,10 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jrl import nets, optim
+from jrl import nets
 from jrl.algos import dqn, grpo, ppo, pqn, r2d2
 from jrl.nets import transformer
+from jrl.numerics import optim
 
 
 class Preset(NamedTuple):

@@ -20,11 +20,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, losses, nets, optim, precision, replay, returns, rollout
+from jrl import nets
 from jrl.algorithm import Algorithm, Metrics, exploration, importance_exponent, learning_rate_factor, optimizer
 from jrl.envs.strict import strict
 from jrl.envs.types import Discrete, Environment, observation_spec
-from jrl.greedy import epsilon_greedy, exploration_noise, mask, pick
+from jrl.equations import losses, returns
+from jrl.experience import replay, rollout
+from jrl.experience.greedy import epsilon_greedy, exploration_noise, mask, pick
+from jrl.numerics import checks, optim, precision
 
 Array = jax.Array
 

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, optim, precision, token_losses
 from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
+from jrl.equations import token_losses
 from jrl.lm.policy import language_model, reader
 from jrl.lm.sampling import Rollout, score
 from jrl.lm.tasks import Task, answer_mask
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe, transformer
+from jrl.numerics import checks, optim, precision
 
 Array = jax.Array
 

@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
 from jrl.algorithm import Algorithm, Metrics
 from jrl.algos.prediction import Stream as Stream
 from jrl.algos.prediction import gradient_td as gradient_td
@@ -32,8 +31,9 @@ from jrl.algos.prediction import td as td
 from jrl.algos.prediction import td_lambda as td_lambda
 from jrl.envs.strict import strict
 from jrl.envs.types import Discrete, Environment, MaskedObs, observation_spec
-from jrl.precision import exact
-from jrl.rollout import mean_or_nan
+from jrl.experience.rollout import mean_or_nan
+from jrl.numerics import checks
+from jrl.numerics.precision import exact
 
 Array = jax.Array
 

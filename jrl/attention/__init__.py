@@ -12,11 +12,11 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
 from jrl.attention import platforms
 from jrl.attention.dense import dense
 from jrl.attention.flash import flash
 from jrl.attention.visibility import NO_KEY, NO_QUERY, Rule, check_shapes, check_window, segments
+from jrl.numerics import checks
 
 Array = jax.Array
 Implementation = Literal["xla", "pallas_tpu", "cudnn", "reference"]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
 from jrl.attention.dense import masked_softmax
+from jrl.numerics import checks
 
 Array = jax.Array
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
 from jrl.attention import cache as kv
 from jrl.attention.dense import masked_softmax
 from jrl.attention.rotary import Scaling, rms_norm, rope
+from jrl.numerics import checks
 
 Array = jax.Array
 

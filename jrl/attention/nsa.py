@@ -23,12 +23,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
 from jrl.attention import nsa_blocks, platforms
 from jrl.attention.dense import group, masked_softmax
 from jrl.attention.flash import flash
 from jrl.attention.nsa_select import selected_attention
 from jrl.attention.visibility import NO_QUERY, Rule, check_shapes, segments
+from jrl.numerics import checks
 
 Array = jax.Array
 Implementation = Literal["xla", "pallas_tpu"]

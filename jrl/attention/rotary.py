@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
+from jrl.numerics import checks
 
 Array = jax.Array
 Stretch = Literal["none", "linear", "llama3", "yarn"]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
+from jrl.numerics import checks
 
 Array = jax.Array
 NO_KEY, NO_QUERY = -1, -2  # segments of padding: they equal no other

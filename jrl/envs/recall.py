@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
 from jrl.envs.types import Discrete, Environment
+from jrl.numerics import checks
 
 Array = jax.Array
 

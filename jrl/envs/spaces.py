@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jrl import checks
+from jrl.numerics import checks
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks
 from jrl.envs.spaces import Box, Discrete, MultiDiscrete, Space, as_space
 from jrl.envs.types import Environment, MaskedObs, State, example_action
+from jrl.numerics import checks
 
 Array = jax.Array
 ORDER = "(obs, state, reward, terminated, truncated)"

@@ -1,4 +1,4 @@
-"""Well-known finite decision processes as arrays (``jrl.mdp.MDP``), and any such process as an environment."""
+"""Well-known finite decision processes as arrays (``jrl.equations.mdp.MDP``), and any such process as an environment."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks
-from jrl import mdp as mdps
 from jrl.envs.types import Discrete, Environment, MaskedObs
-from jrl.mdp import MDP
+from jrl.equations import mdp as mdps
+from jrl.equations.mdp import MDP
+from jrl.numerics import checks
 
 Array = jax.Array
 MOVES = ((0, -1), (1, 0), (0, 1), (-1, 0))  # left, down, right, up: (row, column)

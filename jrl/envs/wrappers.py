@@ -1,4 +1,4 @@
-"""Environments from environments. (Normalization of observations and rewards is in ``jrl.normalize``: its statistics
+"""Environments from environments. (Normalization of observations and rewards is in ``jrl.experience.normalize``: its statistics
 belong to the learner's state, since they must stand still within an update.)"""
 
 from typing import Any

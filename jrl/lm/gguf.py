@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks
 from jrl.attention.rotary import Scaling, frequencies
 from jrl.lm import layout
 from jrl.lm.settings import MOST_LAYERS
 from jrl.nets.transformer import Config
+from jrl.numerics import checks
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 # Hugging Face's names, part by part.

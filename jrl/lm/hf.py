@@ -18,10 +18,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jrl import checks
 from jrl.lm import layout, settings
 from jrl.lm.layout import Tensor
 from jrl.nets.transformer import Config
+from jrl.numerics import checks
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import precision
 from jrl.nets import transformer
 from jrl.nets.mixers import Leaf
 from jrl.nets.transformer import Config
+from jrl.numerics import precision
 
 Path = tuple[str, ...]
 

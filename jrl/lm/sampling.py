@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, precision, sharding, token_losses
+from jrl.equations import token_losses
 from jrl.nets import moe, transformer
+from jrl.numerics import checks, precision, sharding
 
 Array = jax.Array
 AT_ONCE = 2**25  # logits that scoring holds at once

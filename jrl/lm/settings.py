@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from jrl import checks
 from jrl.attention import mla, nsa
 from jrl.attention.rotary import Scaling
 from jrl.nets import moe
 from jrl.nets.transformer import Config
+from jrl.numerics import checks
 
 Settings = Mapping[str, Any]
 

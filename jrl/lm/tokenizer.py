@@ -13,9 +13,9 @@ import tokenizers
 from gguf import GGUFReader
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from jrl import checks
 from jrl.lm import gguf, templates
 from jrl.lm.hf import read_json
+from jrl.numerics import checks
 
 Message = Mapping[str, Any]
 # Hugging Face's files. The last one names the tokens that end an answer, and is of the model.

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jrl import checks, user_file
+from jrl import user_file
 from jrl.lm.grading import grader
+from jrl.numerics import checks
 
 INSTRUCTION = "\n\nFirst think between <think> and </think>, then write the final answer, and nothing else, between <answer> and </answer>."
 

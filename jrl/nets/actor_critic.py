@@ -8,9 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
-from jrl.distributions import MASKED, NormalParams
 from jrl.envs.types import Box, Discrete, MultiDiscrete, Space
+from jrl.equations.distributions import MASKED, NormalParams
 from jrl.nets import fused
 from jrl.nets.initializers import orthogonal
 from jrl.nets.torso import (
@@ -24,6 +23,7 @@ from jrl.nets.torso import (
     wide_dot,
 )
 from jrl.nets.types import Network, Outputs
+from jrl.numerics import checks
 
 Array = jax.Array
 

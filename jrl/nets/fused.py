@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, host
 from jrl.envs.types import MaskedObs
 from jrl.nets.torso import is_image, shares
 from jrl.nets.types import Network
+from jrl.numerics import checks, host
 
 Array = jax.Array
 NEEDS_JAX = (0, 11)  # whose Pallas the kernels are written in

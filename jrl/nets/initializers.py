@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
-from jrl import host
+from jrl.numerics import host
 
 Array = jax.Array
 

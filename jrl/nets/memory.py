@@ -12,11 +12,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
 from jrl.attention import attend, nsa
 from jrl.attention.rotary import rms_norm, rope
 from jrl.attention.visibility import NO_KEY
 from jrl.nets import mixers, transformer
+from jrl.numerics import checks
 
 Array = jax.Array
 Kind = Literal["none", "dense", "nsa"]

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
+from jrl.numerics import checks
 
 Array = jax.Array
 

@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, precision
 from jrl.envs.types import MaskedObs
 from jrl.nets import memory as memories_of
 from jrl.nets import transformer
 from jrl.nets.initializers import orthogonal
 from jrl.nets.memory import AttentionConfig
 from jrl.nets.types import Network
+from jrl.numerics import checks, precision
 
 Array = jax.Array
 Activation = Literal["tanh", "relu", "silu", "gelu"]

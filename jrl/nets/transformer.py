@@ -17,11 +17,11 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
 from jrl.attention import Implementation, mla, nsa
 from jrl.attention.rotary import Scaling, rms_norm
 from jrl.nets import moe
 from jrl.nets.mixers import MIXERS, Leaf, Tokens
+from jrl.numerics import checks
 
 Array = jax.Array
 Kind = Literal["dense", "window", "nsa", "mla", "rwkv"]

@@ -17,8 +17,9 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import tyro
 
-from jrl import envs, host
+from jrl import envs
 from jrl.algorithm import Algorithm
+from jrl.numerics import host
 from jrl.run import interrupt
 from jrl.run import sweep as sweeps
 from jrl.run.checkpoint import RunError

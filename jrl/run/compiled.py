@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import host
 from jrl.algorithm import Algorithm, over_members
+from jrl.numerics import host
 from jrl.run import layout, program
 from jrl.run.layout import Layout
 from jrl.run.members import Members

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks, host
 from jrl.algorithm import Algorithm, check, check_act, to_means
+from jrl.numerics import checks, host
 from jrl.run import checkpoint, compiled, folders, layout, log, memory, program, report, stats
 from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
 from jrl.run.evaluate import record

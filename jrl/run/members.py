@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks
 from jrl.algorithm import Algorithm
+from jrl.numerics import checks
 from jrl.run import layout, sweep
 from jrl.run.layout import Layout
 from jrl.run.program import Rows

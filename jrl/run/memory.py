@@ -10,7 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jrl.algorithm import Algorithm, over_seeds
 from jrl.envs.types import Environment
-from jrl.host import device_memory
+from jrl.numerics.host import device_memory
 
 
 class Chip(NamedTuple):

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks
 from jrl.lm.tasks import parts
 from jrl.lm.tasks.types import MARKS, Problem, Task
+from jrl.numerics import checks
 
 Array = jax.Array
 ZERO = 2

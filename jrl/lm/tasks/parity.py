@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
 from jrl.lm.tasks import parts
 from jrl.lm.tasks.types import MARKS, Problem, Task
+from jrl.numerics import checks
 
 Array = jax.Array
 ZERO, EQUALS = 2, 4

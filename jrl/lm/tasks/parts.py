@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks
 from jrl.lm.tasks.types import END, PAD, answer_mask
+from jrl.numerics import checks
 
 Array = jax.Array
 MOST = 1_000_000  # symbols of a task, or tokens of a problem

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
 from jrl.lm.tasks import parts
 from jrl.lm.tasks.types import MARKS, Problem, Task
+from jrl.numerics import checks
 
 Array = jax.Array
 FIRST = 2

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import checks
+from jrl.numerics import checks
 
 Array = jax.Array
 Key = jax.Array

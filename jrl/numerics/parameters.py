@@ -7,7 +7,7 @@ Layers, experts and branches are stacked, so that the rank of an array does not 
     layers/up       [layers, experts, dim, ffn]      a matrix of each expert of each layer
     layers/q_bias   [layers, heads, width]           a vector of each layer
 
-``LAYOUTS`` lists the parameters of ``jrl.nets.transformer``, of its adapters (``jrl.lora``) too; others go by the names that flax gives
+``LAYOUTS`` lists the parameters of ``jrl.nets.transformer``, of its adapters (``jrl.numerics.lora``) too; others go by the names that flax gives
 them and by their rank, less one below a module called ``layers``.
 """
 
@@ -73,7 +73,7 @@ def axes_of(path: Names, param: Any) -> Axes:
     if layout is None:
         raise ValueError(
             f"which axes of parameter {'/'.join(path)} {list(param.shape)} make its matrix is unknown: "
-            "add its name to jrl.parameters.LAYOUTS"
+            "add its name to jrl.numerics.parameters.LAYOUTS"
         )
     axes = tuple(range(param.ndim))
     batch, split = param.ndim - sum(layout), param.ndim - layout[1]

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl import loops
-from jrl.checks import same_shape
+from jrl.numerics import loops
+from jrl.numerics.checks import same_shape
 
 Array = jax.Array
 UNROLL = 16  # steps of a return that are one kernel on a GPU

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import host
+from jrl.numerics import host
 
 Array = jax.Array
 LARGE = 4096  # bytes of an output, for each step, that is written by itself: it gains nothing, and would be copied once more

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jrl import checks
-from jrl.precision import exact
+from jrl.numerics import checks
+from jrl.numerics.precision import exact
 
 Array = jax.Array
 

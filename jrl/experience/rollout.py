@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import loops
 from jrl.envs.types import Environment
+from jrl.numerics import loops
 
 Array = jax.Array
 UNROLL = 4  # steps in one body on a GPU: fewer launches; more of them take longer to compile than they save

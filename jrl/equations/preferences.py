@@ -7,7 +7,8 @@ float64 for arguments that are.
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, losses
+from jrl.equations import losses
+from jrl.numerics import checks
 
 Array = jax.Array
 Scalar = Array | float

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, parameters
+from jrl.numerics import checks, parameters
 
 Array = jax.Array
 

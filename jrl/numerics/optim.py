@@ -18,8 +18,8 @@ import numpy as np
 import optax
 from optax import contrib
 
-from jrl import checks, host, parameters, precision, rounding
-from jrl.parameters import Kind
+from jrl.numerics import checks, host, parameters, precision, rounding
+from jrl.numerics.parameters import Kind
 
 Array = jax.Array
 Name = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "muon", "schedule_free_adamw"]

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jrl import checks, parameters
+from jrl.numerics import checks, parameters
 
 # Megatron's cut (1909.08053): columns of the first matrix of a pair and rows of the second, so that a pair costs one sum.
 RULES: Mapping[str, str] = {"vocab": "model", "heads": "model", "kv_heads": "model", "ffn": "model", "experts": "model"}

@@ -72,7 +72,7 @@ def _place(error: BaseException) -> str:
 
 
 def _is_library(file: str) -> bool:
-    return file.startswith("<") or "site-packages" in file or Path(file).is_relative_to(Path(__file__).parent)
+    return file.startswith("<") or "site-packages" in file or Path(file).is_relative_to(Path(__file__).parents[1])
 
 
 def not_empty(**fields: Sized) -> None:

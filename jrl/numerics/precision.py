@@ -5,7 +5,7 @@ float32 parameters, half-width matrix products, float32 outputs. What comes afte
 returns, losses, optimizer moments, normalizer statistics) is computed in float32 under every policy, and the few parameters in
 ``FLOAT32`` are kept in it.
 
-How parameters of half width are stepped (rounding, master copies, loss scaling) is in ``jrl.rounding``.
+How parameters of half width are stepped (rounding, master copies, loss scaling) is in ``jrl.numerics.rounding``.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl import parameters
+from jrl.numerics import parameters
 
 DTYPES = ("float32", "bfloat16", "float16")
 FIELDS = ("params", "compute", "output")

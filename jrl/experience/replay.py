@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import checks
-from jrl.host import device_memory
+from jrl.numerics import checks
+from jrl.numerics.host import device_memory
 
 Array = jax.Array
 NOWHERE = 2**30  # a row that no buffer has

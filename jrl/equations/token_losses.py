@@ -17,8 +17,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from jrl import checks, losses, returns
-from jrl.losses import masked
+from jrl.equations import losses, returns
+from jrl.equations.losses import masked
+from jrl.numerics import checks
 
 Array = jax.Array
 Scalar = Array | float

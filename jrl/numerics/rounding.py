@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jrl.precision import cast
+from jrl.numerics.precision import cast
 
 Array = jax.Array
 Transform: TypeAlias = optax.GradientTransformation

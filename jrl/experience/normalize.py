@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.losses import deviation
+from jrl.equations.losses import deviation
 
 Array = jax.Array
 

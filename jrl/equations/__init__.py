@@ -1,0 +1,1 @@
+"""Equations, one a function: no networks, no environments, no state."""

@@ -1,0 +1,1 @@
+"""Transforms of functions and of gradients, and what a machine wants."""
