@@ -27,6 +27,13 @@ except KeyboardInterrupt:
     print(interrupt.last_words, file=sys.stderr)
     sys.exit(interrupt.INTERRUPTED)
 """
+CALLBACK = """
+class Slow:
+    def __del__(self):
+        time.sleep(1)
+Slow()
+time.sleep(60)
+"""
 LOOP = """
 with interrupt.StopOnSignal() as stop:
     while not stop.requested:
@@ -52,7 +59,7 @@ def run(body, *signals, apart=0.5):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("body", ["long()", "time.sleep(60)"])
+@pytest.mark.parametrize("body", ["long()", "time.sleep(60)", CALLBACK])
 def test_a_process_that_cannot_be_interrupted_is_ended(body, number):
     said, status, seconds = run(body, number)
     assert said.strip() == "how to go on" and status == 130

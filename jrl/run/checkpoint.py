@@ -7,6 +7,7 @@ of metrics beside it, and the checksum of all this.
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import shutil
@@ -206,12 +207,12 @@ class disk_errors:
             raise RunError(f"cannot write {self._path}: {error.strerror or error}") from error
 
 
+@functools.cache
 def _raise_without_logging() -> None:
     """What fails in a save, its manager raises here; the threads that saved need not print a traceback each as well."""
     logging.getLogger("absl").addFilter(_not_of_orbax)
     logging.getLogger("asyncio").addFilter(_not_of_an_array)
-    if sys.unraisablehook is not _not_of_a_closed_loop:
-        sys.unraisablehook = _not_of_a_closed_loop
+    sys.unraisablehook = functools.partial(_not_of_a_closed_loop, sys.unraisablehook)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
@@ -223,7 +224,7 @@ def _not_of_an_array(record: logging.LogRecord) -> bool:
     return not any(name in record.getMessage() for name in ("tensorstore", "OCDBT"))
 
 
-def _not_of_a_closed_loop(unraisable: Any, default: Any = sys.unraisablehook) -> None:
+def _not_of_a_closed_loop(default: Any, unraisable: Any) -> None:
     """A write that failed closes the event loop; the writes beside it can then not report their own end."""
     if str(unraisable.exc_value) != "Event loop is closed":
         default(unraisable)

@@ -5,7 +5,9 @@ raise only between two of its own steps, and a compiler or an evaluation may tak
 (``leaving_in_time``) has a thread that ends the process if it is still there after a moment. A second Ctrl-C ends it at once.
 """
 
+import _thread
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -83,6 +85,8 @@ def leaving_in_time() -> Iterator[None]:
     received, written = os.pipe()
     os.set_blocking(written, False)
     wakeup = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_raise_again, hook)
     asked = threading.Event()
     threading.Thread(target=_watch, args=(received, asked), daemon=True).start()
     try:
@@ -94,8 +98,17 @@ def leaving_in_time() -> Iterator[None]:
         if not asked.is_set():  # else the process is about to end, and may hang in doing so: it stays watched
             signal.set_wakeup_fd(wakeup)
             os.close(written)
+            sys.unraisablehook = hook
             for number, handler in old.items():
                 signal.signal(number, handler)
+
+
+def _raise_again(hook: Any, unraisable: Any) -> None:
+    """Python drops what is raised in a callback of its memory, of which JAX has some: an interrupt is raised again, outside of it."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        hook(unraisable)
 
 
 def _watch(received: int, asked: threading.Event) -> None:

@@ -129,7 +129,8 @@ def attempt(case: Case, folder: Path) -> tuple[str | None, dict[str, int]]:
 
 def left_badly(ended: Ended, seconds: float) -> str | None:
     """What is wrong about how a run left that was asked to."""
-    if ended.code not in (0, 130):  # 0 if it was about to end anyhow
+    at_once = (-signal.SIGTERM, -signal.SIGHUP)  # before its first line
+    if ended.code not in (0, 130, *at_once):  # 0 if it was about to end anyhow
         return f"exit {ended.code}: {ended.output.strip()[-500:]}"
     if "Traceback" in ended.output:
         return f"a traceback: {ended.output.strip()[-500:]}"

@@ -83,6 +83,8 @@ def _become(body: Callable[[], Any], folder: Path, log: Path, environment: Mappi
         for number, source in ((0, nothing), (1, file), (2, file)):
             os.dup2(source, number)
         os.environ.update(environment)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)  # the attack may have been started to ignore it
         signal.signal(signal.SIGINT, signal.default_int_handler)
         body()
         code = 0
