@@ -193,7 +193,7 @@ def tokens_of(words: lm.Tokenizer, prompt: str) -> list[int]:
 def texts_of(words: lm.Tokenizer, rollout: Rollout) -> list[str]:
     tokens = np.asarray(rollout.tokens)
     mask = np.asarray(rollout.mask) & ~np.isin(tokens, words.ends)
-    return [words.decode(row[seen].tolist(), special=False) for row, seen in zip(tokens, mask, strict=True)]
+    return [words.decode(row[kept].tolist(), special=False) for row, kept in zip(tokens, mask, strict=True)]
 
 
 def without_the_model(state: grpo.State) -> Any:

@@ -266,8 +266,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         actors, steps, episodes = rollout.collect(
             env, state.actors, actor(state), (noise, weight_keys), key_envs, config.num_steps
         )
-        seen = replay.Step(steps.obs, steps.extras, steps.reward, steps.terminated, steps.truncated, steps.next_obs)
-        buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, seen)
+        rows = replay.Step(steps.obs, steps.extras, steps.reward, steps.terminated, steps.truncated, steps.next_obs)
+        buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, rows)
         state = state._replace(actors=actors, buffer=buffer, key=key)
 
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow

@@ -223,8 +223,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         """The policy that acts: sampled, and what learning needs of it later."""
 
         def act(memory: Any, obs: Any, first: Array, noise: Array) -> tuple[Any, Array, Any]:
-            seen = normalize.observations(state.obs_stats, obs)
-            later, outputs = network.step(state.params, memory, seen, first)
+            normalized = normalize.observations(state.obs_stats, obs)
+            later, outputs = network.step(state.params, memory, normalized, first)
             action = distribution.from_noise(outputs.policy, noise)
             return later, to_env(env.action_space, action), (action, outputs.policy)
 
@@ -255,8 +255,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         """The value of observations after steps t of environments b, with the memories of then."""
 
         def value(obs: Any, t: Array, b: Array) -> Array:
-            seen = normalize.observations(state.obs_stats, obs)
-            return network.step(state.params, network.memory_at(memories, t, b), seen, jnp.zeros(t.shape, bool))[
+            normalized = normalize.observations(state.obs_stats, obs)
+            return network.step(state.params, network.memory_at(memories, t, b), normalized, jnp.zeros(t.shape, bool))[
                 1
             ].value
 
@@ -346,8 +346,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     def act(state: State, obs: Any, key: Array | None = None, memory: Any = None) -> tuple[Array, Any]:
         first = jnp.bool_(memory is None)
         memory = network.memory if memory is None else memory
-        seen = normalize.observations(state.obs_stats, obs)
-        one = jax.tree.map(lambda x: x[None], (memory, seen, first))
+        normalized = normalize.observations(state.obs_stats, obs)
+        one = jax.tree.map(lambda x: x[None], (memory, normalized, first))
         params = optim.eval_params(state.opt_state, state.params)
         later, outputs = jax.tree.map(lambda x: x[0], network.step(params, *one))
         chosen = distribution.mode(outputs.policy) if key is None else distribution.sample(key, outputs.policy)

@@ -197,10 +197,10 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), num_actions)
         actors, steps, episodes = rollout.collect(env, state.actors, actor(state), noise, key_envs, config.num_steps)
         action, before, after = steps.extras
-        seen = replay.Step(
+        row = replay.Step(
             (steps.obs, before), action, steps.reward, steps.terminated, steps.truncated, (steps.next_obs, after)
         )
-        buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, seen)
+        buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, row)
         state = state._replace(actors=actors, buffer=buffer, key=key)
 
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow

@@ -189,8 +189,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         )
         total, length = state.episode_return + reward, state.episode_length + 1
         kept = jnp.where(ended, 0.0, total), jnp.where(ended, 0.0, length)
-        seen = (ended.astype(jnp.float32), jnp.where(ended, total, 0.0), jnp.where(ended, length, 0.0), delta**2)
-        return State(q, memory, env_state, x, legal, action, *kept, key, state.hyper), seen
+        counted = (ended.astype(jnp.float32), jnp.where(ended, total, 0.0), jnp.where(ended, length, 0.0), delta**2)
+        return State(q, memory, env_state, x, legal, action, *kept, key, state.hyper), counted
 
     def update(state: State) -> tuple[State, Metrics]:
         state, (ended, total, length, squared) = jax.lax.scan(step, state, length=config.num_steps)

@@ -95,7 +95,7 @@ def decode_step(
     if window is not None:
         checks.positive_int("window", window)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    visible = seen(position, start, window, batch, capacity)
+    visible = visible_rows(position, start, window, batch, capacity)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum("bkgd,bskd->bkgs", grouped, cache.k.astype(q.dtype), preferred_element_type=wide)
     p = masked_softmax(scores * (dim**-0.5 if scale is None else scale), visible[:, None, None])
@@ -103,7 +103,7 @@ def decode_step(
     return out.reshape(batch, heads, -1).astype(q.dtype)
 
 
-def seen(position: Array, start: Array | int, window: int | None, batch: int, capacity: int) -> Array:
+def visible_rows(position: Array, start: Array | int, window: int | None, batch: int, capacity: int) -> Array:
     """Which rows of a ring hold a token that the one at ``position`` sees, bool ``[B, capacity]``."""
     behind = (per_row(position, batch)[:, None] - jnp.arange(capacity)[None]) % capacity
     furthest = per_row(position, batch) - per_row(start, batch)

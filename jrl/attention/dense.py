@@ -17,21 +17,21 @@ def dense(
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("btkgd,bskd->bkgts", group(q, k.shape[2]), k, preferred_element_type=wide) * scale
-    seen = rule.sees(jnp.arange(q.shape[1]), jnp.arange(k.shape[1]))[None]
+    visible = rule.sees(jnp.arange(q.shape[1]), jnp.arange(k.shape[1]))[None]
     if q_segments is not None and k_segments is not None:
-        seen = seen & (q_segments[:, :, None] == k_segments[:, None, :])
-    p = masked_softmax(scores, seen[:, None, None])
+        visible = visible & (q_segments[:, :, None] == k_segments[:, None, :])
+    p = masked_softmax(scores, visible[:, None, None])
     out = jnp.einsum("bkgts,bskd->btkgd", p.astype(v.dtype), v, preferred_element_type=wide)
     return out.reshape(*q.shape[:3], v.shape[-1]).astype(v.dtype)
 
 
-def masked_softmax(scores: Array, seen: Array) -> Array:
+def masked_softmax(scores: Array, visible: Array) -> Array:
     """Softmax over the last axis of what is seen; a row without anything is 0, and so is its gradient."""
-    seen = jnp.broadcast_to(seen, scores.shape)
-    scores = jnp.where(seen, scores, -jnp.inf)
+    visible = jnp.broadcast_to(visible, scores.shape)
+    scores = jnp.where(visible, scores, -jnp.inf)
     largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     largest = jnp.where(jnp.isneginf(largest), 0.0, largest)
-    weight = jnp.where(seen, jnp.exp(jnp.where(seen, scores - largest, 0.0)), 0.0)
+    weight = jnp.where(visible, jnp.exp(jnp.where(visible, scores - largest, 0.0)), 0.0)
     total = weight.sum(-1, keepdims=True)
     return weight / jnp.where(total > 0, total, 1.0)
 

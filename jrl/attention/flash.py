@@ -149,10 +149,12 @@ def _scores(q_i, k_j, i, j, q_segments, k_segments, rule, scale):
     rows, columns = q_i.shape[2], k_j.shape[2]
     wide = jnp.promote_types(q_i.dtype, jnp.float32)
     s = jnp.einsum("bktgd,bksd->bktgs", q_i, k_j, preferred_element_type=wide) * scale
-    seen = rule.sees(i * rows + jnp.arange(rows), j * columns + jnp.arange(columns))[None]
+    visible = rule.sees(i * rows + jnp.arange(rows), j * columns + jnp.arange(columns))[None]
     if q_segments is not None:
-        seen = seen & (_slice(q_segments, i, rows, 1)[:, :, None] == _slice(k_segments, j, columns, 1)[:, None, :])
-    return jnp.where(seen[:, None, :, None, :], s, -jnp.inf)
+        visible = visible & (
+            _slice(q_segments, i, rows, 1)[:, :, None] == _slice(k_segments, j, columns, 1)[:, None, :]
+        )
+    return jnp.where(visible[:, None, :, None, :], s, -jnp.inf)
 
 
 def _key_blocks(rule: Rule, i: Array, rows: int, columns: int, num_keys: int) -> tuple[Array, Array]:

@@ -171,6 +171,6 @@ def decode_step(
     absorbed = jnp.einsum("bhw,rhw->bhr", nope, p["up_key"])
     scores = jnp.einsum("bhr,bsr->bhs", absorbed, latent, preferred_element_type=wide)
     scores = scores + jnp.einsum("bhw,bsw->bhs", turned, key, preferred_element_type=wide)
-    seen = kv.seen(position, start, None, *latent.shape[:2])
-    weight = masked_softmax(scores * config.scale, seen[:, None]).astype(nope.dtype)
+    visible = kv.visible_rows(position, start, None, *latent.shape[:2])
+    weight = masked_softmax(scores * config.scale, visible[:, None]).astype(nope.dtype)
     return jnp.einsum("bhr,rhw->bhw", jnp.einsum("bhs,bsr->bhr", weight, latent), p["up_value"])

@@ -176,8 +176,8 @@ def compressed_attention(
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bckgd,bnkd->bkgcn", group(q, k.shape[2]), k, preferred_element_type=wide) * scale
     first = first[:, None]
-    seen = (first + config.block - 1 <= t[..., None]) & (first >= start[..., None])
-    p = masked_softmax(scores, seen[:, None, None])
+    visible = (first + config.block - 1 <= t[..., None]) & (first >= start[..., None])
+    p = masked_softmax(scores, visible[:, None, None])
     out = jnp.einsum("bkgcn,bnkd->bckgd", p.astype(v.dtype), v, preferred_element_type=wide)
     return out.reshape(*q.shape[:3], -1), jax.lax.stop_gradient(p.sum(2))
 
@@ -260,13 +260,13 @@ def attend(
     origin = None if segment_ids is None else segment_starts(segment_ids)
     chosen = choose(implementation, q, streams, config)
     cudnn = implementation is None
-    near = _window(q, streams, segment_ids, Rule(window=config.window), scale, chosen, interpret, cudnn)
+    o_win = _window(q, streams, segment_ids, Rule(window=config.window), scale, chosen, interpret, cudnn)
     return mix(
         params,
         q,
         streams,
         gates,
-        near,
+        o_win,
         t,
         jnp.zeros_like(t) if origin is None else origin,
         config,
@@ -307,7 +307,7 @@ def mix(
     q: Array,
     streams: Streams,
     gates: Array,
-    near: Array,
+    o_win: Array,
     t: Array,
     start: Array,
     config: Config,
@@ -320,7 +320,7 @@ def mix(
 ) -> Array:
     """``attend`` for queries ``[B, T, H, D]`` that stand at ``t`` among the keys and see them from ``start`` on, both int ``[B, T]``.
 
-    ``near [B, T, H, Dv]`` is the window branch's answer. Blocks count from ``origin`` int ``[B, S]``, the index of the first token
+    ``o_win [B, T, H, Dv]`` is the window branch's answer. Blocks count from ``origin`` int ``[B, S]``, the index of the first token
     of each key's segment, or from the first key if it is not given. No query may see further back than its own segment.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -329,10 +329,10 @@ def mix(
         blocks = nsa_blocks.of_one_segment(streams.k_select.shape[1], t, start, config)
     else:
         blocks = nsa_blocks.of_segments(origin, t, start, config)
-    far, chosen = _compress_and_choose(params, q, streams, blocks, t, start, config, scale, chunk, kernels, interpret)
-    picked = _attend_selected(q, streams, blocks, chosen, t, start, scale, chunk, kernels, interpret)
-    parts = jnp.stack([x.astype(gates.dtype) for x in (far, picked, near)], axis=-1)
-    return jnp.sum(parts * gates[..., None, :], axis=-1).astype(near.dtype)
+    o_cmp, chosen = _compress_and_choose(params, q, streams, blocks, t, start, config, scale, chunk, kernels, interpret)
+    o_slc = _attend_selected(q, streams, blocks, chosen, t, start, scale, chunk, kernels, interpret)
+    parts = jnp.stack([x.astype(gates.dtype) for x in (o_cmp, o_slc, o_win)], axis=-1)
+    return jnp.sum(parts * gates[..., None, :], axis=-1).astype(o_win.dtype)
 
 
 def segment_starts(segment_ids: Array) -> Array:

@@ -124,8 +124,8 @@ def decode_step(
     chosen = nsa.select(importance, t // size, zero, capacity // size, config)  # [B, K, 1, n]
     grouped = group(one, kv_heads).transpose(0, 2, 1, 3, 4)
     k, v = (take_blocks(x, chosen[:, :, 0], size)[:, :, None].astype(q.dtype) for x in cache.select)
-    scores, seen = selected_scores(grouped, k, chosen, t, scale)
-    p = nsa.masked_softmax(scores, seen)
+    scores, visible = selected_scores(grouped, k, chosen, t, scale)
+    p = nsa.masked_softmax(scores, visible)
     values = v.reshape(*v.shape[:3], -1, v.shape[-1])
     out_select = jnp.einsum("bkcgs,bkcsd->bkgd", p.astype(q.dtype), values, preferred_element_type=p.dtype)
 
@@ -143,10 +143,10 @@ def selected_scores(q: Array, k: Array, chosen: Array, t: Array, scale: float) -
     size = k.shape[-2]
     inside = jnp.broadcast_to(jnp.arange(size), (*chosen.shape, size))
     position = (chosen[..., None] * size + inside).reshape(*chosen.shape[:3], -1)
-    seen = position <= t[:, None, :, None]
+    visible = position <= t[:, None, :, None]
     keys = k.reshape(*k.shape[:3], -1, k.shape[-1])
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    return jnp.einsum("bkcgd,bkcsd->bkcgs", q, keys, preferred_element_type=wide) * scale, seen[:, :, :, None]
+    return jnp.einsum("bkcgd,bkcsd->bkcgs", q, keys, preferred_element_type=wide) * scale, visible[:, :, :, None]
 
 
 def take_blocks(x: Array, chosen: Array, size: int) -> Array:

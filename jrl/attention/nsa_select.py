@@ -208,8 +208,8 @@ def _scorer(
         queries, keys = q[query], k[block]
         s = jnp.einsum("mrgd,msd->mrgs", queries, keys, preferred_element_type=wide) * scale
         at = token[block][:, None]
-        seen = (at <= t[query][..., None]) & (at >= start[query][..., None])
-        return jnp.where(seen[:, :, None], s, -jnp.inf), queries, keys
+        visible = (at <= t[query][..., None]) & (at >= start[query][..., None])
+        return jnp.where(visible[:, :, None], s, -jnp.inf), queries, keys
 
     return scores
 

@@ -151,16 +151,16 @@ def _rows_of(chosen, t, start, token, k, v, i, count, size, per):
         position = token[0, pl.ds(at[0], 1), :]
         for b in range(1, per):
             position = jnp.where(lane >= b * size, token[0, pl.ds(at[b], 1), :], position)
-        seen = (position <= t[0, 0, i]) & (position >= start[0, 0, i])
+        visible = (position <= t[0, 0, i]) & (position >= start[0, 0, i])
         first = [pl.multiple_of(jnp.minimum(a, num_blocks - 1) * size, size) for a in at]
         keys, values = (jnp.concatenate([x[0, 0, pl.ds(f, size), :] for f in first], axis=0) for x in (k, v))
-        groups.append((first, keys, values, seen))
+        groups.append((first, keys, values, visible))
     return groups
 
 
 def _softmax_of(q_i, groups, scale):
     """Probabilities of each group ``[G, per l']``, float32, over all groups together."""
-    scores = [jnp.where(seen, _dot(q_i, keys, 1, 1) * scale, HIDDEN) for _, keys, _, seen in groups]
+    scores = [jnp.where(visible, _dot(q_i, keys, 1, 1) * scale, HIDDEN) for _, keys, _, visible in groups]
     largest = functools.reduce(jnp.maximum, scores).max(axis=1, keepdims=True)
     weight = [jnp.where(g[3], jnp.exp(s - largest), 0.0) for g, s in zip(groups, scores, strict=True)]
     total = _add(weight).sum(axis=1, keepdims=True)
@@ -282,23 +282,23 @@ def _over_compressed(body, q, k, v, first, queries, out_specs, out_shapes, inter
     return call(first, *columns, q, k, v, *more)
 
 
-def _seen(first, t, start, config):
+def _visible(first, t, start, config):
     return (first[0] + config.block - 1 <= t[0]) & (first[0] >= start[0])
 
 
-def _probabilities(q_g, k, seen, scale):
-    scores = jnp.where(seen, _dot(q_g, k, 1, 1) * scale, HIDDEN)
-    weight = jnp.where(seen, jnp.exp(scores - scores.max(axis=1, keepdims=True)), 0.0)
+def _probabilities(q_g, k, visible, scale):
+    scores = jnp.where(visible, _dot(q_g, k, 1, 1) * scale, HIDDEN)
+    weight = jnp.where(visible, jnp.exp(scores - scores.max(axis=1, keepdims=True)), 0.0)
     total = weight.sum(axis=1, keepdims=True)
     return weight / jnp.where(total > 0, total, 1.0)
 
 
 def _compress_forward(first, t, start, own, oldest, q, k, v, out, chosen, importance, *, config, scale, num_blocks):
-    seen = _seen(first, t, start, config)
+    visible = _visible(first, t, start, config)
     importance[...] = jnp.zeros(importance.shape, jnp.float32)
 
     def head(g, _):
-        p = _probabilities(q[0, 0, g], k[0, 0], seen, scale)
+        p = _probabilities(q[0, 0, g], k[0, 0], visible, scale)
         out[0, 0, g] = _dot(p.astype(v.dtype), v[0, 0], 1, 0).astype(out.dtype)
         importance[...] += p
         return 0
@@ -343,11 +343,11 @@ def _block_scores(importance, config):
 
 def _compress_backward(first, t, start, q, k, v, d_out, dq, dk, dv, *, config, scale):
     _zero_at_first(dk, dv)
-    seen = _seen(first, t, start, config)
+    visible = _visible(first, t, start, config)
 
     def head(g, _):
         q_g, d_g = q[0, 0, g], d_out[0, 0, g]
-        p = _probabilities(q_g, k[0, 0], seen, scale)
+        p = _probabilities(q_g, k[0, 0], visible, scale)
         dp = _dot(d_g, v[0, 0], 1, 1)
         ds = (p * (dp - (p * dp).sum(axis=1, keepdims=True)) * scale).astype(q.dtype)
         dq[0, 0, g] = _dot(ds, k[0, 0], 1, 0).astype(dq.dtype)

@@ -31,8 +31,8 @@ class Rule(NamedTuple):
     def sees(self, t: Array, s: Array) -> Array:
         """Bool ``[T, S]`` for indices ``t [T]`` of queries and ``s [S]`` of keys."""
         behind = (self.q_start + t)[:, None] - (self.k_start + self.k_step * s)[None]
-        seen = (behind >= 0) if self.causal else jnp.ones(behind.shape, bool)
-        return seen if self.window is None else seen & (behind < self.window)
+        visible = (behind >= 0) if self.causal else jnp.ones(behind.shape, bool)
+        return visible if self.window is None else visible & (behind < self.window)
 
     def key_range(self, first: Array, last: Array, num_keys: int) -> tuple[Array, Array]:
         """``[low, high)``: outside it no key is seen by the queries ``first`` to ``last``."""

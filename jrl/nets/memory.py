@@ -163,7 +163,7 @@ class AttentionMemory(nn.Module):
             window = min(self.config.window or horizon, horizon)
             return _window(q, k[0], v[0], episode, window, context)
         sparse = self.config.sparse()
-        near = _window(q, k[2], v[2], episode, min(sparse.window, horizon), context)
+        o_win = _window(q, k[2], v[2], episode, min(sparse.window, horizon), context)
         # Blocks count from the first step of the episode, which may lie before the timeline: room for the rest of a block there.
         room = sparse.select_block - 1
         early = jnp.maximum(position[:, :1] + jnp.arange(-room, 0, dtype=jnp.int32)[None], 0)
@@ -174,7 +174,7 @@ class AttentionMemory(nn.Module):
         t = at[:, room + context :]
         start = jnp.maximum(room + nsa.segment_starts(episode)[:, context:], t - context)
         gates = mixers.branch_gates(layer, y)
-        return nsa.mix(layer["compress"], q, streams, gates, near, t, start, sparse, origin=at - position)
+        return nsa.mix(layer["compress"], q, streams, gates, o_win, t, start, sparse, origin=at - position)
 
 
 def _positions(memory: Memory, first: Array) -> Array:
