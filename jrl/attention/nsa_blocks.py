@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from jrl.attention.nsa import Config
+    from jrl.attention.nsa_branches import Config
 
 Array = jax.Array
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jrl.attention import cache as kv
-from jrl.attention import nsa
 from jrl.attention.cache import KV, per_row
-from jrl.attention.dense import group
+from jrl.attention.dense import group, masked_softmax
+from jrl.attention.nsa_branches import Config, Streams, compress, compressed_attention, phi, select
 
 Array = jax.Array
 
@@ -30,7 +30,7 @@ class Cache(NamedTuple):
 
 
 def init(
-    config: nsa.Config,
+    config: Config,
     batch: int,
     capacity: int,
     kv_heads: int,
@@ -45,7 +45,7 @@ def init(
 
 
 def write(
-    params: Any, cache: Cache, streams: nsa.Streams, position: Array, config: nsa.Config, *, start: Array | int = 0
+    params: Any, cache: Cache, streams: Streams, position: Array, config: Config, *, start: Array | int = 0
 ) -> Cache:
     """The cache with the token at ``position``; ``streams`` holds its ``[B, K, D]`` of each branch.
 
@@ -60,7 +60,7 @@ def write(
 
     def add(name: str, tokens: Array, compressed: Array) -> Array:
         tokens = jnp.take_along_axis(tokens, in_order[..., None, None], axis=1)
-        row = nsa.phi(params.get(name), jnp.moveaxis(tokens, 1, 2))
+        row = phi(params.get(name), jnp.moveaxis(tokens, 1, 2))
         return compressed.at[jnp.arange(batch), block].set(row.astype(compressed.dtype), mode="drop")
 
     return Cache(
@@ -71,7 +71,7 @@ def write(
     )
 
 
-def fill(params: Any, cache: Cache, streams: nsa.Streams, config: nsa.Config, *, start: Array | int = 0) -> Cache:
+def fill(params: Any, cache: Cache, streams: Streams, config: Config, *, start: Array | int = 0) -> Cache:
     """The empty ``cache`` after tokens from position 0 on, ``[B, T, K, D]`` of each branch.
 
     The sequence begins at ``start`` int32 ``[]`` or ``[B]``; what stands before it is padding.
@@ -82,7 +82,7 @@ def fill(params: Any, cache: Cache, streams: nsa.Streams, config: nsa.Config, *,
     if number := config.num_compressed(length):
         first = start[:, None] + jnp.arange(number)[None] * config.stride
         over = (first + config.block <= length)[..., None, None]
-        rows = (nsa.compress(params.get(name), x, config, first) for name, x in (("k", k_compress), ("v", v_compress)))
+        rows = (compress(params.get(name), x, config, first) for name, x in (("k", k_compress), ("v", v_compress)))
         compressed = kv.fill(compressed, *(jnp.where(over, x, 0) for x in rows))
     return Cache(
         recent=kv.fill(cache.recent, k_compress, v_compress),
@@ -99,7 +99,7 @@ def decode_step(
     gates: Array,
     cache: Cache,
     position: Array,
-    config: nsa.Config,
+    config: Config,
     *,
     start: Array | int = 0,
     scale: float | None = None,
@@ -118,14 +118,14 @@ def decode_step(
     one = q[:, None]
     compressed = jax.tree.map(lambda x: x.astype(q.dtype), cache.compressed)
     first = jnp.broadcast_to(jnp.arange(compressed.k.shape[1])[None] * config.stride, compressed.k.shape[:2])
-    out_compress, importance = nsa.compressed_attention(one, compressed.k, compressed.v, first, t, zero, config, scale)
+    out_compress, importance = compressed_attention(one, compressed.k, compressed.v, first, t, zero, config, scale)
 
     size, capacity, kv_heads = config.select_block, *cache.select.k.shape[1:3]
-    chosen = nsa.select(importance, t // size, zero, capacity // size, config)  # [B, K, 1, n]
+    chosen = select(importance, t // size, zero, capacity // size, config)  # [B, K, 1, n]
     grouped = group(one, kv_heads).transpose(0, 2, 1, 3, 4)
     k, v = (take_blocks(x, chosen[:, :, 0], size)[:, :, None].astype(q.dtype) for x in cache.select)
     scores, visible = selected_scores(grouped, k, chosen, t, scale)
-    p = nsa.masked_softmax(scores, visible)
+    p = masked_softmax(scores, visible)
     values = v.reshape(*v.shape[:3], -1, v.shape[-1])
     out_select = jnp.einsum("bkcgs,bkcsd->bkgd", p.astype(q.dtype), values, preferred_element_type=p.dtype)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jrl.attention import nsa
+from jrl.attention.nsa_branches import Config, Streams
 
 Array = jax.Array
 LANES = 128
@@ -26,7 +26,7 @@ SPARE = 10 * 2**20  # of it: a step's queries, and what the compiler needs
 HIDDEN = -1e30  # a score that is not seen
 
 
-def why_not(q: Array, streams: nsa.Streams, config: nsa.Config) -> str | None:
+def why_not(q: Array, streams: Streams, config: Config) -> str | None:
     """What keeps these kernels from computing this, or None."""
     size, width = config.select_block, q.dtype.itemsize
     if q.dtype not in (jnp.float32, jnp.bfloat16):
@@ -69,7 +69,7 @@ def selected_attention(
     scale: float,
     interpret: bool,
 ) -> Array:
-    """The same as ``nsa.selected_attention``: ``[B, K, T, G, Dv]``, T a multiple of ROWS."""
+    """The same as ``nsa_select.selected_attention``: ``[B, K, T, G, Dv]``, T a multiple of ROWS."""
     call = _over_selected(_select_forward, q, k, v, token, chosen, t, start, scale)
     return call((_queries(q.shape[3], v.shape[-1]),), (_like(q, v.shape[-1]),), interpret)(q, k, v)[0]
 
@@ -221,7 +221,7 @@ def compressed_attention(
     first: Array,
     queries: tuple[Array, Array, Array, Array],
     num_blocks: int,
-    config: nsa.Config,
+    config: Config,
     scale: float,
     interpret: bool,
 ) -> tuple[Array, Array]:
@@ -261,7 +261,7 @@ def _compressed_backward(num_blocks, config, scale, interpret, saved, d_answers)
 compressed_attention.defvjp(_save_compressed, _compressed_backward)
 
 
-def columns(num_blocks: int, config: nsa.Config) -> int:
+def columns(num_blocks: int, config: Config) -> int:
     """Compressed blocks that the kernel takes, padded: whole lanes of selection's blocks."""
     return (num_blocks + -num_blocks % LANES) * (config.select_block // config.stride)
 
