@@ -1,8 +1,16 @@
-"""A tiny language model in Hugging Face's layout, and problems for it, made once."""
+"""A tiny language model in Hugging Face's layout, and problems for it."""
 
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import jax
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from jrl.lm import hf
+from jrl.nets import transformer
 
 FOLDER = Path(tempfile.gettempdir()) / "jrl-tiny-model"
 SYMBOLS = ["<end>", "say", *"0123456789"]
@@ -22,18 +30,16 @@ WORDS = (
 
 def make() -> None:
     """Write the model; in a process of its own, for it uses a device."""
-    import jax
-    import tokenizers
-    from tokenizers import models, pre_tokenizers
-
-    from jrl.lm import hf
-    from jrl.nets import transformer
-
     FOLDER.mkdir(exist_ok=True)
     config = transformer.Config(vocab_size=len(SYMBOLS), dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=32)
     hf.save(FOLDER, config, transformer.init(jax.random.key(0), config))
+    write_words(FOLDER)
+
+
+def write_words(folder: Path, **settings: Any) -> None:
+    """The model's tokenizer, with more settings, and the problems."""
     words = tokenizers.Tokenizer(models.WordLevel({x: i for i, x in enumerate(SYMBOLS)}, "<end>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.save(str(FOLDER / "tokenizer.json"))
-    (FOLDER / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
-    (FOLDER / "say.py").write_text(PROBLEMS)
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"} | settings))
+    (folder / "say.py").write_text(PROBLEMS)

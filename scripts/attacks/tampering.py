@@ -28,11 +28,9 @@ from typing import Any, NamedTuple
 import gguf as gguf_package
 import jax
 import numpy as np
-import tokenizers
 from pyarrow import parquet
-from tokenizers import models, pre_tokenizers
 
-from attacks import processes
+from attacks import language_model, processes
 from jrl import lm
 from jrl.lm import gguf, hf, layout
 from jrl.nets import moe, transformer
@@ -44,16 +42,7 @@ MEMORY = 24 << 30  # bytes of address space
 UPDATES, STOPPED = 7, 5
 
 COMMON = ("--env", "Probe-action", "--preset", "none", "--log-every", "1", "--eval-every", "16", "--eval-episodes", "1")
-ON_POLICY = (
-    "--config.num-envs",
-    "2",
-    "--config.num-steps",
-    "4",
-    "--config.num-epochs",
-    "1",
-    "--config.num-minibatches",
-    "1",
-)
+ON_POLICY = ("--config.num-envs", "2", "--config.num-steps", "4", "--config.num-epochs", "1", "--config.num-minibatches", "1",)  # fmt: skip
 OFF_POLICY = ("--config.num-envs", "2", "--config.num-steps", "4", "--config.batch-size", "4", "--config.capacity", "32",
               "--config.learning-starts", "8", "--config.num-gradient-steps", "1")  # fmt: skip
 TRAINED = {
@@ -64,18 +53,7 @@ TRAINED = {
     "parquet": ("ppo.py", (*COMMON, *ON_POLICY, "--num-seeds", str(log.CSV_MEMBERS + 1))),
     "finished": ("ppo.py", (*COMMON, *ON_POLICY, "--num-seeds", "1")),
 }
-GRPO = (
-    "--prompt-length",
-    "4",
-    "--answer-length",
-    "3",
-    "--config.lora-rank",
-    "4",
-    "--save-every",
-    "2",
-    "--steps",
-    str(UPDATES),
-)
+GRPO = ("--prompt-length", "4", "--answer-length", "3", "--config.lora-rank", "4", "--save-every", "2", "--steps", str(UPDATES),)  # fmt: skip
 RUNS = (*TRAINED, "grpo_llm")
 MODELS = ("folder", "shards", "experts", "saved", "gguf")
 
@@ -306,15 +284,6 @@ atexit.register(SERVER._end)
 
 # --- What is attacked ---
 
-PROBLEMS = """
-from jrl.lm import verifiers
-
-
-def make(seed):
-    items = [verifiers.Item(f"say {i}", str(i)) for i in range(4)]
-    return verifiers.from_function(items, lambda items, texts: [float(i.data in t) for i, t in zip(items, texts)], "say")
-"""
-
 
 @functools.cache
 def bases(root: Path) -> Path:
@@ -400,10 +369,9 @@ def metrics(folder: Path) -> Any:
 def make_model(argv: list[str]) -> None:
     """A tiny model of random weights in one of the forms that are read."""
     kind, folder, seed = argv[0], Path(argv[1]), int(argv[2])
-    symbols = ["<end>", "say", *"0123456789"]
     more = {"experts": moe.Config(2, 1, 8)} if kind == "experts" else {"qk_norm": True, "head_dim": 4}
     config = transformer.Config(
-        vocab_size=len(symbols),
+        vocab_size=len(language_model.SYMBOLS),
         dim=8,
         num_layers=2,
         num_heads=2,
@@ -415,13 +383,9 @@ def make_model(argv: list[str]) -> None:
     params = transformer.init(jax.random.key(seed), config)
     folder.mkdir()
     if kind == "gguf":
-        return write_gguf(folder / "model.gguf", config, params, symbols)
-    words = tokenizers.Tokenizer(models.WordLevel({x: i for i, x in enumerate(symbols)}, "<end>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>", "pad_token": {"content": "0"}}))
+        return write_gguf(folder / "model.gguf", config, params, language_model.SYMBOLS)
+    language_model.write_words(folder, pad_token={"content": "0"})
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
-    (folder / "say.py").write_text(PROBLEMS)
     if kind != "folder":  # which trains with texts as they stand
         (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}")
     hf.save(folder, config, params, shard_bytes=600 if kind == "shards" else 10**9)
