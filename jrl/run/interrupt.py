@@ -86,7 +86,7 @@ def leaving_in_time() -> Iterator[None]:
     os.set_blocking(written, False)
     wakeup = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     hook = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_raise_again, hook)
+    ours = sys.unraisablehook = functools.partial(_raise_again, hook)
     asked = threading.Event()
     threading.Thread(target=_watch, args=(received, asked), daemon=True).start()
     try:
@@ -98,7 +98,8 @@ def leaving_in_time() -> Iterator[None]:
         if not asked.is_set():  # else the process is about to end, and may hang in doing so: it stays watched
             signal.set_wakeup_fd(wakeup)
             os.close(written)
-            sys.unraisablehook = hook
+            if sys.unraisablehook is ours:  # else checkpoints have put one before it
+                sys.unraisablehook = hook
             for number, handler in old.items():
                 signal.signal(number, handler)
 
