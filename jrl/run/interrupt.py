@@ -135,11 +135,11 @@ def _watch(received: int, asked: threading.Event) -> None:
 def _end_at_once() -> NoReturn:
     if sys.stderr.isatty():
         os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
-    os.write(2, f"\n{last_words}\n".encode() if last_words else b"\n")
+    os.write(2, f"\n{last_words}\n".encode())
     os._exit(INTERRUPTED)
 
 
-last_words = ""  # said when the process ends: how to go on
+last_words = "interrupted"  # said when the process ends: how to go on
 
 
 def on_leaving(text: str) -> None:
