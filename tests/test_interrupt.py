@@ -34,6 +34,12 @@ class Slow:
 Slow()
 time.sleep(60)
 """
+LIBRARY = """
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise RuntimeError("of a library")
+"""
 LOOP = """
 with interrupt.StopOnSignal() as stop:
     while not stop.requested:
@@ -59,7 +65,7 @@ def run(body, *signals, apart=0.5):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("body", ["long()", "time.sleep(60)", CALLBACK])
+@pytest.mark.parametrize("body", ["long()", "time.sleep(60)", CALLBACK, LIBRARY])
 def test_a_process_that_cannot_be_interrupted_is_ended(body, number):
     said, status, seconds = run(body, number)
     assert said.strip() == "how to go on" and status == 130

@@ -81,7 +81,13 @@ def leaving_in_time() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = _answer_with(_raise)
+    raised = threading.Event()
+
+    def interrupt(number: int, frame: Any) -> None:
+        raised.set()
+        raise KeyboardInterrupt
+
+    old = _answer_with(interrupt)
     received, written = os.pipe()
     os.set_blocking(written, False)
     wakeup = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
@@ -93,6 +99,11 @@ def leaving_in_time() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         asked.set()
+        raise
+    except Exception as error:
+        if raised.is_set():  # an interrupt that a library turned into an error of its own
+            asked.set()
+            raise KeyboardInterrupt from error
         raise
     finally:
         if not asked.is_set():  # else the process is about to end, and may hang in doing so: it stays watched
@@ -154,7 +165,3 @@ def _answer_with(handler: Any) -> dict[int, Any]:
         return {}
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
-
-
-def _raise(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
