@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from attacks import language_model
 from attacks.processes import Ended, Process, command, no_device_used
 
-COUNT = 60
+COUNT = 80
 LIMIT = 240.0  # seconds, for a start of a run
 LEAVES_WITHIN = 5.0 + 1.0  # seconds after a signal; the last one for a machine that is busy
 SPEED = {"compile_seconds", "run_seconds", "env_steps_per_second", "crc32"}
