@@ -193,6 +193,8 @@ class CsvTable:
 
     def read(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """``(env_steps [rows], metrics {name: [members, rows]})``."""
+        if not self.path.exists():  # no row is whole yet
+            return np.zeros(0, int), {}
         with self.path.open(newline="") as file:
             header = next(csv.reader(file))
             skip = header.index("seed") + 1

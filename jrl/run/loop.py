@@ -218,7 +218,8 @@ class _Run:
         """Take up what was written before: the table of metrics, the evaluations."""
         table, per_update = log.table(folder, self.members.labels), self.algo.env_steps_per_update
         env_steps, metrics = log.read_whole(table, self.done - self.in_row, self.every, per_update)
-        self.history.append({k: v.astype(np.float32) for k, v in metrics.items()} | {"env_steps": env_steps})
+        if len(env_steps):
+            self.history.append({k: v.astype(np.float32) for k, v in metrics.items()} | {"env_steps": env_steps})
         saved = folders.read_json(folder / "evaluations.json", [])
         self.evaluations = [e for e in saved if e["env_steps"] <= self._steps()]
 
