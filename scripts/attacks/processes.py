@@ -58,7 +58,10 @@ class Process:
     def send(self, number: int) -> None:
         """A signal to the whole session, as a terminal would send it."""
         if self.poll() is None:
-            os.killpg(self.pid, number)
+            try:
+                os.killpg(self.pid, number)
+            except ProcessLookupError:  # its session has not begun yet
+                os.kill(self.pid, number)
 
     def wait(self, seconds: float) -> Ended:
         """Wait for its end; after so many seconds, kill it."""
