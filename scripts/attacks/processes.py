@@ -44,6 +44,7 @@ class Process:
 
     def __init__(self, body: Callable[[], Any], folder: Path, log: Path, environment: Mapping[str, str] | None = None):
         self._log, self._begin, self._ended = log, time.monotonic(), None
+        log.write_bytes(b"")  # a process that is killed at once writes none
         self.pid = os.fork()
         if self.pid == 0:
             _become(body, folder, log, environment or {})
