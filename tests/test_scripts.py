@@ -341,5 +341,5 @@ def test_results_are_chosen_by_algorithm_and_by_name():
     results = module("results")
     assert list(results.chosen(results.Args(only=("dqn/CartPole-v1, 100k",)))) == ["dqn/CartPole-v1, 100k"]
     assert all(name.startswith("pqn/") for name in results.chosen(results.Args(algos=("pqn",))))
-    with pytest.raises(SystemExit, match="only must be one of ppo/CartPole-v1, "):
-        results.main(results.Args(only=("ppo/Nothing",)))
+    with pytest.raises(ValueError, match="only must be one of ppo/CartPole-v1, "):
+        results.main(["--only", "ppo/Nothing"])
