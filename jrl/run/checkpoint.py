@@ -43,6 +43,7 @@ class Checkpoints:
         self._ocp = ocp
         self._config = json.loads(json.dumps(config))  # as a checkpoint gives it back
         self.folder, self._tables = folder.absolute(), tables
+        self._files: dict[str, list[int]] = {}  # size and checksum of the tables' files at the last save
         for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -60,13 +61,11 @@ class Checkpoints:
         Raises ``RunError`` if that one met a full disk.
         """
         self.wait()
-        files = {name: _beginning(self.folder.parent / name) for name in self._files()}
-        self._pending = self._thread.submit(self._save, updates, state, {"notes": notes, "files": files})
-
-    def _files(self) -> list[str]:
-        """Names of the tables' files, from the folder beside which they lie."""
         beside = self.folder.parent
-        return sorted(str(path.relative_to(beside)) for pattern in self._tables for path in beside.glob(pattern))
+        for path in sorted(path for pattern in self._tables for path in beside.glob(pattern)):
+            name = str(path.relative_to(beside))
+            self._files[name] = _longer(path, self._files.get(name, [0, 0]))
+        self._pending = self._thread.submit(self._save, updates, state, {"notes": notes, "files": dict(self._files)})
 
     def _save(self, updates: int, state: Any, more: dict[str, Any]) -> None:
         if self._manager.latest_step() == updates:
@@ -245,17 +244,19 @@ def _same_arrays(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> N
                 raise RunError(f"checkpoint {path} does not fit: {name} has {field} {given}, this run needs {needed}")
 
 
-def _beginning(path: Path, size: int = -1) -> list[int]:
-    """How many bytes a file has, or its first ``size`` bytes are, and their checksum."""
+def _longer(path: Path, known: list[int], most: int = -1) -> list[int]:
+    """Size and checksum of a file whose beginning has these, after at most ``most`` bytes more."""
+    size, checksum = known
     with path.open("rb") as file:
-        data = file.read(size)
-    return [len(data), zlib.crc32(data)]
+        file.seek(size)
+        data = file.read(most)
+    return [size + len(data), zlib.crc32(data, checksum)]
 
 
 def _same_beginning(path: Path, saved: Any, updates: int) -> None:
     """Raise ``RunError`` unless a table begins with what it held at a save."""
     try:
-        same = _beginning(path, saved[0]) == saved
+        same = _longer(path, [0, 0], saved[0]) == saved
     except FileNotFoundError:
         raise RunError(f"{path} is missing, which the checkpoint of update {updates} was saved with") from None
     except Exception as error:

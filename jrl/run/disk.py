@@ -8,7 +8,7 @@ def sync(path: Path) -> None:
     """Until a file, or a folder with all that is in it, is on disk, and its name too. Nothing happens where there is none."""
     if not path.exists():
         return
-    inside = [item for item in path.rglob("*")] if path.is_dir() else []
+    inside = list(path.rglob("*")) if path.is_dir() else []
     for item in [*inside, path, path.parent]:
         handle = os.open(item, os.O_RDONLY)
         try:
