@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
         algo, home = grpo.make(task, *settings[name]), folder / name
         if (config := settings[name][0]).supervised:
             print(f"{name}: {config.supervised} supervised updates first", flush=True)
-        hypers = cli.cells(algo, args.sweep)
+        hypers = run.sweep.cells(algo.hyper, args.sweep)
         result = run.train(
             algo,
             jax.random.key(args.seed),

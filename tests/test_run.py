@@ -1042,7 +1042,7 @@ def test_a_flag_without_its_value_is_refused_where_the_others_are():
 def test_a_sweep_of_too_many_cells_is_refused():
     values = ",".join(map(str, range(101)))
     with pytest.raises(ValueError, match="the sweep has 10,201 cells; at most 10,000 may be"):
-        cli.cells(make(), (f"hyper.gamma={values}", f"hyper.clip_eps={values}"))
+        run.sweep.cells(make().hyper, (f"hyper.gamma={values}", f"hyper.clip_eps={values}"))
 
 
 def test_a_size_beyond_64_bits_is_refused():

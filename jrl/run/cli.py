@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import itertools
 import logging
-import math
 import os
 import re
 import sys
@@ -28,7 +27,6 @@ from jrl.run.loop import Result, train
 from jrl.run.stats import seeds
 
 T = TypeVar("T")
-MOST_CELLS = 10_000  # of a sweep: each is checked before the run
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,7 @@ def run(options: Options, algo: Algorithm) -> Result:
     """Train as the options say, and print the result."""
     if options.run_dir is None and options.resume:
         raise ValueError("--resume needs --run-dir")
-    hypers = cells(algo, options.sweep)
+    hypers = sweeps.cells(algo.hyper, options.sweep)
     name = f"{algo.name}-{options.env.removesuffix('.py').replace('/', '-')}"
     fresh = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = options.run_dir or fresh_folder(fresh)
@@ -201,14 +199,6 @@ def run(options: Options, algo: Algorithm) -> Result:
                 folder.parent.rmdir()
     report(result)
     return result
-
-
-def cells(algo: Algorithm, sweep: tuple[str, ...]) -> dict[str, Any] | None:
-    """The hyperparameters of a sweep, by label; None without one. Raises ``ValueError`` for more than ``MOST_CELLS``."""
-    values = sweeps.parse(sweep)
-    if (count := math.prod(map(len, values.values()))) > MOST_CELLS:
-        raise ValueError(f"the sweep has {count:,} cells; at most {MOST_CELLS:,} may be")
-    return sweeps.grid(algo.hyper, values) if values else None
 
 
 def fresh_folder(path: Path) -> Path:

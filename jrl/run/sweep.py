@@ -2,10 +2,12 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Hyper = Any
+MOST_CELLS = 10_000  # each is checked before the run
 
 
 def names(hyper: Hyper, prefix: str = "") -> list[str]:
@@ -41,6 +43,14 @@ def grid(hyper: Hyper, values: Mapping[str, Sequence[float]]) -> dict[str, Hyper
             cell = replace(cell, name, value)
         cells[", ".join(f"{n}={v!r}" for n, v in zip(values, combination, strict=True))] = cell
     return cells
+
+
+def cells(hyper: Hyper, texts: Sequence[str]) -> dict[str, Hyper] | None:
+    """The grid of a command line's words, by label; None without any. Raises ``ValueError`` for more than ``MOST_CELLS``."""
+    values = parse(texts)
+    if (count := math.prod(map(len, values.values()))) > MOST_CELLS:
+        raise ValueError(f"the sweep has {count:,} cells; at most {MOST_CELLS:,} may be")
+    return grid(hyper, values) if values else None
 
 
 def columns(cells: Mapping[str, Hyper]) -> dict[str, dict[str, float]]:
