@@ -98,7 +98,10 @@ def metadata(reader: gguf.GGUFReader, name: str, default: Any = MISSING) -> Any:
 def _config(reader: gguf.GGUFReader, held: dict[str, Any]) -> Config:
     family = metadata(reader, "general.architecture")
     checks.one_of("general.architecture", family, FAMILIES)
-    get = lambda name, *default: metadata(reader, f"{family}.{name}", *default)  # noqa: E731
+
+    def get(name, *default):
+        return metadata(reader, f"{family}.{name}", *default)
+
     for name, allowed in (("expert_count", 0), ("attention.sliding_window", 0)):
         if get(name, allowed) != allowed:
             raise ValueError(f"{family}.{name} must be {allowed}: nothing else is read; got {get(name)!r}")

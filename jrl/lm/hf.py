@@ -45,7 +45,10 @@ def load(folder: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple
     layout.enough(config, len(held), str(folder))
     wanted = _wanted(config, found)
     _check(folder, wanted, held, found)
-    get = lambda name: held[name][1].get_tensor(name)  # noqa: E731
+
+    def get(name):
+        return held[name][1].get_tensor(name)
+
     params = layout.gather(config, wanted, get, dtype)
     if config.tie_embeddings and "lm_head.weight" in held:
         file, _ = held["lm_head.weight"]

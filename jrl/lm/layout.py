@@ -95,7 +95,10 @@ def _latent(config: Config) -> list[Tensor]:
     d, h, c = config.dim, config.num_heads, config.latent
     rope, query = c.rope_dim, h * (c.nope_dim + c.rope_dim)
     kv = h * (c.nope_dim + c.value_dim)
-    at = lambda *names: tuple(("latent", name) for name in names)  # noqa: E731
+
+    def at(*names):
+        return tuple(("latent", name) for name in names)
+
     found = [
         Tensor("self_attn.kv_a_proj_with_mqa.weight", (c.latent + rope, d), at("down", "key"), pairs=rope),
         Tensor("self_attn.kv_a_layernorm.weight", (c.latent,), at("norm")),

@@ -205,7 +205,9 @@ def from_gguf(path: str | Path | GGUFReader) -> Tokenizer:
 
 
 def _of_metadata(reader: GGUFReader) -> Tokenizer:
-    get = lambda name, *default: gguf.metadata(reader, f"tokenizer.{name}", *default)  # noqa: E731
+    def get(name, *default):
+        return gguf.metadata(reader, f"tokenizer.{name}", *default)
+
     checks.one_of("tokenizer.ggml.model", get("ggml.model"), ["gpt2"])
     kind = get("ggml.pre")
     checks.one_of("tokenizer.ggml.pre", kind, SPLITS)
