@@ -276,7 +276,8 @@ def train(
             while done < args.steps and not stop.requested:
                 after, row, said = stop.result(pool.submit(step, state, done))
                 refuse_nan(row, done)
-                state, done, rows = after, done + 1, [*rows, row]
+                state, done = after, done + 1
+                rows.append(row)
                 print(f"step {done}  " + "  ".join(f"{x} {row[x]:.3g}" for x in SHOWN if x in row), flush=True)
                 _write(folder, record, done, per_update, row, said)
                 if done % args.save_every == 0:

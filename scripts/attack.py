@@ -39,7 +39,7 @@ class Args:
         kinds: kills of running processes, bad inputs, tampered files, answers of language models.
         count: cases of each kind; default: as many as the recorded result has.
         only: number of the one case to attack.
-        seed: from which the cases are drawn.
+        seed: the seed from which the cases are drawn.
         folder: where results, and what broke, are kept.
         record: write the table of results into docs/attacks.md.
     """

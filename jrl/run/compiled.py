@@ -19,11 +19,11 @@ class Compiled(NamedTuple):
     """What a run needs on its devices.
 
     Attributes:
-        layout: of the members over devices and groups.
+        layout: how the members lie over devices and in groups.
         chunk: ``program.chunk`` of all members, compiled; it takes its first argument's memory.
         max_rows: rows of metrics that a chunk can hold.
         start: the members at the beginning, with an empty row.
-        seconds: that compiling and initializing took.
+        seconds: time taken by compiling and initializing.
     """
 
     layout: Layout

@@ -21,7 +21,7 @@ class Members(NamedTuple):
         keys: ``[members]``; those of a seed are equal in all cells.
         hypers: hyperparameters, leaves float32 ``[members]``.
         cells: labels of the cells.
-        columns: of each cell, the hyperparameters in which cells differ.
+        columns: the hyperparameters in which cells differ, by cell.
         labels: constant columns of each member in a table: its seed, and in a sweep its cell.
         shape: ``(seeds,)``, or ``(cells, seeds)`` in a sweep.
     """

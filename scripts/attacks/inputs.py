@@ -33,8 +33,8 @@ class Case(NamedTuple):
     """A command line, and what it finds.
 
     Attributes:
-        script: of the experiments.
-        words: of the command line.
+        script: file name of the experiment.
+        words: the words of its command line.
         files: names and texts in the working folder; a name that ends with ``/`` is a folder.
         environment: variables besides.
         model: files of the folder ``model`` that take the place of the ones that a tiny model has, None for one that is missing.
