@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # the attacks, of which tests make use
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is here only to compile; do not ask for a machine
 os.environ["JRL_CPU_DEVICES"] = "2"

@@ -13,11 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+from attacks import answers
 
 from jrl.lm import grading, grading_server
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from attacks import answers
 
 RIGHT, WRONG = (4, "2 + 2"), (4, "5")
 

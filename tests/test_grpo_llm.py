@@ -2,42 +2,22 @@
 
 import csv
 import importlib.util
-import json
 import signal
 import subprocess
 import time
 
-import jax
 import numpy as np
 import processes
 import pytest
-import tokenizers
-from tokenizers import models, pre_tokenizers
+from attacks import language_model
 
-from jrl.lm import hf, verifiers
-from jrl.nets import transformer
-
-SYMBOLS = ["<end>", "say", *"0123456789"]
-PROBLEMS = """
 from jrl.lm import verifiers
-
-
-def make(seed, largest=3):
-    items = [verifiers.Item(f"say {i}", str(i)) for i in range(largest + 1)]
-    return verifiers.from_function(items, lambda items, texts: [float(i.data in t) for i, t in zip(items, texts)], "say")
-"""
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    config = transformer.Config(vocab_size=len(SYMBOLS), dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=32)
-    hf.save(folder, config, transformer.init(jax.random.key(0), config))
-    words = tokenizers.Tokenizer(models.WordLevel({x: i for i, x in enumerate(SYMBOLS)}, "<end>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
-    (folder / "say.py").write_text(PROBLEMS)
+    language_model.make(folder)
     return folder
 
 
@@ -92,7 +72,7 @@ def test_the_model_itself_over_two_devices_learns_as_on_one(model, tmp_path):
 
 
 def test_a_published_model_takes_steps_with_adapters(smollm2_file, tmp_path):
-    (tmp_path / "say.py").write_text(PROBLEMS)
+    (tmp_path / "say.py").write_text(language_model.PROBLEMS)
     problems = () if importlib.util.find_spec("reasoning_gym") else ("--dataset", tmp_path / "say.py")
     sizes = ("--config.num-prompts", 2, "--config.group-size", 2, "--config.micro-batches", 1, "--answer-length", 4)
     done = processes.experiment(

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 
+from attacks import language_model
+
 # Environments
 
 ENVIRONMENT = """
@@ -196,14 +198,7 @@ def tasks() -> Iterator[str]:
 
 # Problems with a verifier
 
-SAY = """
-from jrl.lm import verifiers
-
-
-def make(seed, largest=3):
-    items = [verifiers.Item(f"say {i}", str(i)) for i in range(largest + 1)]
-    return verifiers.from_function(items, lambda items, texts: [float(i.data in t) for i, t in zip(items, texts)], "say")
-"""
+SAY = language_model.PROBLEMS
 SOURCES = (
     "None", "5", "'say'", "[]", "verifiers", "verifiers.Source", "sys.exit(0)", "1 / 0", "{}['x']", "make(seed)",
     "verifiers.from_function([], None)", "verifiers.from_function(None, None)", "verifiers.from_function(5, 5)",

@@ -17,12 +17,10 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 import numpy as np
 import safetensors.numpy
-import tokenizers
 
-from attacks import bad_files
+from attacks import bad_files, language_model
 from attacks.processes import ROOT, Process, command, script
 from jrl.lm import layout, settings
-from jrl.nets import transformer
 
 COUNT = 1000
 SECONDS, MEMORY = 60, 12 << 30  # of a case that is refused
@@ -358,15 +356,12 @@ def _models() -> Iterator[Case]:
 @cache
 def _model() -> dict[str, bytes]:
     """The files of a tiny model in Hugging Face's layout."""
-    symbols = ["<end>", "say", *"0123456789"]
-    config = transformer.Config(vocab_size=len(symbols), dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=32)
     rng = np.random.default_rng(0)
-    weights = {x.name: 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in layout.tensors(config)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({x: i for i, x in enumerate(symbols)}, "<end>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    shape = language_model.SHAPE
+    weights = {x.name: 0.1 * rng.standard_normal(x.shape).astype(np.float32) for x in layout.tensors(shape)}
     return {
-        "config.json": json.dumps(settings.write(config)).encode(),
+        "config.json": json.dumps(settings.write(shape)).encode(),
         "model.safetensors": safetensors.numpy.save(weights, {"format": "pt"}),
-        "tokenizer.json": words.to_str().encode(),
+        "tokenizer.json": language_model.words().encode(),
         "tokenizer_config.json": json.dumps({"eos_token": "<end>"}).encode(),
     }

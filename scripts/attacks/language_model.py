@@ -28,18 +28,25 @@ WORDS = (
 )
 
 
-def make() -> None:
-    """Write the model; in a process of its own, for it uses a device."""
-    FOLDER.mkdir(exist_ok=True)
-    config = transformer.Config(vocab_size=len(SYMBOLS), dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=32)
-    hf.save(FOLDER, config, transformer.init(jax.random.key(0), config))
-    write_words(FOLDER)
+SHAPE = transformer.Config(vocab_size=len(SYMBOLS), dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=32)
+
+
+def make(folder: Path = FOLDER) -> None:
+    """Write the model and the problems into a folder; this uses a device."""
+    folder.mkdir(exist_ok=True)
+    hf.save(folder, SHAPE, transformer.init(jax.random.key(0), SHAPE))
+    write_words(folder)
+    (folder / "say.py").write_text(PROBLEMS)
 
 
 def write_words(folder: Path, **settings: Any) -> None:
-    """The model's tokenizer, with more settings, and the problems."""
-    words = tokenizers.Tokenizer(models.WordLevel({x: i for i, x in enumerate(SYMBOLS)}, "<end>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
+    """Write the model's tokenizer, with more settings."""
+    (folder / "tokenizer.json").write_text(words())
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"} | settings))
-    (folder / "say.py").write_text(PROBLEMS)
+
+
+def words() -> str:
+    """The text of ``tokenizer.json``."""
+    made = tokenizers.Tokenizer(models.WordLevel({x: i for i, x in enumerate(SYMBOLS)}, "<end>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made.to_str()

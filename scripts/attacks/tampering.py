@@ -385,6 +385,7 @@ def make_model(argv: list[str]) -> None:
     if kind == "gguf":
         return write_gguf(folder / "model.gguf", config, params, language_model.SYMBOLS)
     language_model.write_words(folder, pad_token={"content": "0"})
+    (folder / "say.py").write_text(language_model.PROBLEMS)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1]}))
     if kind != "folder":  # which trains with texts as they stand
         (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}")
