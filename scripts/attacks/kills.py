@@ -1,9 +1,6 @@
 """Runs that are killed, and asked to end, at moments of every kind; then they go on, and must be the run that nobody disturbed."""
 
-import csv
 import functools
-import io
-import json
 import os
 import random
 import shutil
@@ -11,17 +8,16 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from attacks import language_model
+from attacks.held import held
 from attacks.processes import Ended, Process, command, no_device_used
 
 COUNT = 80
 LIMIT = 240.0  # seconds, for a start of a run
 LEAVES_WITHIN = 5.0 + 1.0  # seconds after a signal; the last one for a machine that is busy
-SPEED = {"compile_seconds", "run_seconds", "env_steps_per_second", "crc32"}
 
 
 class Run(NamedTuple):
@@ -185,11 +181,6 @@ def undisturbed(name: str) -> tuple[Path, float]:
 
 def difference(whole: Path, other: Path) -> str | None:
     """What is not equal in two folders of a run: results, or files that are too many or missing."""
-    for name, read in READERS.items():
-        if (whole / name).exists() and read(whole / name) != read(other / name):
-            return f"{name} is not that of the undisturbed run"
-    if _arrays(whole) != _arrays(other):
-        return "the last checkpoint is not that of the undisturbed run"
     names = [
         {str(p.relative_to(f)) for p in f.rglob("*") if not {"events", "checkpoints"} & set(p.relative_to(f).parts)}
         for f in (whole, other)
@@ -197,29 +188,9 @@ def difference(whole: Path, other: Path) -> str | None:
     litter = [p.name for p in (other / "checkpoints").iterdir() if not p.name.isdecimal()]
     if names[0] != names[1] or litter:
         return f"files: {sorted(names[0] ^ names[1])}, in checkpoints: {litter}"
-    return None
-
-
-def _without_speed(path: Path) -> Any:
-    return {name: x for name, x in json.loads(path.read_text()).items() if name not in SPEED}
-
-
-def _numbers(path: Path) -> Any:
-    rows = csv.DictReader(io.StringIO(path.read_text()))
-    return [{name: x for name, x in row.items() if not name.endswith("_per_s")} for row in rows]
-
-
-READERS: dict[str, Callable[[Path], Any]] = {
-    "metrics.csv": _numbers,
-    "evaluations.json": lambda path: json.loads(path.read_text()),
-    "summary.json": _without_speed,
-    "sweep.csv": Path.read_bytes,
-    "answers.txt": Path.read_bytes,
-    "curve.png": Path.read_bytes,
-}
-
-
-def _arrays(folder: Path) -> Any:
-    """Checksums of the last checkpoint, which a run checks when it reads it."""
-    last = max((p for p in (folder / "checkpoints").iterdir() if p.name.isdecimal()), key=lambda p: int(p.name))
-    return last.name, json.loads((last / "manifest/metadata").read_text())["arrays"]
+    wanted, found = held(whole), held(other)
+    for name in ("sweep.csv", "answers.txt", "curve.png"):
+        if name in names[0]:
+            wanted[name], found[name] = (whole / name).read_bytes(), (other / name).read_bytes()
+    differing = [name for name in wanted if found[name] != wanted[name]]
+    return f"not those of the undisturbed run: {', '.join(differing)}" if differing else None
