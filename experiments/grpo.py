@@ -39,6 +39,7 @@ class Args:
         folder: of all runs; default runs/grpo-TASK. A run that is finished there is not made again, one that is not goes on.
         sweep: train a grid in one program, as hyper.NAME=NUMBER,NUMBER ...
         eval_episodes: problems in the evaluation of each seed.
+        checkpoint_every: seconds between checkpoints.
         config: static settings.
         hyper: hyperparameters.
     """
@@ -52,6 +53,7 @@ class Args:
     folder: Path | None = None
     sweep: tuple[str, ...] = ()
     eval_episodes: int = 256
+    checkpoint_every: float = 60.0
     config: grpo.Config = field(default_factory=grpo.Config)
     hyper: grpo.Hyper = grpo.Hyper()
 
@@ -108,6 +110,7 @@ def main(argv: list[str]) -> None:
             run_dir=home,
             resume=home.exists(),
             eval_episodes=args.eval_episodes,
+            checkpoint_every=args.checkpoint_every,
         )
         if not result.finished:
             raise KeyboardInterrupt

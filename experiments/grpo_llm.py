@@ -26,7 +26,7 @@ import numpy as np
 
 from jrl import lm
 from jrl.algos import grpo
-from jrl.lm import verifiers
+from jrl.lm import groups, verifiers
 from jrl.lm.sampling import Rollout, decoder
 from jrl.nets import transformer
 from jrl.numerics import checks, precision, sharding
@@ -324,10 +324,10 @@ def one_step(args, source, words, sample, learn, state, key_run, done, pad) -> t
     reward = grpo.rewards(config, args.hyper, jax.tree.map(jnp.asarray, parts), rollout.mask)
     reward = jnp.where(judged, reward, 0)
     rollout = rollout._replace(mask=rollout.mask & judged[:, None])  # who was not judged takes no part
-    row = grpo.drawn(reward, rollout.mask, group) | {"overlong_prompts": passed, "abstained": np.sum(~judged)}
+    row = groups.drawn(reward, rollout.mask, group) | {"overlong_prompts": passed, "abstained": np.sum(~judged)}
     row |= {"sampled_tokens_per_s": count / sampled}
     if config.oversample > 1:
-        chosen = grpo.informative_groups(jnp.asarray(parts["correct"]), rollout.mask, config)
+        chosen = groups.informative(jnp.asarray(parts["correct"]), rollout.mask, group, config.num_prompts)
         tokens, valid, rollout, reward = jax.tree.map(lambda x: x[chosen], (tokens, valid, rollout, reward))
     begin = time.monotonic()
     state, metrics = jax.block_until_ready(learn(state, key_learn, tokens, valid, rollout, reward))

@@ -123,6 +123,45 @@ def optimizer(config: Any, hyper: Any, factor: Array | float, key: Array | None 
     return rounding.dynamic_loss_scaling(tx) if half else tx
 
 
+def current_optimizer(config: Any, state: Any) -> optax.GradientTransformation:
+    """The algorithm's optimizer at the learning rate that the schedule gives now."""
+    return optimizer(config, state.hyper, learning_rate_factor(config, state))
+
+
+def start_learning(config: Any, hyper: Any, params: Any, key: Array, num_updates: Array | int | None) -> dict[str, Any]:
+    """Those fields of a state that every learner has: its hyperparameters in float32, parameters, optimizer and counters.
+
+    ``num_updates`` is the length of the run, which schedules follow; ``None`` if it is unknown.
+    """
+    hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
+    return {
+        "params": params,
+        "opt_state": optimizer(config, hyper, 1.0, key).init(params),
+        "updates": jnp.int32(0),
+        "num_updates": jnp.asarray(0 if num_updates is None else num_updates, jnp.int32),
+        "hyper": hyper,
+    }
+
+
+def learn_from_replay(
+    learn: Callable[[State, Array, Array], tuple[State, Metrics]], state: State, keys: Array, ready: Array, every: int
+) -> tuple[State, Metrics]:
+    """A gradient step ``learn(state, key, ready)`` for each of the keys, and one of the target network, which ``every`` updates is
+    made equal to the other, or approaches it at each by ``hyper.tau`` if that is 0. Unless ``ready``, what was learned is dropped.
+    """
+    learned, metrics = jax.lax.scan(lambda s, k: learn(s, k, ready), state, keys)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(ready, new, old),
+        (learned.params, learned.opt_state),
+        (state.params, state.opt_state),
+    )
+    updates = state.updates + 1
+    target_params = optim.towards(state.target_params, params, optim.target_share(every, updates, state.hyper.tau))
+    state = learned._replace(params=params, target_params=target_params, opt_state=opt_state, updates=updates)
+    means = {name: jnp.where(ready, m.mean(), 0.0) for name, m in metrics.items()}
+    return state, means | {"root_loss": jnp.sqrt(means["loss"])}
+
+
 def progress(state: Any) -> Array:
     """Share of the run that is done, by the state's ``updates`` and ``num_updates``."""
     return state.updates / jnp.maximum(state.num_updates, 1)

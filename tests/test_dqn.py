@@ -244,16 +244,25 @@ def test_only_the_network_computes_in_half_width(part):
     assert half and not [e for e, s in half if "network" not in s and str(e.primitive) not in jaxprs.MOVES]
 
 
+PROBE = envs.make("Probe-value")
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: dqn.Config(learning_starts=20_000), "learning_starts must be at most capacity = 10000; got 20000"),
-        (lambda: dqn.Config(munchausen=True, distribution="quantile"), "munchausen needs config.distribution=mean"),
+        (
+            lambda: dqn.make(PROBE, dqn.Config(learning_starts=20_000)),
+            "learning_starts must be at most capacity = 10000; got 20000",
+        ),
+        (
+            lambda: dqn.make(PROBE, dqn.Config(munchausen=True, distribution="quantile")),
+            "munchausen needs config.distribution=mean",
+        ),
         (lambda: dqn.Config(distribution="c51"), "must be one of mean, categorical, quantile; got 'c51'"),
-        (lambda: dqn.Config(network=nets.ValueConfig(gru=4)), "R2D2 and PQN train recurrent networks"),
+        (lambda: dqn.make(PROBE, dqn.Config(network=nets.ValueConfig(gru=4))), "R2D2 and PQN train recurrent networks"),
         (lambda: dqn.make(envs.make("Pendulum-v1")), "action values need discrete actions"),
         (
-            lambda: dqn.make(envs.make("Probe-value"), TINY, dqn.Hyper(v_min=1.0, v_max=1.0)),
+            lambda: dqn.make(PROBE, TINY, dqn.Hyper(v_min=1.0, v_max=1.0)),
             "v_max must be above hyper.v_min",
         ),
         (lambda: dqn.make(envs.make("Breakout-MinAtar"), dqn.Config(capacity=10**9)), "is larger than the device's"),

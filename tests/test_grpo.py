@@ -11,7 +11,7 @@ from jrl import algorithm, run
 from jrl.algos import grpo, ppo_lm, sft
 from jrl.attention import mla
 from jrl.equations import token_losses
-from jrl.lm import tasks
+from jrl.lm import groups, tasks
 from jrl.lm.policy import language_model
 from jrl.lm.sampling import Rollout
 from jrl.nets import moe, transformer
@@ -91,12 +91,14 @@ def test_dynamic_sampling_goes_by_right_answers_whatever_else_is_rewarded():
     config = replace(TINY, num_prompts=2, group_size=2, oversample=2)
     parts = {"correct": jnp.array([1.0, 1, 0, 0, 0, 1, 1, 0]), "format": jnp.array([0.0, 1, 0, 1, 1, 0, 1, 1])}
     mask = jnp.ones((8, 2), bool)
-    assert grpo.informative_groups(parts["correct"], mask, config).tolist() == [4, 5, 6, 7]
+    assert groups.informative(parts["correct"], mask, config.group_size, config.num_prompts).tolist() == [4, 5, 6, 7]
     # The total reward misleads: it differs within the groups that are all right or all wrong, and is equal in the first mixed one.
     reward = grpo.rewards(config, grpo.Hyper(format_weight=1.0), parts, mask)
     assert token_losses.varied(reward, 2).tolist() == [True, True, False, True]
     # An answer that nobody judged makes no group mixed.
-    assert grpo.informative_groups(parts["correct"], mask.at[4].set(False), config).tolist() == [6, 7, 0, 1]
+    assert groups.informative(
+        parts["correct"], mask.at[4].set(False), config.group_size, config.num_prompts
+    ).tolist() == [6, 7, 0, 1]
 
 
 def test_a_task_with_a_format_learns_from_mixed_groups_first(monkeypatch):
@@ -125,7 +127,7 @@ def test_answers_that_nobody_judged_have_no_part_in_their_group(name):
     three = grpo.advantages(config, hyper, reward[rest], log_prob[rest], log_prob[rest], mask[rest])
     np.testing.assert_allclose(found[rest], three, rtol=1e-6)
     assert (found[2] == 0).all()
-    metrics = grpo.drawn(reward, mask, 4)
+    metrics = groups.drawn(reward, mask, 4)
     assert (metrics["episodes"], metrics["episode_length"]) == (3, 2)
     np.testing.assert_allclose(metrics["reward"], 4 / 3, rtol=1e-6)
 
@@ -232,7 +234,7 @@ def test_learning_needs_as_many_answers_as_the_settings_say():
 )
 def test_wrong_settings_are_one_clear_line(wrong, message):
     with pytest.raises(ValueError, match=message):
-        replace(TINY, **wrong)
+        grpo.make(TASK, replace(TINY, **wrong))
 
 
 def test_what_does_not_fit_the_task_is_refused():

@@ -37,21 +37,21 @@ def test_the_length_of_a_run_may_be_traced(name):
 
 
 @pytest.mark.parametrize(
-    "config, message",
+    "name, message",
     [
-        (CONFIGS["dapo"], "accumulate must be 1 .*; got 2: take config.micro_batches, which add up exactly"),
-        (CONFIGS["ppo_lm"], "accumulate must be 1 .*; got 2: take fewer config.num_minibatches"),
-        (CONFIGS["sft"], "accumulate must be 1 .*; got 2: take a larger config.batch_size"),
+        ("dapo", "accumulate must be 1 .*; got 2: take config.micro_batches, which add up exactly"),
+        ("ppo_lm", "accumulate must be 1 .*; got 2: take fewer config.num_minibatches"),
+        ("sft", "accumulate must be 1 .*; got 2: take a larger config.batch_size"),
     ],
 )
-def test_means_over_tokens_are_not_accumulated(config, message):
+def test_means_over_tokens_are_not_accumulated(name, message):
     """Two micro-batches of 1 and 3 tokens: the mean of their means weighs the first token 1/2, the mean over all 1/4."""
     with pytest.raises(ValueError, match=message):
-        replace(config, optimizer=optim.OptimizerConfig("adamw", accumulate=2))
+        make(name, replace(CONFIGS[name], optimizer=optim.OptimizerConfig("adamw", accumulate=2)))
 
 
 def test_means_over_answers_are_accumulated():
-    assert replace(CONFIGS["grpo"], optimizer=optim.OptimizerConfig(accumulate=2)).optimizer.accumulate == 2
+    assert make("grpo", replace(CONFIGS["grpo"], optimizer=optim.OptimizerConfig(accumulate=2))).name == "grpo"
 
 
 @pytest.mark.parametrize("name", ["sft", "ppo_lm", "grpo"])

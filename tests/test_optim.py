@@ -360,7 +360,7 @@ def test_wrong_settings_are_refused(fields, message):
 )
 def test_numbers_that_would_make_nans_are_refused(number, message):
     with pytest.raises(ValueError, match=message):
-        optim.check_hyper(Hyper(**number))
+        optim.check_hyper("hyper.optimizer", Hyper(**number))
 
 
 def test_numbers_are_checked_where_the_optimizer_is_made():

@@ -326,7 +326,7 @@ def test_learning_rate_anneals_to_the_end(key):
 )
 def test_wrong_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        ppo.Config(**fields)
+        ppo.make(envs.make("Probe-value"), ppo.Config(**fields))
 
 
 def test_wrong_numbers_are_refused():

@@ -41,6 +41,6 @@ def test_a_kl_in_the_reward_holds_the_policy_back():
 
 def test_wrong_settings_are_one_clear_line():
     with pytest.raises(ValueError, match=r"config.num_minibatches must divide num_answers = 64; got 5"):
-        ppo_lm.Config(model=SHAPE, num_answers=64, num_minibatches=5)
+        ppo_lm.make(TASK, ppo_lm.Config(model=SHAPE, num_answers=64, num_minibatches=5))
     with pytest.raises(ValueError, match=r"hyper.gamma must be between 0 and 1; got 2"):
         ppo_lm.make(TASK, CONFIG, ppo_lm.Hyper(gamma=2.0))

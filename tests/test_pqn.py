@@ -154,7 +154,10 @@ def test_only_the_network_computes_in_half_width(policy):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: pqn.Config(num_minibatches=7), r"must divide num_envs \* num_steps = 2048; got 7"),
+        (
+            lambda: pqn.make(envs.make("Probe-value"), pqn.Config(num_minibatches=7)),
+            r"must divide num_envs \* num_steps = 2048; got 7",
+        ),
         (lambda: pqn.make(envs.make("Pendulum-v1")), "action values need discrete actions"),
         (
             lambda: pqn.make(envs.make("Probe-value"), TINY, pqn.Hyper(epsilon_end=1.5)),

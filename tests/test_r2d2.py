@@ -118,7 +118,10 @@ def test_only_the_network_computes_in_half_width():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: r2d2.Config(network=nets.ValueConfig()), "without a memory this is DQN"),
+        (
+            lambda: r2d2.make(envs.make("Probe-value"), r2d2.Config(network=nets.ValueConfig())),
+            "without a memory this is DQN",
+        ),
         (lambda: r2d2.Config(burn_in=-1), "config.burn_in must be an integer of at least 0; got -1"),
         (lambda: r2d2.make(envs.make("Pendulum-v1")), "action values need discrete actions"),
         (

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
+from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
 from jrl.equations import losses, token_losses
 from jrl.experience import rollout
 from jrl.lm.policy import Answers, answer, language_model, reader
@@ -24,109 +24,43 @@ from jrl.lm.sampling import Rollout, Support, answer_hidden, score
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe, transformer
-from jrl.numerics import checks, optim, precision
+from jrl.numerics import checks, optim
+from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, Unit, check_hyper
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
-class Config:
-    """Static settings.
+class Config(Settings):
+    """Static settings, which shape the compiled program."""
 
-    Attributes:
-        model: shape of actor and critic; its vocabulary is the task's.
-        num_answers: answers of an update, each to a prompt of its own.
-        num_epochs: passes over them.
-        num_minibatches: gradient steps per pass; divides num_answers.
-        optimizer: what the optimizer is made of.
-        precision: float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
-    """
-
+    # Shape of actor and critic; the vocabulary is the task's.
     model: transformer.Config = field(default_factory=lambda: transformer.Config(dim=64, num_layers=2))
-    num_answers: int = 256
-    num_epochs: int = 2
-    num_minibatches: int = 2
+    num_answers: Positive = 256  # Answers of an update, each to a prompt of its own.
+    num_epochs: Positive = 2  # Passes over the answers of an update.
+    num_minibatches: Positive = 2  # Gradient steps per pass; divides num_answers.
+    # What the optimizer is made of.
     optimizer: optim.OptimizerConfig = field(default_factory=lambda: optim.OptimizerConfig("adamw"))
-    precision: str = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("num_answers", "num_epochs", "num_minibatches"):
-            checks.positive_int(f"config.{name}", getattr(self, name))
-        precision.parse(self.precision)
-        token_losses.refuse_accumulation(self.optimizer.accumulate, "fewer config.num_minibatches")
-        if self.num_answers % self.num_minibatches:
-            raise ValueError(
-                f"config.num_minibatches must divide num_answers = {self.num_answers}; got {self.num_minibatches}"
-            )
+    precision: Precision = "float32"  # float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
 
 
 class Hyper(NamedTuple):
-    """Hyperparameters: data of the state.
+    """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
-    Attributes:
-        learning_rate: at the start of the run; config.optimizer.schedule says how it goes on.
-        gamma: discount from token to token.
-        gae_lambda: lambda of the advantage estimate.
-        clip_eps: range of the ratio, 1 - eps to 1 + eps.
-        value_clip_eps: range of a value update.
-        value_weight: weight of the value loss.
-        kl_weight: beta.
-        entropy_weight: of an entropy bonus.
-        balance_weight: Weight of the loss that evens the load of experts routed by a softmax (moe.balance_loss), of actor and critic.
-        temperature: of the answers.
-        format_weight: of the format in the reward, where being correct counts 1.
-        close_weight: of coming close, where the task says how close.
-        max_grad_norm: global norm that gradients are scaled down to.
-        optimizer: numbers of the optimizer.
-    """
-
-    learning_rate: float = 1e-3
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    clip_eps: float = 0.2
-    value_clip_eps: float = 0.2
-    value_weight: float = 0.5
-    kl_weight: float = 0.05
-    entropy_weight: float = 0.0
-    balance_weight: float = 1e-3
-    temperature: float = 1.0
-    format_weight: float = 0.0
-    close_weight: float = 0.0
-    max_grad_norm: float = 1.0
-    optimizer: optim.Hyper = optim.Hyper()
-
-
-def check_hyper(hyper: Hyper) -> None:
-    """Raise ``ValueError`` for a concrete number outside its range; traced numbers pass."""
-    ranges = {"gamma": (0, 1), "gae_lambda": (0, 1), "clip_eps": (0, 1)}
-    for name in hyper._fields[:-1]:
-        checks.within(f"hyper.{name}", getattr(hyper, name), *ranges.get(name, (0, float("inf"))))
-    for name in ("temperature", "max_grad_norm"):
-        checks.above_zero(f"hyper.{name}", getattr(hyper, name))
-    optim.check_hyper(hyper.optimizer)
-
-
-class State(NamedTuple):
-    """The whole run. ``params`` and the critic's are trained; ``reference`` is the actor at the start."""
-
-    params: dict[str, Any]
-    reference: Any
-    opt_state: Any
-    key: Array
-    updates: Array
-    num_updates: Array
-    hyper: Hyper
-
-
-class Batch(NamedTuple):
-    """Answers ``[N, ...]`` with what each token teaches, ``[N, T]``."""
-
-    prompt: Array
-    valid: Array
-    rollout: Rollout
-    value: Array
-    advantage: Array
-    target: Array
+    learning_rate: NonNegative = 1e-3  # Initial learning rate; config.optimizer.schedule lets it fall.
+    gamma: Unit = 1.0  # Discount from token to token.
+    gae_lambda: Unit = 0.95  # Lambda of the advantage estimate.
+    clip_eps: Unit = 0.2  # The ratio is trusted between 1 - eps and 1 + eps.
+    value_clip_eps: NonNegative = 0.2  # Range of a value update.
+    value_weight: NonNegative = 0.5  # Weight of the value loss.
+    kl_weight: NonNegative = 0.05  # Beta, the weight of the KL to the reference in the reward.
+    entropy_weight: NonNegative = 0.0  # Weight of the entropy bonus.
+    balance_weight: NonNegative = 1e-3  # Weight of the loss that evens the load of actor's and critic's experts.
+    temperature: AboveZero = 1.0  # Temperature at which answers are sampled.
+    format_weight: NonNegative = 0.0  # Weight of the format in the reward, where being correct counts 1.
+    close_weight: NonNegative = 0.0  # Weight of coming close, where the task says how close.
+    max_grad_norm: AboveZero = 1.0  # Largest global norm of a gradient.
+    optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
 def make(
@@ -150,37 +84,13 @@ def make(
     """
     checks.instances("ppo_lm.make", task=(task, Task), config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
+    token_losses.refuse_accumulation(config.optimizer.accumulate, "fewer config.num_minibatches")
+    if config.num_answers % config.num_minibatches:
+        raise ValueError(
+            f"config.num_minibatches must divide num_answers = {config.num_answers}; got {config.num_minibatches}"
+        )
     model = language_model(task, config.model, config.precision)
     defaults = hyper
-
-    def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
-        hyper = defaults if hyper is None else hyper
-        check_hyper(hyper)
-        key_actor, key_critic, key_run, key_optimizer = jax.random.split(key, 4)
-        hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
-        actor = model.init(key_actor) if start is None else start
-        critic = {"body": model.init(key_critic), "head": jnp.zeros(config.model.dim, jnp.float32)}
-        params = {"actor": actor, "critic": critic}
-        return State(
-            params=params,
-            reference=jax.tree.map(jnp.copy, actor),
-            opt_state=optimizer(config, hyper, 1.0, key_optimizer).init(params),
-            key=key_run,
-            updates=jnp.int32(0),
-            num_updates=jnp.asarray(0 if num_updates is None else num_updates, jnp.int32),
-            hyper=hyper,
-        )
-
-    def values(critic: Any, prompt: Array, said: Rollout, valid: Array) -> tuple[Array, moe.Load]:
-        """Of the state before each token, float32 ``[N, T]``, and the load of the critic's experts."""
-        hidden, load = answer_hidden(model, critic["body"], prompt, said, valid)
-        return jnp.einsum("ntd,d->nt", hidden.astype(jnp.float32), critic["head"].astype(jnp.float32)), load
-
-    def score_of(answers: Answers, hyper: Hyper) -> Array:
-        if reward is not None:
-            return reward(answers)
-        total = answers.parts["correct"] + hyper.format_weight * answers.parts["format"]
-        return total + hyper.close_weight * answers.parts.get("close", 0.0)
 
     def update(state: State) -> tuple[State, Metrics]:
         hyper = state.hyper
@@ -207,27 +117,6 @@ def make(
         metrics |= {name: x.mean() for name, x in answers.parts.items()}
         return state._replace(key=key, updates=state.updates + 1), metrics
 
-    def learn(state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
-        order = jax.vmap(lambda k: rollout.shuffle(k, config.num_answers))(jax.random.split(key, config.num_epochs))
-        order = order.reshape(config.num_epochs * config.num_minibatches, -1)
-        tx = optimizer(config, state.hyper, learning_rate_factor(config, state))
-
-        def minibatch(carry: tuple[Any, Any], rows: Array) -> tuple[tuple[Any, Any], Metrics]:
-            part = jax.tree.map(lambda x: x[rows], batch)
-            step = optim.minimize(tx, lambda p: loss(p, part, state.hyper), *carry)
-            metrics, loads = step.extra
-            return (balanced(step.params, *loads), step.opt_state), metrics | {"grad_norm": step.grad_norm}
-
-        (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), order)
-        return state._replace(params=params, opt_state=opt_state), jax.tree.map(jnp.mean, metrics)
-
-    def balanced(params: Any, actor_load: moe.Load, critic_load: moe.Load) -> Any:
-        critic = params["critic"]
-        return {
-            "actor": model.balance(params["actor"], actor_load),
-            "critic": critic | {"body": model.balance(critic["body"], critic_load)},
-        }
-
     def loss(params: Any, batch: Batch, hyper: Hyper) -> tuple[Array, tuple[Metrics, tuple[moe.Load, moe.Load]]]:
         mask, support = batch.rollout.mask, Support(hyper.temperature)
         weight = token_losses.weights(mask, "token_mean")
@@ -252,6 +141,50 @@ def make(
         }
         return total, (metrics, (now.load, critic_load))
 
+    def learn(state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
+        order = rollout.minibatches(key, config.num_answers, config.num_epochs, config.num_minibatches)
+        tx = current_optimizer(config, state)
+
+        def minibatch(carry: tuple[Any, Any], rows: Array) -> tuple[tuple[Any, Any], Metrics]:
+            part = jax.tree.map(lambda x: x[rows], batch)
+            step = optim.minimize(tx, lambda p: loss(p, part, state.hyper), *carry)
+            metrics, loads = step.extra
+            return (balanced(step.params, *loads), step.opt_state), metrics | {"grad_norm": step.grad_norm}
+
+        (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), order)
+        return state._replace(params=params, opt_state=opt_state), jax.tree.map(jnp.mean, metrics)
+
+    def balanced(params: Any, actor_load: moe.Load, critic_load: moe.Load) -> Any:
+        critic = params["critic"]
+        return {
+            "actor": model.balance(params["actor"], actor_load),
+            "critic": critic | {"body": model.balance(critic["body"], critic_load)},
+        }
+
+    def values(critic: Any, prompt: Array, said: Rollout, valid: Array) -> tuple[Array, moe.Load]:
+        """Of the state before each token, float32 ``[N, T]``, and the load of the critic's experts."""
+        hidden, load = answer_hidden(model, critic["body"], prompt, said, valid)
+        return jnp.einsum("ntd,d->nt", hidden.astype(jnp.float32), critic["head"].astype(jnp.float32)), load
+
+    def score_of(answers: Answers, hyper: Hyper) -> Array:
+        if reward is not None:
+            return reward(answers)
+        total = answers.parts["correct"] + hyper.format_weight * answers.parts["format"]
+        return total + hyper.close_weight * answers.parts.get("close", 0.0)
+
+    def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
+        hyper = hyper or defaults
+        check_hyper(hyper)
+        key_actor, key_critic, key_run, key_optimizer = jax.random.split(key, 4)
+        actor = model.init(key_actor) if start is None else start
+        critic = {"body": model.init(key_critic), "head": jnp.zeros(config.model.dim, jnp.float32)}
+        params = {"actor": actor, "critic": critic}
+        return State(
+            **start_learning(config, hyper, params, key_optimizer, num_updates),
+            reference=jax.tree.map(jnp.copy, actor),
+            key=key_run,
+        )
+
     return Algorithm(
         init=init,
         update=update,
@@ -265,3 +198,26 @@ def make(
         remake=lambda config: make(task, config, hyper, start=start, reward=reward),
         check_hyper=check_hyper,
     )
+
+
+class State(NamedTuple):
+    """The whole run. ``params`` and the critic's are trained; ``reference`` is the actor at the start."""
+
+    params: dict[str, Any]
+    reference: Any
+    opt_state: Any
+    key: Array
+    updates: Array
+    num_updates: Array
+    hyper: Hyper
+
+
+class Batch(NamedTuple):
+    """Answers ``[N, ...]`` with what each token teaches, ``[N, T]``."""
+
+    prompt: Array
+    valid: Array
+    rollout: Rollout
+    value: Array
+    advantage: Array
+    target: Array

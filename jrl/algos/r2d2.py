@@ -20,176 +20,80 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import nets
-from jrl.algorithm import Algorithm, Metrics, exploration, importance_exponent, learning_rate_factor, optimizer
+from jrl import algorithm, nets
+from jrl.algorithm import Algorithm, Metrics, exploration
 from jrl.envs.strict import strict
-from jrl.envs.types import Discrete, Environment, observation_spec
+from jrl.envs.types import Environment, observation_spec
 from jrl.equations import losses, returns
 from jrl.experience import replay, rollout
-from jrl.experience.greedy import epsilon_greedy, exploration_noise, mask, pick
-from jrl.numerics import checks, optim, precision
+from jrl.experience.greedy import choose, epsilon_greedy, exploration_noise, mask, pick
+from jrl.numerics import checks, optim, precision, settings
+from jrl.numerics.settings import AboveZero, NonNegative, NonNegativeInt, Positive, Precision, Settings, Unit
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
-class Config:
-    """Static settings: they decide shapes and structure, and are compiled in.
+class Config(Settings):
+    """Static settings, which shape the compiled program."""
 
-    Attributes:
-        num_envs: environments stepped side by side in each seed.
-        num_steps: steps in each environment per update.
-        num_gradient_steps: minibatches per update.
-        batch_size: sequences in a minibatch.
-        burn_in: rows at the start of a sequence that only bring the memory up to date.
-        length: rows after them that are learned from.
-        capacity: rows of the replay, over all environments.
-        learning_starts: environment steps before the first gradient step.
-        target_every: updates between hard copies into the target network; 0 for soft ones (hyper.tau) at each.
-        n_step: steps of a target, fewer at the end of a sequence.
-        double: choose with the online network what the target network values.
-        prioritized: draw sequences by their errors.
-        rescale: learn values through h(x) = sgn(x) (sqrt(|x| + 1) - 1) + x / 1000, for returns of very different sizes.
-        network: shape of the network; gru is the width of its memory, stored with each row.
-        optimizer: what the optimizer is made of.
-        precision: float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like
-            'params=float32,compute=bfloat16,output=float32'.
-    """
-
-    num_envs: int = 16
-    num_steps: int = 4
-    num_gradient_steps: int = 1
-    batch_size: int = 32
-    burn_in: int = 10
-    length: int = 20
-    capacity: int = 50_000
-    learning_starts: int = 2_000
-    target_every: int = 50
-    n_step: int = 5
-    double: bool = True
-    prioritized: bool = True
-    rescale: bool = False
+    num_envs: Positive = 16  # Environments that each seed steps in parallel.
+    num_steps: Positive = 4  # Steps of each environment per update.
+    num_gradient_steps: Positive = 1  # Minibatches per update.
+    batch_size: Positive = 32  # Sequences in a minibatch.
+    burn_in: NonNegativeInt = 10  # Rows at the start of a sequence that only bring the memory up to date.
+    length: Positive = 20  # Rows after them that are learned from.
+    capacity: Positive = 50_000  # Rows of the replay, over all environments.
+    learning_starts: NonNegativeInt = 2_000  # Environment steps before the first gradient step.
+    target_every: NonNegativeInt = 50  # Updates between copies to the target network; 0 for soft ones at each.
+    n_step: Positive = 5  # Steps of a target, fewer at the end of a sequence.
+    double: bool = True  # The online network chooses what the target network values.
+    prioritized: bool = True  # Draw sequences in proportion to their errors.
+    rescale: bool = False  # Learn h(x) = sgn(x) (sqrt(|x| + 1) - 1) + x / 1000, for returns of very different sizes.
+    # Shape of the network; gru is the width of its memory, which is stored with each row.
     network: nets.ValueConfig = field(default_factory=lambda: nets.ValueConfig(hidden=(64,), norm="none", gru=64))
-    optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)
-    precision: str = "float32"
-
-    def __post_init__(self) -> None:
-        for name in ("num_envs", "num_steps", "num_gradient_steps", "batch_size", "length", "capacity", "n_step"):
-            checks.positive_int(f"config.{name}", getattr(self, name))
-        for name in ("burn_in", "learning_starts", "target_every"):
-            checks.positive_int(f"config.{name}", getattr(self, name), at_least=0)
-        precision.parse(self.precision)
-        if self.learning_starts > self.capacity:
-            raise ValueError(
-                f"config.learning_starts must be at most capacity = {self.capacity}; got {self.learning_starts}"
-            )
-        if not self.network.gru:
-            raise ValueError("config.network.gru must be at least 1: without a memory this is DQN; got 0")
-        if self.network.attention.kind != "none":
-            raise ValueError(
-                "config.network.attention: R2D2 would store its memory with each row; PPO and PQN train it"
-            )
-        if self.network.noisy:
-            raise ValueError("config.network.noisy is an option of DQN; R2D2 explores by epsilon")
+    optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)  # What the optimizer is made of.
+    # float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
+    precision: Precision = "float32"
 
 
 class Hyper(NamedTuple):
-    """Hyperparameters: data of the state, floats or traced scalars, that may differ between vmapped runs.
+    """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
-    Attributes:
-        learning_rate: at the start of the run; config.optimizer.schedule says how it goes on.
-        gamma: discount of the return.
-        epsilon_start: share of actions chosen uniformly, at the start of the run.
-        epsilon_end: that share later; and throughout, where the length of the run is unknown.
-        epsilon_fraction: share of the run over which epsilon falls, linearly.
-        tau: share of the online network in each soft target update; 1 copies it.
-        max_grad_norm: global norm that gradients are scaled down to (or the bound of config.optimizer.clip).
-        priority_exponent: alpha of prioritized replay.
-        importance_start: beta of prioritized replay at the start of the run; it rises to 1.
-        priority_max: eta, the share of a sequence's largest error in its priority; the rest is the mean.
-        optimizer: numbers of the optimizer.
-    """
-
-    learning_rate: float = 1e-3
-    gamma: float = 0.99
-    epsilon_start: float = 1.0
-    epsilon_end: float = 0.05
-    epsilon_fraction: float = 0.3
-    tau: float = 0.01
-    max_grad_norm: float = 10.0
-    priority_exponent: float = 0.9
-    importance_start: float = 0.6
-    priority_max: float = 0.9
-    optimizer: optim.Hyper = optim.Hyper()
-
-
-def check_hyper(hyper: Hyper) -> None:
-    """Raise ``ValueError`` for a concrete number outside its range; traced numbers pass."""
-    for name in hyper._fields:
-        if name not in ("learning_rate", "max_grad_norm", "optimizer"):
-            checks.within(f"hyper.{name}", getattr(hyper, name), 0, 1)
-    checks.within("hyper.learning_rate", hyper.learning_rate, 0, float("inf"))
-    checks.above_zero("hyper.max_grad_norm", hyper.max_grad_norm)
-    optim.check_hyper(hyper.optimizer)
-
-
-class State(NamedTuple):
-    """The whole run, the replay included."""
-
-    params: Any
-    target_params: Any
-    opt_state: Any
-    actors: rollout.Actors
-    buffer: replay.Buffer
-    key: Array
-    updates: Array  # int32: done so far
-    num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown
-    hyper: Hyper
+    learning_rate: NonNegative = 1e-3  # Initial learning rate; config.optimizer.schedule lets it fall.
+    gamma: Unit = 0.99  # Discount of the return.
+    epsilon_start: Unit = 1.0  # Share of actions chosen uniformly at the start of the run.
+    epsilon_end: Unit = 0.05  # That share later, and throughout a run of unknown length.
+    epsilon_fraction: Unit = 0.3  # Share of the run over which epsilon falls linearly.
+    tau: Unit = 0.01  # Share of the online network in each soft target update; 1 copies it.
+    max_grad_norm: AboveZero = 10.0  # Largest global norm of a gradient, or the bound of config.optimizer.clip.
+    priority_exponent: Unit = 0.9  # Alpha of prioritized replay.
+    importance_start: Unit = 0.6  # Beta of prioritized replay at the start of the run; it rises to 1.
+    priority_max: Unit = 0.9  # Eta: share of a sequence's largest error in its priority; the rest is the mean.
+    optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
 def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
-    """R2D2 in ``env``, which must have discrete actions. ``hyper`` are the defaults that ``init`` takes.
+    """R2D2 in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``.
 
-    Raises ``ValueError`` for a setting out of range, one that does not fit the environment, or a replay larger than memory.
+    Raises ``ValueError`` for a setting that is wrong or does not fit the environment, or a replay larger than memory.
     """
-    checks.instances("r2d2.make", config=(config, Config), hyper=(hyper, Hyper))
-    check_hyper(hyper)
-    env = strict(env)
-    obs_spec = observation_spec(env)
-    network = nets.action_values(config.network, obs_spec, env.action_space)
-    network = precision.float32_outputs(precision.apply(config.precision, network))
-    rows = config.burn_in + config.length + 1  # the last only to bootstrap from
-    if config.capacity // config.num_envs < rows + 2:
-        least = (rows + 2) * config.num_envs
-        raise ValueError(
-            f"config.capacity must be at least {least}, burn_in + length + 3 rows for each environment; got {config.capacity}"
-        )
-    stored = (obs_spec, jax.eval_shape(lambda: network.memory))
+    check(config, hyper)
+    env, defaults = strict(env), hyper
+    network = nets.action_values(config.network, observation_spec(env), env.action_space)
+    network = precision.apply_to_network(config.precision, network)
+    num_rows = config.burn_in + config.length + 1  # the last only to bootstrap from
     memory = replay.make_sequences(
-        stored, config.num_envs, config.capacity, config.batch_size, rows, config.prioritized
+        (observation_spec(env), jax.eval_shape(lambda: network.memory)),
+        config.num_envs,
+        config.capacity,
+        config.batch_size,
+        num_rows,
+        config.prioritized,
     )
-    assert isinstance(env.action_space, Discrete)
-    num_actions, defaults = env.action_space.n, hyper
+    num_actions = env.action_space.n  # type: ignore[union-attr]
     per_update = config.num_envs * config.num_steps
-    first_learning = -(-max(config.learning_starts, rows * config.num_envs) // per_update)
-
-    def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
-        hyper = defaults if hyper is None else hyper
-        check_hyper(hyper)
-        key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
-        hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
-        params = network.init(key_params)
-        return State(
-            params=params,
-            target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
-            opt_state=optimizer(config, hyper, 1.0, key_optimizer).init(params),
-            actors=rollout.start(env, key_envs, config.num_envs, network.memory),
-            buffer=memory.init(),
-            key=key_run,
-            updates=jnp.int32(0),
-            num_updates=jnp.asarray(0 if num_updates is None else num_updates, jnp.int32),
-            hyper=hyper,
-        )
+    first_learning = -(-max(config.learning_starts, num_rows * config.num_envs) // per_update)
 
     def update(state: State) -> tuple[State, Metrics]:
         keys = jax.random.split(state.key, 3 + config.num_gradient_steps)
@@ -202,37 +106,14 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         )
         buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, row)
         state = state._replace(actors=actors, buffer=buffer, key=key)
-
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
-        learned, metrics = jax.lax.scan(lambda s, k: learn(s, k, ready), state, keys[3:])
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(ready, new, old),
-            (learned.params, learned.opt_state),
-            (state.params, state.opt_state),
-        )
-        updates = state.updates + 1
-        share = optim.target_share(config.target_every, updates, state.hyper.tau)
-        target_params = optim.towards(state.target_params, params, share)
-        state = learned._replace(params=params, target_params=target_params, opt_state=opt_state, updates=updates)
-        means = {name: jnp.where(ready, m.mean(), 0.0) for name, m in metrics.items()}
-        means |= {"root_loss": jnp.sqrt(means["loss"]), "epsilon": exploration(state)}
-        return state, means | rollout.episode_metrics(episodes)
-
-    def actor(state: State) -> Any:
-        """The policy that acts, epsilon-greedy, and the memories to store."""
-        epsilon = exploration(state)
-
-        def act(before: Any, obs: Any, first: Array, noise: Any) -> tuple[Any, Array, Any]:
-            after, q = network.step(state.params, before, obs, first)
-            action = epsilon_greedy(mask(q, obs), epsilon, noise)
-            return after, action, (action, before, after)
-
-        return act
+        state, metrics = algorithm.learn_from_replay(learn, state, keys[3:], ready, config.target_every)
+        return state, metrics | {"epsilon": exploration(state)} | rollout.episode_metrics(episodes)
 
     def learn(state: State, key: Array, ready: Array) -> tuple[State, Metrics]:
         """One minibatch of sequences; priorities stay as they are until ``ready``."""
         h = state.hyper
-        seq = memory.sample(state.buffer, key, importance_exponent(state))
+        seq = memory.sample(state.buffer, key, algorithm.importance_exponent(state))
         obs, stored = seq.obs
         before, after = jax.tree.map(lambda x: x[0], stored), slice(config.burn_in, None)
         part = jax.tree.map(lambda x: x[after], (obs, seq.first))
@@ -248,8 +129,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             total = 0.5 * jnp.sum(seq.weight * error**2) / count
             return total, ({"loss": jnp.sum(error**2) / count, "objective": total, "q": taken.mean()}, jnp.abs(error))
 
-        tx = optimizer(config, h, learning_rate_factor(config, state))
-        step = optim.minimize(tx, loss, state.params, state.opt_state)
+        step = optim.minimize(algorithm.current_optimizer(config, state), loss, state.params, state.opt_state)
         metrics, error = step.extra
         mean = error.sum(0) / jnp.maximum(learnable.sum(0), 1)
         priority = h.priority_max * error.max(0) + (1 - h.priority_max) * mean
@@ -282,18 +162,77 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         wanted = over_batch(reward, discount, following, goes_on, config.n_step)
         return losses.squash(wanted) if config.rescale else wanted
 
+    def actor(state: State) -> Any:
+        """The policy that acts, epsilon-greedy, and the memories to store."""
+        epsilon = exploration(state)
+
+        def act(before: Any, obs: Any, first: Array, noise: Any) -> tuple[Any, Array, Any]:
+            after, q = network.step(state.params, before, obs, first)
+            action = epsilon_greedy(mask(q, obs), epsilon, noise)
+            return after, action, (action, before, after)
+
+        return act
+
+    def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
+        hyper = hyper or defaults
+        settings.check_hyper(hyper)
+        key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
+        params = network.init(key_params)
+        return State(
+            **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates),
+            target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
+            actors=rollout.start(env, key_envs, config.num_envs, network.memory),
+            buffer=memory.init(),
+            key=key_run,
+        )
+
     def act(state: State, obs: Any, key: Array | None = None, memory: Any = None) -> tuple[Array, Any]:
-        first = jnp.bool_(memory is None)
-        memory = network.memory if memory is None else memory
-        one = jax.tree.map(lambda x: x[None], (memory, obs, first))
         params = optim.eval_params(state.opt_state, state.params)
-        after, q = jax.tree.map(lambda x: x[0], network.step(params, *one))
-        values = mask(q, obs)
-        if key is None:
-            return jnp.argmax(values).astype(jnp.int32), after
-        return epsilon_greedy(values, exploration(state), exploration_noise(key, (), num_actions)), after
+        next_memory, q = nets.step_one(network, params, obs, memory)
+        return choose(mask(q, obs), exploration(state), key), next_memory
 
-    def remake(config: Config) -> Algorithm:
-        return make(env, config, hyper)
+    return Algorithm(
+        init=init,
+        update=update,
+        act=act,
+        env_steps_per_update=per_update,
+        name="r2d2",
+        env=env,
+        config=config,
+        hyper=hyper,
+        uses_length=True,
+        remake=lambda config: make(env, config, hyper),
+        check_hyper=settings.check_hyper,
+    )
 
-    return Algorithm(init, update, act, per_update, "r2d2", env, config, hyper, True, remake, check_hyper=check_hyper)
+
+class State(NamedTuple):
+    """The whole run, the replay included."""
+
+    params: Any
+    target_params: Any
+    opt_state: Any
+    actors: rollout.Actors
+    buffer: replay.Buffer
+    key: Array
+    updates: Array  # int32: done so far
+    num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown
+    hyper: Hyper
+
+
+def check(config: Config, hyper: Hyper) -> None:
+    """Raise ``ValueError`` for settings that are wrong or do not fit each other."""
+    checks.instances("r2d2.make", config=(config, Config), hyper=(hyper, Hyper))
+    settings.check_hyper(hyper)
+    replay.check_learning_starts(config)
+    if not config.network.gru:
+        raise ValueError("config.network.gru must be at least 1: without a memory this is DQN; got 0")
+    if config.network.attention.kind != "none":
+        raise ValueError("config.network.attention: R2D2 would store its memory with each row; PPO and PQN train it")
+    if config.network.noisy:
+        raise ValueError("config.network.noisy is an option of DQN; R2D2 explores by epsilon")
+    least = (config.burn_in + config.length + 3) * config.num_envs
+    if config.capacity < least:
+        raise ValueError(
+            f"config.capacity must be at least {least}, burn_in + length + 3 rows for each environment; got {config.capacity}"
+        )

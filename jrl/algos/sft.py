@@ -6,73 +6,38 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.algorithm import Algorithm, Metrics, learning_rate_factor, optimizer
+from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
 from jrl.equations import token_losses
 from jrl.lm.policy import language_model, reader
 from jrl.lm.sampling import Rollout, score
 from jrl.lm.tasks import Task, answer_mask
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe, transformer
-from jrl.numerics import checks, optim, precision
+from jrl.numerics import checks, optim
+from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, check_hyper
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
-class Config:
-    """Static settings.
+class Config(Settings):
+    """Static settings, which shape the compiled program."""
 
-    Attributes:
-        model: shape of the decoder; its vocabulary is the task's.
-        batch_size: demonstrations of a gradient step.
-        optimizer: what the optimizer is made of.
-        precision: float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
-    """
-
+    # Shape of the decoder; its vocabulary is the task's.
     model: transformer.Config = field(default_factory=lambda: transformer.Config(dim=64, num_layers=2))
-    batch_size: int = 64
+    batch_size: Positive = 64  # Demonstrations of a gradient step.
+    # What the optimizer is made of.
     optimizer: optim.OptimizerConfig = field(default_factory=lambda: optim.OptimizerConfig("adamw"))
-    precision: str = "float32"
-
-    def __post_init__(self) -> None:
-        checks.positive_int("config.batch_size", self.batch_size)
-        precision.parse(self.precision)
-        token_losses.refuse_accumulation(self.optimizer.accumulate, "a larger config.batch_size")
+    precision: Precision = "float32"  # float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
 
 
 class Hyper(NamedTuple):
-    """Hyperparameters: data of the state.
+    """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
-    Attributes:
-        learning_rate: at the start of the run; config.optimizer.schedule says how it goes on.
-        balance_weight: Weight of the loss that evens the load of experts routed by a softmax (moe.balance_loss).
-        max_grad_norm: global norm that gradients are scaled down to.
-        optimizer: numbers of the optimizer.
-    """
-
-    learning_rate: float = 1e-3
-    balance_weight: float = 1e-3
-    max_grad_norm: float = 1.0
-    optimizer: optim.Hyper = optim.Hyper()
-
-
-def check_hyper(hyper: Hyper) -> None:
-    """Raise ``ValueError`` for a concrete number outside its range; traced numbers pass."""
-    for name in ("learning_rate", "balance_weight"):
-        checks.within(f"hyper.{name}", getattr(hyper, name), 0, float("inf"))
-    checks.above_zero("hyper.max_grad_norm", hyper.max_grad_norm)
-    optim.check_hyper(hyper.optimizer)
-
-
-class State(NamedTuple):
-    """The whole run."""
-
-    params: Any
-    opt_state: Any
-    key: Array
-    updates: Array
-    num_updates: Array
-    hyper: Hyper
+    learning_rate: NonNegative = 1e-3  # Initial learning rate; config.optimizer.schedule lets it fall.
+    balance_weight: NonNegative = 1e-3  # Weight of the loss that evens the load of experts (moe.balance_loss).
+    max_grad_norm: AboveZero = 1.0  # Largest global norm of a gradient.
+    optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
 def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
@@ -82,24 +47,9 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
     """
     checks.instances("sft.make", task=(task, Task), config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
+    token_losses.refuse_accumulation(config.optimizer.accumulate, "a larger config.batch_size")
     model = language_model(task, config.model, config.precision)
     defaults = hyper
-
-    def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
-        hyper = defaults if hyper is None else hyper
-        check_hyper(hyper)
-        key_params, key_run, key_optimizer = jax.random.split(key, 3)
-        hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
-        params = model.init(key_params)
-        opt_state = optimizer(config, hyper, 1.0, key_optimizer).init(params)
-        return State(
-            params,
-            opt_state,
-            key_run,
-            jnp.int32(0),
-            jnp.asarray(0 if num_updates is None else num_updates, jnp.int32),
-            hyper,
-        )
 
     def update(state: State) -> tuple[State, Metrics]:
         key, key_draw = jax.random.split(state.key)
@@ -116,8 +66,7 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
             total = value + state.hyper.balance_weight * model.balance_loss(load)
             return total, ({"loss": value, "sure_of_all": certain.mean()}, load)
 
-        tx = optimizer(config, state.hyper, learning_rate_factor(config, state))
-        step = optim.minimize(tx, loss, state.params, state.opt_state)
+        step = optim.minimize(current_optimizer(config, state), loss, state.params, state.opt_state)
         metrics, load = step.extra
         params = model.balance(step.params, load)
         state = state._replace(params=params, opt_state=step.opt_state, key=key, updates=state.updates + 1)
@@ -128,6 +77,13 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
             "grad_norm": step.grad_norm,
         }
         return state, metrics
+
+    def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
+        hyper = hyper or defaults
+        check_hyper(hyper)
+        key_params, key_run, key_optimizer = jax.random.split(key, 3)
+        learner = start_learning(config, hyper, model.init(key_params), key_optimizer, num_updates)
+        return State(**learner, key=key_run)
 
     return Algorithm(
         init=init,
@@ -142,3 +98,14 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
         remake=lambda config: make(task, config, hyper),
         check_hyper=check_hyper,
     )
+
+
+class State(NamedTuple):
+    """The whole run."""
+
+    params: Any
+    opt_state: Any
+    key: Array
+    updates: Array
+    num_updates: Array
+    hyper: Hyper

@@ -16,7 +16,7 @@ file learns to act: each method is one equation for its target (``METHODS``), an
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from jrl.envs.types import Discrete, Environment, MaskedObs, observation_spec
 from jrl.experience.rollout import mean_or_nan
 from jrl.numerics import checks
 from jrl.numerics.precision import exact
+from jrl.numerics.settings import NonNegative, Positive, Settings, Unit, check_hyper
 
 Array = jax.Array
 
@@ -44,45 +45,25 @@ Method = Literal["sarsa", "expected_sarsa", "q_learning", "double_q", "sarsa_lam
 
 
 @dataclass(frozen=True)
-class Config:
-    """Static settings.
+class Config(Settings):
+    """Static settings, which shape the compiled program."""
 
-    Attributes:
-        method: sarsa (6.7), expected_sarsa (6.9), q_learning (6.8), double_q (6.10), sarsa_lambda (section 12.7),
-            watkins_q (section 12.10), tree_backup (n steps, section 7.5).
-        trace: of the lambda methods, accumulating or replacing.
-        n: steps of tree_backup.
-        num_steps: environment steps per update; each one is learned from at once.
-        initial: weights at the start; for a table the value of every state and action.
-    """
-
+    # sarsa (6.7), expected_sarsa (6.9), q_learning (6.8), double_q (6.10), sarsa_lambda (section 12.7), watkins_q (section 12.10), or
+    # tree_backup (n steps, section 7.5).
     method: Method = "q_learning"
-    trace: Literal["accumulating", "replacing"] = "accumulating"
-    n: int = 3
-    num_steps: int = 100
-    initial: float = 0.0
-
-    def __post_init__(self) -> None:
-        checks.one_of("config.method", self.method, get_args(Method))
-        checks.one_of("config.trace", self.trace, ("accumulating", "replacing"))
-        for name in ("n", "num_steps"):
-            checks.positive_int(f"config.{name}", getattr(self, name))
+    trace: Literal["accumulating", "replacing"] = "accumulating"  # Eligibility traces of the lambda methods.
+    n: Positive = 3  # Steps of tree_backup.
+    num_steps: Positive = 100  # Environment steps per update; each one is learned from at once.
+    initial: float = 0.0  # Initial weights; for a table the value of every state and action.
 
 
 class Hyper(NamedTuple):
-    """Hyperparameters: data of the state, floats or traced scalars, that may differ between vmapped runs.
+    """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
-    Attributes:
-        learning_rate: alpha.
-        gamma: discount of the return.
-        epsilon: share of actions chosen uniformly.
-        trace_decay: lambda of sarsa_lambda and watkins_q.
-    """
-
-    learning_rate: float = 0.1
-    gamma: float = 0.99
-    epsilon: float = 0.1
-    trace_decay: float = 0.9
+    learning_rate: NonNegative = 0.1  # Alpha.
+    gamma: Unit = 0.99  # Discount of the return.
+    epsilon: Unit = 0.1  # Share of actions chosen uniformly.
+    trace_decay: Unit = 0.9  # Lambda of sarsa_lambda and watkins_q.
 
 
 class Transition(NamedTuple):
@@ -155,7 +136,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return jax.random.categorical(key, jnp.log(epsilon_greedy(values(q, x), epsilon, legal))).astype(jnp.int32)
 
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
-        hyper = defaults if hyper is None else hyper
+        hyper = hyper or defaults
         check_hyper(hyper)
         key_reset, key_action, key_run = jax.random.split(key, 3)
         hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
@@ -216,13 +197,6 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         init, update, act, config.num_steps, "td", env, config, hyper, False, remake, check_hyper=check_hyper
     )
     return made._replace(losses=("td_error",), learned=lambda state: (state.q, state.memory))
-
-
-def check_hyper(hyper: Hyper) -> None:
-    """Raise ``ValueError`` for a concrete number outside its range; traced numbers pass."""
-    checks.within("hyper.learning_rate", hyper.learning_rate, 0, float("inf"))
-    for name in ("gamma", "epsilon", "trace_decay"):
-        checks.within(f"hyper.{name}", getattr(hyper, name), 0, 1)
 
 
 # One method a function: (config, hyper, q, memory, transition, key) -> (q, memory, TD error)

@@ -18,39 +18,26 @@ import jax.numpy as jnp
 from jrl.attention import cache as kv
 from jrl.attention.dense import masked_softmax
 from jrl.attention.rotary import Scaling, rms_norm, rope
-from jrl.numerics import checks
+from jrl.numerics.settings import NonNegativeInt, Positive, Settings
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
-class Config:
-    """Shape of latent attention.
+class Config(Settings, prefix="mla"):
+    """Shape of latent attention."""
 
-    Attributes:
-        latent: r, numbers a token that keys and values are made of.
-        query_latent: the same for queries; 0 makes them of the token itself.
-        nope_dim: of a head's queries and keys, without position.
-        rope_dim: of a head's queries and of the shared key, with rotary positions.
-        value_dim: of a head's values.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: how they are stretched.
-        norm_eps: of RMSNorm.
-    """
-
-    latent: int = 64
-    query_latent: int = 0
-    nope_dim: int = 32
-    rope_dim: int = 16
-    value_dim: int = 32
-    rope_theta: float = 10_000.0
-    rope_scaling: Scaling = Scaling()
-    norm_eps: float = 1e-6
+    latent: Positive = 64  # r, numbers per token of which keys and values are made.
+    query_latent: NonNegativeInt = 0  # The same for queries; 0 makes them of the token itself.
+    nope_dim: Positive = 32  # Width of a head's queries and keys without position.
+    rope_dim: Positive = 16  # Width of a head's queries and of the shared key, with rotary positions.
+    value_dim: Positive = 32  # Width of a head's values.
+    rope_theta: float = 10_000.0  # Base of the rotary frequencies.
+    rope_scaling: Scaling = Scaling()  # How they are stretched.
+    norm_eps: float = 1e-6  # Added to the mean square in RMSNorm.
 
     def __post_init__(self) -> None:
-        for name in ("latent", "nope_dim", "rope_dim", "value_dim"):
-            checks.positive_int(f"mla.{name}", getattr(self, name))
-        checks.positive_int("mla.query_latent", self.query_latent, at_least=0)
+        super().__post_init__()
         if self.rope_dim % 2:
             raise ValueError(f"mla.rope_dim must be even; got {self.rope_dim}")
 

@@ -8,40 +8,26 @@ import jax.numpy as jnp
 
 from jrl.attention import nsa_blocks
 from jrl.attention.dense import group, masked_softmax
-from jrl.numerics import checks
+from jrl.numerics.settings import NonNegativeInt, Positive, Settings
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
-class Config:
-    """Shape of native sparse attention; the defaults are the paper's (section 4.1).
+class Config(Settings, prefix="nsa"):
+    """Shape of native sparse attention; the defaults are the paper's (section 4.1)."""
 
-    Attributes:
-        block: l, tokens that are compressed into one.
-        stride: d, tokens between the starts of such blocks; d = l for blocks that do not overlap.
-        select_block: l', tokens of a block that is selected.
-        selected: n, blocks that a query selects, with those below.
-        initial: first blocks that are always selected.
-        local: last blocks that are always selected, with the query's own.
-        window: w, tokens of the sliding window.
-        pooling: phi: mlp, with a position encoding inside the block, or mean, without parameters.
-    """
-
-    block: int = 32
-    stride: int = 16
-    select_block: int = 64
-    selected: int = 16
-    initial: int = 1
-    local: int = 2
-    window: int = 512
-    pooling: Literal["mlp", "mean"] = "mlp"
+    block: Positive = 32  # l, tokens that are compressed into one.
+    stride: Positive = 16  # d, tokens between the starts of such blocks; d = l for blocks that do not overlap.
+    select_block: Positive = 64  # l', tokens of a block that is selected.
+    selected: Positive = 16  # n, blocks that a query selects, including the initial and the local ones.
+    initial: NonNegativeInt = 1  # First blocks, which are always selected.
+    local: Positive = 2  # Last blocks, which are always selected, the query's own among them.
+    window: Positive = 512  # w, tokens of the sliding window.
+    pooling: Literal["mlp", "mean"] = "mlp"  # phi: an MLP with a position encoding inside the block, or the mean.
 
     def __post_init__(self) -> None:
-        for name in ("block", "stride", "select_block", "selected", "local", "window"):
-            checks.positive_int(f"nsa.{name}", getattr(self, name))
-        checks.positive_int("nsa.initial", self.initial, at_least=0)
-        checks.one_of("nsa.pooling", self.pooling, ("mlp", "mean"))
+        super().__post_init__()
         for name in ("block", "select_block"):
             if getattr(self, name) % self.stride:
                 raise ValueError(

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jrl.numerics import checks
+from jrl.numerics.settings import AboveZero, NonNegative, Positive, Settings
 
 Array = jax.Array
 Stretch = Literal["none", "linear", "llama3", "yarn"]
@@ -21,7 +21,7 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 @dataclass(frozen=True)
-class Scaling:
+class Scaling(Settings, prefix="rope"):
     """How rotary positions are stretched, for sequences longer than those first learnt.
 
     A frequency that turns often within ``context`` is kept, one that hardly turns is divided by ``factor``, between them a mixture:
@@ -29,35 +29,20 @@ class Scaling:
         linear      all are divided
         llama3      the share kept grows with the number of turns, from ``slow`` to ``fast`` of them (Llama 3.1, 2407.21783)
         yarn        it grows with the frequency's index, between those of ``slow`` and ``fast`` turns (YaRN, 2309.00071, section 3.2)
-
-    Attributes:
-        kind: none, linear, llama3 or yarn.
-        factor: how many times as long.
-        context: tokens of the sequences first learnt.
-        slow: turns up to which frequencies are divided.
-        fast: turns from which they are kept.
-        whole: yarn's two indices are rounded outwards.
-        amplitude: yarn's factor on queries and keys; by ``mscale`` and ``mscale_all`` if 0.
-        mscale: DeepSeek's weight of ``0.1 log(factor)`` in that factor, with the one below as its divisor.
-        mscale_all: its weight in a factor on all of latent attention's scores.
     """
 
-    kind: Stretch = "none"
-    factor: float = 1.0
-    context: int = 8192
-    slow: float = 1.0
-    fast: float = 4.0
-    whole: bool = True
-    amplitude: float = 0.0
-    mscale: float = 0.0
-    mscale_all: float = 0.0
+    kind: Stretch = "none"  # none, linear, llama3 or yarn.
+    factor: AboveZero = 1.0  # How many times as long.
+    context: Positive = 8192  # Tokens of the sequences first learnt.
+    slow: float = 1.0  # Turns up to which frequencies are divided.
+    fast: float = 4.0  # Turns from which they are kept.
+    whole: bool = True  # Yarn's two indices are rounded outwards.
+    amplitude: NonNegative = 0.0  # Yarn's factor on queries and keys; given by mscale and mscale_all if 0.
+    mscale: NonNegative = 0.0  # DeepSeek's weight of 0.1 log(factor) in that factor, with the one below in its divisor.
+    mscale_all: NonNegative = 0.0  # Its weight in a factor on all scores of latent attention.
 
     def __post_init__(self) -> None:
-        checks.one_of("rope.kind", self.kind, get_args(Stretch))
-        checks.positive_int("rope.context", self.context)
-        checks.above_zero("rope.factor", self.factor)
-        for name in ("amplitude", "mscale", "mscale_all"):
-            checks.within(f"rope.{name}", getattr(self, name), 0.0, math.inf)
+        super().__post_init__()
         if not 0 < self.slow < self.fast < math.inf:
             raise ValueError(f"rope.slow must be above 0 and below rope.fast = {self.fast:g}; got {self.slow:g}")
 

@@ -42,3 +42,10 @@ def epsilon_greedy(q: Array, epsilon: Array, noise: tuple[Array, Array]) -> Arra
     whether, which = noise
     explored = jnp.where(jnp.isneginf(q), -1.0, which)
     return jnp.argmax(jnp.where((whether < epsilon)[..., None], explored, q), axis=-1).astype(jnp.int32)
+
+
+def choose(q: Array, epsilon: Array, key: Array | None) -> Array:
+    """An action by values ``[A]``, int32: the best one, or epsilon-greedy with a key."""
+    if key is None:
+        return jnp.argmax(q).astype(jnp.int32)
+    return epsilon_greedy(q, epsilon, exploration_noise(key, (), q.shape[0]))

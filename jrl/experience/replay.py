@@ -362,6 +362,14 @@ def find_leaves(tree: Array, mass: Array) -> Array:
     return node - leaves
 
 
+def check_learning_starts(config: Any) -> None:
+    """Raise ``ValueError`` where learning would never start, since the replay does not hold as many steps."""
+    if config.learning_starts > config.capacity:
+        raise ValueError(
+            f"config.learning_starts must be at most capacity = {config.capacity}; got {config.learning_starts}"
+        )
+
+
 def refuse_if_larger_than_memory(needed: int) -> None:
     """Raise ``ValueError`` with both numbers if one buffer of ``needed`` bytes does not fit the first device."""
     there = device_memory()

@@ -165,3 +165,17 @@ def shuffle(key: Array, n: int) -> Array:
     bits = jax.random.bits(key, (n,), jnp.uint32)
     mixed = jnp.sort((bits >> index_bits << index_bits) | jnp.arange(n, dtype=jnp.uint32))
     return (mixed & ((1 << index_bits) - 1)).astype(jnp.int32)
+
+
+def minibatches(key: Array, num_rows: int, num_epochs: int, num_minibatches: int) -> Array:
+    """Rows of each minibatch of several passes over ``num_rows`` rows, int32 ``[num_epochs * num_minibatches, rows]``."""
+    orders = jax.vmap(lambda k: shuffle(k, num_rows))(jax.random.split(key, num_epochs))
+    return orders.reshape(num_epochs * num_minibatches, -1)
+
+
+def check_minibatches(config: Any) -> None:
+    """Raise ``ValueError`` unless minibatches share out a rollout evenly, by whole environments for a network with a memory."""
+    of_envs = config.network.remembers
+    samples, what = (config.num_envs, "") if of_envs else (config.num_envs * config.num_steps, " * num_steps")
+    if samples % config.num_minibatches:
+        raise ValueError(f"config.num_minibatches must divide num_envs{what} = {samples}; got {config.num_minibatches}")

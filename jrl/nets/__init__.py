@@ -2,6 +2,6 @@
 
 from jrl.nets.action_values import ValueConfig, action_values, with_noise
 from jrl.nets.actor_critic import Config, actor_critic
-from jrl.nets.types import Network
+from jrl.nets.types import Network, step_one
 
-__all__ = ["Config", "Network", "ValueConfig", "action_values", "actor_critic", "with_noise"]
+__all__ = ["Config", "Network", "ValueConfig", "action_values", "actor_critic", "step_one", "with_noise"]

@@ -27,37 +27,22 @@ from jrl.nets.torso import (
     wide_dot,
 )
 from jrl.nets.types import Network
+from jrl.numerics.settings import Positive
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
 class ValueConfig(TorsoConfig):
-    """Shape of a network of action values.
+    """Shape of a network of action values."""
 
-    Attributes:
-        torso: mlp flattens the observation; conv and vit (a vision transformer) expect ``[height, width, channels]``; auto
-            takes conv for such observations, else mlp. Images of uint8 are divided by 255; other integers are taken as they are.
-        hidden: widths of the dense layers (for conv and vit, those after it).
-        channels: widths of the 3x3 convolutions.
-        patch: height and width of vit's patches; observations are padded with zeros to whole ones.
-        vit_dim: width of vit.
-        vit_layers: layers of vit.
-        vit_heads: heads of vit.
-        activation: between layers.
-        norm: layer normalization before each activation, or none.
-        gru: width of a GRU after the torso; 0 for none.
-        attention: a transformer over the episode so far, after the torso.
-        dueling: value and advantages apart, each with a layer of the last hidden width of its own, put together around the
-            advantages' mean (1511.06581, eq. 9).
-        noisy: heads (and dueling streams) whose weights carry learned, factorized noise (1706.10295, eq. 9-11): exploration that is learned. It is
-            there where ``with_noise`` gave a key; without one they answer with their means.
-    """
-
-    hidden: tuple[int, ...] = (128, 128)
-    activation: Activation = "relu"
-    norm: Norm = "layer"
+    hidden: tuple[Positive, ...] = (128, 128)  # Widths of the dense layers (for conv and vit, of those after it).
+    activation: Activation = "relu"  # Activation between layers.
+    norm: Norm = "layer"  # Layer normalization before each activation, or none.
+    # Value and advantages apart, each with a layer of the last hidden width, put together around the advantages' mean (1511.06581, eq. 9).
     dueling: bool = False
+    # Heads, and dueling streams, whose weights carry learned, factorized noise (1706.10295, eq. 9-11): exploration that is learned. It is
+    # there where with_noise gave a key; without one they answer with their means.
     noisy: bool = False
 
 

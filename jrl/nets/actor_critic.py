@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -26,35 +26,15 @@ from jrl.nets.types import Network, Outputs
 from jrl.numerics import checks
 
 Array = jax.Array
+LogStd = Annotated[float, partial(checks.within, low=-80, high=80)]  # its exponential is a float32 above 0
 
 
 @dataclass(frozen=True)
 class Config(TorsoConfig):
-    """Shape of an actor-critic network.
+    """Shape of an actor-critic network."""
 
-    Attributes:
-        torso: mlp flattens the observation; conv and vit (a vision transformer) expect ``[height, width, channels]``; auto
-            takes conv for such observations, else mlp. Images of uint8 are divided by 255; other integers are taken as they are.
-        hidden: widths of the dense layers (for conv and vit, those after it).
-        channels: widths of the 3x3 convolutions.
-        patch: height and width of vit's patches; observations are padded with zeros to whole ones.
-        vit_dim: width of vit.
-        vit_layers: layers of vit.
-        vit_heads: heads of vit.
-        activation: between layers.
-        norm: layer normalization before each activation, or none.
-        gru: width of a GRU after the torso; 0 for none.
-        attention: a transformer over the episode so far, after the torso.
-        shared: one torso for policy and value instead of two.
-        log_std: initial log standard deviation of continuous policies, a parameter independent of the observation.
-    """
-
-    shared: bool = False
-    log_std: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.within("network.log_std", self.log_std, -80, 80)  # its exponential is a float32 above 0
+    shared: bool = False  # One torso for policy and value instead of two.
+    log_std: LogStd = 0.0  # Initial log standard deviation of a continuous policy, which no observation changes.
 
 
 def actor_critic(config: Config, obs_spec: Any, space: Space) -> Network:

@@ -6,7 +6,7 @@ steps; they carry no gradient. Where an episode begins, all before it is out of 
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,43 +16,28 @@ from jrl.attention import attend, nsa
 from jrl.attention.rotary import rms_norm, rope
 from jrl.attention.visibility import NO_KEY
 from jrl.nets import mixers, transformer
-from jrl.numerics import checks
+from jrl.numerics.settings import NonNegativeInt, Positive, Settings
 
 Array = jax.Array
 Kind = Literal["none", "dense", "nsa"]
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
-    """Shape of a memory of attention.
+class AttentionConfig(Settings, prefix="network.attention"):
+    """Shape of a memory of attention."""
 
-    Attributes:
-        kind: none, dense, or nsa (native sparse attention).
-        context: steps that are remembered; what is further back is out of sight.
-        num_layers: layers of the transformer.
-        num_heads: query heads.
-        num_kv_heads: key heads.
-        block: of nsa: steps that are compressed into one, half as far apart.
-        select_block: of nsa: steps of a block that is selected.
-        selected: of nsa: blocks that are selected, with the first one and the last two.
-        window: of nsa: last steps seen by the window; of dense: 0, or the last steps that are seen.
-    """
-
-    kind: Kind = "none"
-    context: int = 128
-    num_layers: int = 1
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    block: int = 8
-    select_block: int = 16
-    selected: int = 4
-    window: int = 0
+    kind: Kind = "none"  # none, dense, or nsa (native sparse attention).
+    context: Positive = 128  # Steps that are remembered; what is further back is out of sight.
+    num_layers: Positive = 1  # Layers of the transformer.
+    num_heads: Positive = 4  # Query heads.
+    num_kv_heads: Positive = 4  # Key heads.
+    block: Positive = 8  # Steps that nsa compresses into one, half as far apart.
+    select_block: Positive = 16  # Steps of a block that nsa selects.
+    selected: Positive = 4  # Blocks that nsa selects, the first one and the last two among them.
+    window: NonNegativeInt = 0  # Last steps that are seen: by nsa's window (0: 16), or by dense attention (0: all).
 
     def __post_init__(self) -> None:
-        checks.one_of("network.attention.kind", self.kind, get_args(Kind))
-        for name in ("context", "num_layers", "num_heads", "num_kv_heads", "block", "select_block", "selected"):
-            checks.positive_int(f"network.attention.{name}", getattr(self, name))
-        checks.positive_int("network.attention.window", self.window, at_least=0)
+        super().__post_init__()
         if self.kind == "nsa":
             if self.block > 1 and self.block % 2:
                 raise ValueError(

@@ -15,43 +15,27 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.numerics import checks
+from jrl.numerics.settings import NonNegativeInt, Positive, Settings
 
 Array = jax.Array
 
 
 @dataclass(frozen=True)
-class Config:
-    """Shape of a mixture of experts.
+class Config(Settings, prefix="moe"):
+    """Shape of a mixture of experts."""
 
-    Attributes:
-        experts: how many there are; 0 for a plain feed-forward layer.
-        chosen: experts that each token goes through.
-        expert_dim: width of an expert.
-        shared: experts that every token goes through, as one of their joint width.
-        scores: softmax (Mixtral) or sigmoid (DeepSeek-V3).
-        groups: experts fall into so many groups, of which a token may choose ``chosen_groups`` (sigmoid only).
-        chosen_groups: those with the largest sum of their two best scores.
-        normalize: the chosen experts' weights sum to one before the factor (never otherwise with softmax).
-        scale: factor on the chosen experts' weights.
-    """
-
-    experts: int = 0
-    chosen: int = 2
-    expert_dim: int = 128
-    shared: int = 0
-    scores: Literal["softmax", "sigmoid"] = "softmax"
-    groups: int = 1
-    chosen_groups: int = 1
-    normalize: bool = True
-    scale: float = 1.0
+    experts: NonNegativeInt = 0  # Number of experts; 0 for a plain feed-forward layer.
+    chosen: Positive = 2  # Experts that each token goes through.
+    expert_dim: Positive = 128  # Width of an expert.
+    shared: NonNegativeInt = 0  # Experts that every token goes through, as one of their joint width.
+    scores: Literal["softmax", "sigmoid"] = "softmax"  # Scores of the router, as in Mixtral or in DeepSeek-V3.
+    groups: Positive = 1  # Groups of experts, of which a token may choose chosen_groups (sigmoid only).
+    chosen_groups: Positive = 1  # Groups chosen: those with the largest sum of their two best scores.
+    normalize: bool = True  # The chosen experts' weights sum to one before the factor (always with softmax).
+    scale: float = 1.0  # Factor on the chosen experts' weights.
 
     def __post_init__(self) -> None:
-        for name in ("chosen", "expert_dim", "groups", "chosen_groups"):
-            checks.positive_int(f"moe.{name}", getattr(self, name))
-        for name in ("experts", "shared"):
-            checks.positive_int(f"moe.{name}", getattr(self, name), at_least=0)
-        checks.one_of("moe.scores", self.scores, ("softmax", "sigmoid"))
+        super().__post_init__()
         if self.experts and self.chosen > self.experts:
             raise ValueError(f"moe.chosen must be at most moe.experts = {self.experts}; got {self.chosen}")
         if self.experts and (self.experts % self.groups or self.chosen_groups > self.groups):

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from jrl.nets.initializers import orthogonal
 from jrl.nets.memory import AttentionConfig
 from jrl.nets.types import Network
 from jrl.numerics import checks, precision
+from jrl.numerics.settings import NonNegativeInt, Positive, Settings
 
 Array = jax.Array
 Activation = Literal["tanh", "relu", "silu", "gelu"]
@@ -23,35 +24,22 @@ Norm = Literal["none", "layer"]
 
 
 @dataclass(frozen=True)
-class TorsoConfig:
-    """Shape of a torso.
+class TorsoConfig(Settings, prefix="network"):
+    """Shape of a torso."""
 
-    Attributes:
-        torso: mlp flattens the observation; conv and vit (a vision transformer) expect ``[height, width, channels]``; auto
-            takes conv for such observations, else mlp. Images of uint8 are divided by 255; other integers are taken as they are.
-        hidden: widths of the dense layers (for conv and vit, those after it).
-        channels: widths of the 3x3 convolutions.
-        patch: height and width of vit's patches; observations are padded with zeros to whole ones.
-        vit_dim: width of vit.
-        vit_layers: layers of vit.
-        vit_heads: heads of vit.
-        activation: between layers.
-        norm: layer normalization (Ba et al. 2016, arXiv 1607.06450) before each activation, or none.
-        gru: width of a GRU after the torso; 0 for none.
-        attention: a transformer over the episode so far, after the torso.
-    """
-
+    # What reads an observation: mlp flattens it; conv and vit (a vision transformer) expect [height, width, channels]; auto takes conv
+    # for such observations, else mlp. Images of uint8 are divided by 255; other integers are taken as they are.
     torso: Torso = "auto"
-    hidden: tuple[int, ...] = (64, 64)
-    channels: tuple[int, ...] = (16,)
-    patch: int = 2
-    vit_dim: int = 64
-    vit_layers: int = 2
-    vit_heads: int = 4
-    activation: Activation = "tanh"
-    norm: Norm = "none"
-    gru: int = 0
-    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    hidden: tuple[Positive, ...] = (64, 64)  # Widths of the dense layers (for conv and vit, of those after it).
+    channels: tuple[Positive, ...] = (16,)  # Widths of the 3x3 convolutions.
+    patch: Positive = 2  # Height and width of vit's patches; observations are padded with zeros to whole ones.
+    vit_dim: int = 64  # Width of vit.
+    vit_layers: int = 2  # Layers of vit.
+    vit_heads: int = 4  # Heads of vit.
+    activation: Activation = "tanh"  # Activation between layers.
+    norm: Norm = "none"  # Layer normalization before each activation (Ba et al. 2016, arXiv 1607.06450), or none.
+    gru: NonNegativeInt = 0  # Width of a GRU after the torso; 0 for none.
+    attention: AttentionConfig = field(default_factory=AttentionConfig)  # Transformer over the episode so far.
 
     def vit(self) -> transformer.Config:
         """The layers of the vision transformer."""
@@ -70,21 +58,14 @@ class TorsoConfig:
         return bool(self.gru) or self.attention.kind != "none"
 
     def __post_init__(self) -> None:
-        checks.one_of("network.torso", self.torso, get_args(Torso))
-        checks.one_of("network.activation", self.activation, get_args(Activation))
-        checks.one_of("network.norm", self.norm, get_args(Norm))
-        checks.positive_int("network.gru", self.gru, at_least=0)
+        super().__post_init__()
         checks.within("network.gru", self.gru, 0, 2**31 - 1)  # an empty memory is made before a state's size is known
-        checks.positive_int("network.patch", self.patch)
         if self.torso == "vit":
             self.vit()
         if self.attention.kind != "none":
             if self.gru or not self.hidden:
                 raise ValueError("network.attention needs network.gru = 0 and a hidden layer, whose width it takes")
             self.attention.transformer(self.hidden[-1])
-        for name in ("hidden", "channels"):
-            for width in getattr(self, name):
-                checks.positive_int(f"network.{name}", width)
 
 
 def observation_shape(config: TorsoConfig, obs_spec: Any) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ without experts before layers with them are a stack of their own, ``params["firs
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,78 +21,45 @@ from jrl.attention import Implementation, mla, nsa
 from jrl.attention.rotary import Scaling, rms_norm
 from jrl.nets import moe
 from jrl.nets.mixers import MIXERS, Leaf, Tokens
-from jrl.numerics import checks
+from jrl.numerics.settings import AtLeastOne, NonNegativeInt, Positive, Settings, Unit
 
 Array = jax.Array
 Kind = Literal["dense", "window", "nsa", "mla", "rwkv"]
 
 
 @dataclass(frozen=True)
-class Config:
-    """Shape of a decoder.
+class Config(Settings, prefix="transformer"):
+    """Shape of a decoder."""
 
-    Attributes:
-        vocab_size: tokens; 0 for a decoder of vectors, without embedding and head.
-        dim: width of the residual stream.
-        num_layers: layers.
-        num_heads: query heads.
-        num_kv_heads: key heads, each for num_heads / num_kv_heads query heads.
-        head_dim: of keys, queries and values; dim / num_heads if 0.
-        ffn_dim: width of SwiGLU; about 8/3 dim if 0.
-        attention: dense, window, nsa (native sparse attention), mla (latent attention) or rwkv (RWKV-6, without attention).
-        causal: tokens see those before them alone; false for dense attention alone.
-        window: tokens that window attention sees.
-        sparse: sizes of native sparse attention.
-        shared_kv: one pair of keys and values for all its branches, where the paper has one for each.
-        latent: sizes of latent attention, whose heads do not go by head_dim.
-        experts: a mixture of experts in place of SwiGLU, if it has experts.
-        dense_layers: so many layers at the start have SwiGLU all the same.
-        implementation: of dense, window and native sparse attention; None picks.
-        rope_theta: base of the rotary frequencies (latent attention has its own).
-        rope_scaling: how they are stretched for longer sequences (latent attention has its own).
-        norm_eps: of RMSNorm.
-        qkv_bias: biases on queries, keys and values, as Qwen2 has them.
-        out_bias: a bias on what attention answers.
-        ffn_bias: biases in SwiGLU.
-        qk_norm: RMSNorm of each query and key head, as Qwen3 has it.
-        tie_embeddings: the head is the embedding.
-        remat: compute each layer again in the backward pass instead of keeping it.
-    """
-
-    vocab_size: int = 0
-    dim: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
-    num_kv_heads: int = 4
-    head_dim: int = 0
-    ffn_dim: int = 0
+    vocab_size: NonNegativeInt = 0  # Number of tokens; 0 for a decoder of vectors, without embedding and head.
+    dim: Positive = 64  # Width of the residual stream.
+    num_layers: Positive = 2  # Number of layers.
+    num_heads: Positive = 4  # Query heads.
+    num_kv_heads: Positive = 4  # Key heads, each for num_heads / num_kv_heads query heads.
+    head_dim: NonNegativeInt = 0  # Width of keys, queries and values; dim / num_heads if 0.
+    ffn_dim: NonNegativeInt = 0  # Width of SwiGLU; about 8/3 dim if 0.
+    # dense, window, nsa (native sparse attention), mla (latent attention) or rwkv (RWKV-6, without attention).
     attention: Kind = "dense"
-    causal: bool = True
-    window: int = 512
-    sparse: nsa.Config = field(default_factory=nsa.Config)
-    shared_kv: bool = False
-    latent: mla.Config = field(default_factory=mla.Config)
-    experts: moe.Config = field(default_factory=moe.Config)
-    dense_layers: int = 0
-    implementation: Implementation | None = None
-    rope_theta: float = 10_000.0
-    rope_scaling: Scaling = Scaling()
-    norm_eps: float = 1e-5
-    qkv_bias: bool = False
-    out_bias: bool = False
-    ffn_bias: bool = False
-    qk_norm: bool = False
-    tie_embeddings: bool = True
-    remat: bool = False
+    causal: bool = True  # Tokens see only those before them; false for dense attention alone.
+    window: Positive = 512  # Tokens that window attention sees.
+    sparse: nsa.Config = field(default_factory=nsa.Config)  # Sizes of native sparse attention.
+    shared_kv: bool = False  # One pair of keys and values for all branches of nsa, where the paper has one for each.
+    latent: mla.Config = field(default_factory=mla.Config)  # Sizes of latent attention, which ignores head_dim.
+    experts: moe.Config = field(default_factory=moe.Config)  # Mixture of experts in place of SwiGLU, if it has experts.
+    dense_layers: NonNegativeInt = 0  # Number of layers at the start that have SwiGLU all the same.
+    implementation: Implementation | None = None  # Of dense, window and native sparse attention; None picks a fast one.
+    rope_theta: AtLeastOne = 10_000.0  # Base of the rotary frequencies (latent attention has its own).
+    rope_scaling: Scaling = Scaling()  # How they are stretched for longer sequences (latent attention has its own).
+    norm_eps: Unit = 1e-5  # Added to the mean square in RMSNorm.
+    qkv_bias: bool = False  # Biases on queries, keys and values, as in Qwen2.
+    out_bias: bool = False  # A bias on the output of attention.
+    ffn_bias: bool = False  # Biases in SwiGLU.
+    qk_norm: bool = False  # RMSNorm of each query and key head, as in Qwen3.
+    tie_embeddings: bool = True  # The head is the embedding.
+    remat: bool = False  # Recompute each layer in the backward pass instead of keeping it.
 
     def __post_init__(self) -> None:
-        for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "window"):
-            checks.positive_int(f"transformer.{name}", getattr(self, name))
-        for name in ("vocab_size", "head_dim", "ffn_dim", "dense_layers"):
-            checks.positive_int(f"transformer.{name}", getattr(self, name), at_least=0)
-        checks.one_of("transformer.attention", self.attention, get_args(Kind))
-        checks.within("transformer.rope_theta", self.rope_theta, 1, float("inf"))
-        checks.within("transformer.norm_eps", self.norm_eps, 0, 1)
+        super().__post_init__()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"transformer.num_heads must be a multiple of num_kv_heads = {self.num_kv_heads}; got {self.num_heads}"
@@ -117,22 +84,22 @@ class Config:
 
     @property
     def width(self) -> int:
-        """Of a head."""
+        """Width of a head."""
         return self.head_dim or self.dim // self.num_heads
 
     @property
     def inner(self) -> int:
-        """Of SwiGLU."""
+        """Width of SwiGLU."""
         return self.ffn_dim or -(-8 * self.dim // 3 // 8) * 8
 
     @property
     def branches(self) -> int:
-        """Pairs of keys and values of a token."""
+        """Number of pairs of keys and values of a token."""
         return 3 if self.attention == "nsa" and not self.shared_kv else 1
 
     @property
     def value_width(self) -> int:
-        """Of a head of what attention answers."""
+        """Width of a head of the output of attention."""
         return self.latent.value_dim if self.attention == "mla" else self.width
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Array = jax.Array
 Params = Any
@@ -18,13 +19,13 @@ class Outputs(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A policy and its value as pure functions; ``B`` is any batch size.
+    """A network as pure functions; ``B`` is any batch size. It answers with ``Outputs``, or with action values ``[B, A]``.
 
     Attributes:
         init: ``key -> params``.
-        step: ``(params, memory [B], obs [B], first bool [B]) -> (memory, Outputs [B])``. Where ``first`` is true an
+        step: ``(params, memory [B], obs [B], first bool [B]) -> (memory, answer [B])``. Where ``first`` is true an
             episode begins, and the memory is forgotten before it is used.
-        unroll: ``(params, memory [B], obs [T, B], first [T, B]) -> (memories [T, B], Outputs [T, B])``; the same numbers as T steps.
+        unroll: ``(params, memory [B], obs [T, B], first [T, B]) -> (memories [T, B], answers [T, B])``; the same numbers as T steps.
             ``memories`` is for ``memory_at``.
         memory: the empty memory of one agent; ``()`` for feed-forward networks.
         memory_at: ``(memories, t int [N], b int [N]) -> memory [N]``: those after observations t of rows b.
@@ -32,8 +33,15 @@ class Network(NamedTuple):
     """
 
     init: Callable[[Array], Params]
-    step: Callable[[Params, Memory, Any, Array], tuple[Memory, Outputs]]
-    unroll: Callable[[Params, Memory, Any, Array], tuple[Memory, Outputs]]
+    step: Callable[[Params, Memory, Any, Array], tuple[Memory, Any]]
+    unroll: Callable[[Params, Memory, Any, Array], tuple[Memory, Any]]
     memory: Memory
     memory_at: Callable[[Any, Array, Array], Memory]
     heavy: bool = False
+
+
+def step_one(network: Network, params: Params, obs: Any, memory: Memory | None = None) -> tuple[Memory, Any]:
+    """``network.step`` on one observation, without axis ``B``; ``memory=None`` begins an episode."""
+    first = jnp.bool_(memory is None)
+    one = jax.tree.map(lambda x: x[None], (network.memory if memory is None else memory, obs, first))
+    return jax.tree.map(lambda x: x[0], network.step(params, *one))

@@ -10,7 +10,7 @@ and a learning rate, a beta or a weight decay can differ between vmapped runs.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from optax import contrib
 
 from jrl.numerics import checks, host, parameters, precision, rounding
 from jrl.numerics.parameters import Kind
+from jrl.numerics.settings import AboveZero, BelowOne, NonNegative, Positive, Settings, Unit, check
 
 Array = jax.Array
 Name = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "muon", "schedule_free_adamw"]
@@ -30,52 +31,33 @@ DECOUPLED = ("adamw", "lion", "muon", "schedule_free_adamw")  # decay weights by
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings, prefix="optimizer"):
     """What an optimizer is made of; its numbers are in ``Hyper``.
 
-    Attributes:
-        name: sgd, adam (1412.6980), adamw (1711.05101), rmsprop (with bias correction), lion (2302.06675), muon (Jordan
-            2024; adam for embeddings, output heads and what is no matrix), schedule_free_adamw (2405.15682; best
-            with a constant schedule).
-        schedule: course of the learning rate over the run: constant, linear or cosine down to hyper.final of it, or
-            piecewise, times hyper.drop at each share in drops.
-        warmup: share of the run over which the learning rate first rises from 0.
-        drops: shares of the run at which the piecewise schedule drops.
-        clip: of gradients: by global norm, by value, adaptive (a ratio to each unit's weights, 2102.06171), or none.
-        nesterov: Nesterov momentum for sgd and muon.
-        l2: add weight decay to the gradient, before the optimizer scales it, for sgd, adam and rmsprop.
-        no_decay: kinds of parameters that weight decay spares, of weights, biases (and whatever else is no matrix), norms and
-            embeddings.
-        accumulate: gradients that are averaged into one step.
-        ema: evaluate with an exponential moving average of the parameters, of decay hyper.ema_decay.
-        rounding: how parameters of half width are stepped: nearest, stochastic, kahan, or from a float32 master copy.
-        moments: dtype that the optimizer's own state is kept in, float32 or bfloat16 (rounded stochastically).
+    ``adam`` is 1412.6980, ``adamw`` 1711.05101, ``lion`` 2302.06675, ``muon`` Jordan 2024 (adam for embeddings, output heads and what
+    is no matrix), ``schedule_free_adamw`` 2405.15682 (best with a constant schedule); ``rmsprop`` corrects its bias.
     """
 
-    name: Name = "adam"
+    name: Name = "adam"  # Rule that turns gradients into steps.
+    # Course of the learning rate over the run: constant, linear or cosine down to hyper.final of it, or piecewise, times hyper.drop
+    # at each share in drops.
     schedule: Schedule = "linear"
-    warmup: float = 0.0
-    drops: tuple[float, ...] = (0.5, 0.75)
+    warmup: Unit = 0.0  # Share of the run over which the learning rate first rises from 0.
+    drops: tuple[Unit, ...] = (0.5, 0.75)  # Shares of the run at which the piecewise schedule drops.
+    # Clipping of gradients: by global norm, by value, adaptive (a ratio to each unit's weights, 2102.06171), or none.
     clip: Clip = "norm"
-    nesterov: bool = False
-    l2: bool = False
+    nesterov: bool = False  # Nesterov momentum for sgd and muon.
+    l2: bool = False  # Add weight decay to the gradient, before the optimizer scales it, for sgd, adam and rmsprop.
+    # Kinds of parameters that weight decay spares: weights, biases (and whatever else is no matrix), norms, embeddings.
     no_decay: tuple[Kind, ...] = ("biases", "norms", "embeddings")
-    accumulate: int = 1
-    ema: bool = False
+    accumulate: Positive = 1  # Number of gradients that are averaged into one step.
+    ema: bool = False  # Evaluate with an exponential moving average of the parameters, of decay hyper.ema_decay.
+    # How parameters of half width are stepped: to the nearest, stochastically, by Kahan's sum, or from a float32 master copy.
     rounding: Rounding = "nearest"
-    moments: Literal["float32", "bfloat16"] = "float32"
+    moments: Literal["float32", "bfloat16"] = "float32"  # Dtype of its state; bfloat16 is rounded stochastically.
 
     def __post_init__(self) -> None:
-        checks.one_of("optimizer.name", self.name, get_args(Name))
-        checks.one_of("optimizer.schedule", self.schedule, get_args(Schedule))
-        checks.one_of("optimizer.clip", self.clip, get_args(Clip))
-        checks.one_of("optimizer.rounding", self.rounding, get_args(Rounding))
-        checks.one_of("optimizer.moments", self.moments, ("float32", "bfloat16"))
-        for kind in self.no_decay:
-            checks.one_of("optimizer.no_decay", kind, get_args(Kind))
-        for share in (self.warmup, *self.drops):
-            checks.within("optimizer.warmup and optimizer.drops", share, 0, 1)
-        checks.positive_int("optimizer.accumulate", self.accumulate)
+        super().__post_init__()
         if self.nesterov and self.name not in ("sgd", "muon"):
             raise ValueError(f"optimizer.nesterov is for sgd and muon; got {self.name}")
         if self.l2 and self.name in DECOUPLED:
@@ -94,44 +76,31 @@ class OptimizerConfig:
 class Hyper(NamedTuple):
     """Numbers of the optimizer, floats or traced float32 scalars; each may be swept.
 
-    Attributes:
-        b1: decay of the first moment (adam's family, lion); the interpolation of schedule_free_adamw, at least 0.1.
-        b2: decay of the second moment (adam's family, rmsprop), of lion's momentum.
-        eps: added to the root of the second moment.
-        weight_decay: decay of the weights in a step, times the learning rate; of adamw, lion, muon, schedule_free_adamw, and
-            with config.l2 of the others.
-        momentum: of sgd and muon.
-        final: the learning rate at the end of a linear or cosine schedule, as a share of its start.
-        drop: factor on the learning rate at each of a piecewise schedule's drops.
-        ema_decay: decay of the parameters' moving average, a step.
+    A decay of 1 would divide by 1 - 1, and an eps of 0 would divide 0 by 0 where a gradient is 0.
     """
 
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-5
-    weight_decay: float = 1e-2
-    momentum: float = 0.9
-    final: float = 0.0
-    drop: float = 0.1
-    ema_decay: float = 0.999
+    # Decay of the first moment (adam's family, lion); the interpolation of schedule_free_adamw, at least 0.1.
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.999  # Decay of the second moment (adam's family, rmsprop), or of lion's momentum.
+    eps: AboveZero = 1e-5  # Added to the root of the second moment.
+    # Decay of the weights in a step, times the learning rate; for adamw, lion, muon, schedule_free_adamw, and with l2 for the others.
+    weight_decay: NonNegative = 1e-2
+    momentum: BelowOne = 0.9  # Momentum of sgd and muon.
+    final: NonNegative = 0.0  # Learning rate at the end of a linear or cosine schedule, as a share of its start.
+    drop: NonNegative = 0.1  # Factor on the learning rate at each drop of a piecewise schedule.
+    ema_decay: BelowOne = 0.999  # Decay per step of the parameters' moving average.
 
 
-def check_hyper(hyper: Hyper, prefix: str = "hyper.optimizer.") -> None:
-    """Raise ``ValueError`` for a concrete number outside its range, or any of half width.
-
-    A decay of 1 would divide by 1 - 1, and an eps of 0 would divide 0 by 0 where a gradient is 0. In bfloat16 0.999 is 1.
-    """
+def check_hyper(prefix: str, hyper: Hyper) -> None:
+    """Raise ``ValueError`` for a concrete number outside its range, or any of half width: in bfloat16 0.999 is 1."""
     for name, value in hyper._asdict().items():
         dtype = getattr(value, "dtype", None)
         if dtype in (jnp.bfloat16, jnp.float16):
-            raise ValueError(f"{prefix}{name} must be float32; got {dtype}, in which 0.999 may round to 1")
-        match name:
-            case "eps":
-                checks.above_zero(f"{prefix}{name}", value)
-            case "weight_decay" | "final" | "drop":
-                checks.within(f"{prefix}{name}", value, 0, float("inf"))
-            case _:
-                checks.below_one(f"{prefix}{name}", value)
+            raise ValueError(f"{prefix}.{name} must be float32; got {dtype}, in which 0.999 may round to 1")
+    check(prefix, hyper)
+
+
+Numbers = Annotated[Hyper, check_hyper]  # a field of an algorithm's hyperparameters
 
 
 def schedule(config: OptimizerConfig, hyper: Hyper, progress: Array | float, step: Array | float = 0.0) -> Array:
@@ -168,7 +137,7 @@ def make(
     by ``init`` alone. The schedule is not in it: give the learning rate of now. Raises ``ValueError`` for a number that is
     out of range, or would make NaNs.
     """
-    check_hyper(hyper, "")
+    check_hyper("hyper", hyper)
     checks.within("learning_rate", learning_rate, 0, float("inf"))
     if config.name == "schedule_free_adamw":
         checks.within("b1 of schedule_free_adamw", hyper.b1, 0.1, 1)

@@ -151,11 +151,12 @@ def exact(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def float32_outputs(network: Any) -> Any:
-    """The network as algorithms see it: its outputs (not its memory) in float32, so that all that follows is too.
+def apply_to_network(policy: Policy | str, network: Any) -> Any:
+    """The network as algorithms see it: under a policy, its outputs (not its memory) in float32, so that all that follows is too.
 
     Its equations stand in the scope ``network`` of a jaxpr; outside of it no arithmetic is of half width.
     """
+    network = apply(policy, network)
 
     def over(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

@@ -56,6 +56,15 @@ RUNS = {
     "dqn": Run("dqn.py", (*COMMON, "--preset", "none", "--env-steps", "40000", "--eval-every", "10000")),
     "pqn": Run("pqn.py", (*COMMON, "--preset", "none", *ENVS, "--env-steps", "100000")),
     "r2d2": Run("r2d2.py", (*COMMON, "--preset", "none", "--env", "MemoryChain-bsuite", "--env-steps", "20000")),
+    "grpo": Run(
+        "grpo.py",
+        (
+            *("--methods", "grpo", "rloo", "--updates", "200", "--num-seeds", "2", "--eval-episodes", "4"),
+            *("--checkpoint-every", "0.2", "--config.model.dim", "16", "--config.model.num-layers", "1"),
+            *("--config.num-prompts", "4", "--config.group-size", "4"),
+        ),
+        "--folder",
+    ),
     "grpo_llm": Run("grpo_llm.py", (*language_model.WORDS, "--steps", "12", "--save-every", "2"), "--folder"),
 }
 
@@ -70,6 +79,7 @@ class Case(NamedTuple):
     blows: tuple[tuple[float | str, int], ...]
 
 
+SAME = ("sweep.csv", "answers.txt", "curve.png", "grpo.csv", "grpo.png")  # to the last byte
 FILES = (
     "config.json",
     "config.tmp",
@@ -156,13 +166,11 @@ def wait_for(moment: float | str, seconds: float, process: Process, folder: Path
 
 
 def _state(folder: Path, pattern: str) -> Any:
-    found = []
-    for path in sorted(folder.glob(pattern)):
+    while True:
         try:
-            found.append((path.name, path.stat().st_mtime_ns, path.stat().st_size))
-        except FileNotFoundError:
+            return [(path, path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(folder.rglob(pattern))]
+        except FileNotFoundError:  # it was renamed or removed while it was listed
             continue
-    return found
 
 
 @functools.cache
@@ -180,17 +188,21 @@ def undisturbed(name: str) -> tuple[Path, float]:
 
 
 def difference(whole: Path, other: Path) -> str | None:
-    """What is not equal in two folders of a run: results, or files that are too many or missing."""
+    """What is not equal in two folders of a run, or of several: results, or files that are too many or missing."""
     names = [
         {str(p.relative_to(f)) for p in f.rglob("*") if not {"events", "checkpoints"} & set(p.relative_to(f).parts)}
         for f in (whole, other)
     ]
-    litter = [p.name for p in (other / "checkpoints").iterdir() if not p.name.isdecimal()]
+    litter = [str(p.relative_to(other)) for p in other.rglob("checkpoints/*") if not p.name.isdecimal()]
     if names[0] != names[1] or litter:
         return f"files: {sorted(names[0] ^ names[1])}, in checkpoints: {litter}"
-    wanted, found = held(whole), held(other)
-    for name in ("sweep.csv", "answers.txt", "curve.png"):
-        if name in names[0]:
-            wanted[name], found[name] = (whole / name).read_bytes(), (other / name).read_bytes()
-    differing = [name for name in wanted if found[name] != wanted[name]]
+    differing = [name for name in names[0] if Path(name).name in SAME and not _same(whole / name, other / name)]
+    for config in whole.rglob("config.json"):
+        home = config.parent.relative_to(whole)
+        wanted, found = held(whole / home), held(other / home)
+        differing += [str(home / name) for name in wanted if found.get(name) != wanted[name]]
     return f"not those of the undisturbed run: {', '.join(differing)}" if differing else None
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
