@@ -94,27 +94,17 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Args:
-    """Compare policy-gradient estimators by enumeration.
+    """Compare policy-gradient estimators by enumeration."""
 
-    Attributes:
-        methods: of reinforce, rloo, dr_grpo, grpo, dapo, gspo, cispo, reinforce++.
-        vocabulary: tokens, the end included.
-        length: longest answer; vocabulary ** length may be 1e6.
-        group_sizes: answers in a group.
-        step: of the policy along the true gradient, off-policy.
-        samples: groups drawn to check each exact mean.
-        seed: of the policy and of the samples.
-        folder: where the table and the plot go.
-    """
-
+    # Estimators: reinforce, rloo, dr_grpo, grpo, dapo, gspo, cispo, reinforce++.
     methods: tuple[str, ...] = tuple(METHODS)
-    vocabulary: int = 4
-    length: int = 4
-    group_sizes: tuple[int, ...] = (2, 4, 8)
-    step: float = 0.5
-    samples: int = 4096
-    seed: int = 0
-    folder: Path = Path("runs/estimators")
+    vocabulary: int = 4  # Number of tokens, the end included.
+    length: int = 4  # Tokens of the longest answer; vocabulary ** length may be at most 1e6.
+    group_sizes: tuple[int, ...] = (2, 4, 8)  # Answers in a group.
+    step: float = 0.5  # Step of the policy along the true gradient, off-policy.
+    samples: int = 4096  # Groups drawn to check each exact mean.
+    seed: int = 0  # Seed of the policy and of the samples.
+    folder: Path = Path("runs/estimators")  # Folder for the table and the plot.
 
 
 class Task(NamedTuple):

@@ -27,35 +27,23 @@ from jrl.run import cli, plot, report, stats
 
 @dataclass(frozen=True)
 class Args:
-    """Train a language model on a task with a verifier.
+    """Train a language model on a task with a verifier."""
 
-    Attributes:
-        task: modular_addition, addition, reverse, sort, parity, countdown, or a Python file.
-        task_params: the task's own settings, as NAME=NUMBER ...
-        methods: of grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, or custom for config and hyper as they are.
-        updates: of each seed; default from the task's preset.
-        num_seeds: seeds trained side by side.
-        seed: the key that every seed's key is split from.
-        folder: of all runs; default runs/grpo-TASK. A run that is finished there is not made again, one that is not goes on.
-        sweep: train a grid in one program, as hyper.NAME=NUMBER,NUMBER ...
-        eval_episodes: problems in the evaluation of each seed.
-        checkpoint_every: seconds between checkpoints.
-        config: static settings.
-        hyper: hyperparameters.
-    """
-
+    # Task: modular_addition, addition, reverse, sort, parity, countdown, or a Python file.
     task: str = "modular_addition"
-    task_params: tuple[str, ...] = ()
+    task_params: tuple[str, ...] = ()  # Parameters of the task, as NAME=NUMBER ...
+    # Methods: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce++, or custom for config and hyper as they are.
     methods: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--method"])] = ("grpo",)
-    updates: int = 500
-    num_seeds: int = 8
-    seed: int = 0
+    updates: int = 500  # Updates of each seed; default: the preset's.
+    num_seeds: int = 8  # Seeds trained together.
+    seed: int = 0  # Seed from whose key every seed's key is split.
+    # Folder of all runs; default: runs/grpo-TASK. Runs found there are continued, finished ones are not repeated.
     folder: Path | None = None
-    sweep: tuple[str, ...] = ()
-    eval_episodes: int = 256
-    checkpoint_every: float = 60.0
-    config: grpo.Config = field(default_factory=grpo.Config)
-    hyper: grpo.Hyper = grpo.Hyper()
+    sweep: tuple[str, ...] = ()  # Train a grid of hyperparameters in one program, as hyper.NAME=NUMBER,NUMBER ...
+    eval_episodes: int = 256  # Problems in the evaluation of each seed.
+    checkpoint_every: float = 60.0  # Seconds between checkpoints.
+    config: grpo.Config = field(default_factory=grpo.Config)  # Static settings.
+    hyper: grpo.Hyper = grpo.Hyper()  # Hyperparameters.
 
 
 def defaults(argv: list[str]) -> Args:

@@ -48,44 +48,33 @@ FORMS: dict[str, tuple[verifiers.Extract, str, int]] = {
 
 @dataclass(frozen=True)
 class Args:
-    """Train a published language model on problems with a verifier.
+    """Train a published language model on problems with a verifier."""
 
-    Attributes:
-        model: a .gguf file, or a folder with config.json, safetensors and tokenizer.json.
-        dataset: of reasoning-gym, or a Python file.
-        setting: of the dataset, as NAME=NUMBER ...; chain_sum has two terms of one digit by default.
-        form: of an answer, for reasoning-gym: number (the last one said), whole (all that was said), boxed or tagged; default:
-            number for chain_sum, whole for others.
-        instruction: put behind each problem of reasoning-gym; default by form.
-        steps: updates.
-        prompt_length: tokens of the longest prompt; problems with longer ones are passed over, and counted in metrics.csv; default:
-            with room to spare for the first hundred problems.
-        answer_length: tokens of the longest answer; default 16 for numbers, 64 for whole answers and files, else 256.
-        save_every: updates between checkpoints.
-        devices: to use; default: all, but one of a CPU's, which share its cores.
-        model_devices: of these, so many hold the model together; the others hold it too, and share the answers.
-        seed: of everything.
-        folder: Folder of the run. If it has a checkpoint, the run goes on from it with the settings that it had: only prompt_length,
-            save_every, the devices and config.micro_batches may be others, which change no mathematics.
-        config: static settings; its model is that of the file.
-        hyper: hyperparameters.
-    """
-
-    model: Path
-    dataset: str = "chain_sum"
+    model: Path  # A .gguf file, or a folder with config.json, safetensors and tokenizer.json.
+    dataset: str = "chain_sum"  # Data set of reasoning-gym, or a Python file.
+    # Settings of the data set, as NAME=NUMBER ...; by default chain_sum has two terms of one digit.
     setting: tuple[str, ...] = ()
+    # Form of an answer to reasoning-gym: number (the last one in the text), whole (all of it), boxed or tagged; default: number for
+    # chain_sum, whole for others.
     form: Literal["number", "whole", "boxed", "tagged"] | None = None
-    instruction: str | None = None
-    steps: int = 100
+    instruction: str | None = None  # Text behind each problem of reasoning-gym; default: by form.
+    steps: int = 100  # Number of updates.
+    # Tokens of the longest prompt. Problems with longer ones are skipped, and counted in metrics.csv. Default: with room to spare for
+    # the first hundred problems.
     prompt_length: int | None = None
+    # Tokens of the longest answer; default: 16 for numbers, 64 for whole answers and files, else 256.
     answer_length: int | None = None
-    save_every: int = 10
+    save_every: int = 10  # Updates between checkpoints.
+    # Number of devices to use; default: all, but only one of a CPU's, which share its cores.
     devices: int | None = None
+    # Number of devices that hold one copy of the model together; the answers are shared among the copies.
     model_devices: int = 1
-    seed: int = 0
+    seed: int = 0  # Seed of all random numbers.
+    # Folder of the run. If it has a checkpoint, the run continues with its settings: only prompt_length, save_every, the devices and
+    # config.micro_batches may differ, which change no mathematics.
     folder: Path = Path("runs/grpo-llm")
-    config: grpo.Config = field(default_factory=lambda: CONFIG)
-    hyper: grpo.Hyper = grpo.Hyper(learning_rate=1e-4)
+    config: grpo.Config = field(default_factory=lambda: CONFIG)  # Static settings; the model is that of the file.
+    hyper: grpo.Hyper = grpo.Hyper(learning_rate=1e-4)  # Hyperparameters.
 
 
 def checked(args: Args) -> Args:

@@ -34,31 +34,19 @@ FILLER, VALUES = 48, 16  # tokens of the haystack, needles; one more asks
 
 @dataclass(frozen=True)
 class Args:
-    """Train small decoders that differ in their attention alone.
+    """Train small decoders that differ in their attention alone."""
 
-    Attributes:
-        task: text or needle.
-        kinds: of dense, window, nsa, mla, rwkv.
-        length: tokens of a sequence; default 256 for text and 4096 for needle.
-        steps: gradient steps; default 400 for text, 600 for needle (a third of them at the whole length).
-        batch_size: sequences of a step; default 8 for text and 2 for needle.
-        dim: width; default 160 for text and 64 for needle.
-        num_layers: layers; default 4 for text and 2 for needle.
-        learning_rate: of AdamW, with warm-up and a cosine to a tenth.
-        seed: of everything.
-        folder: default runs/language-TASK.
-    """
-
-    task: Literal["text", "needle"] = "text"
-    kinds: tuple[str, ...] = ("dense", "nsa")
-    length: int | None = None
+    task: Literal["text", "needle"] = "text"  # Language modelling of text, or finding a needle in random tokens.
+    kinds: tuple[str, ...] = ("dense", "nsa")  # Kinds of attention: dense, window, nsa, mla, rwkv.
+    length: int | None = None  # Tokens of a sequence; default: 256 for text and 4096 for needle.
+    # Gradient steps; default: 400 for text, 600 for needle (a third of them at the whole length).
     steps: int | None = None
-    batch_size: int | None = None
-    dim: int | None = None
-    num_layers: int | None = None
-    learning_rate: float = 2e-3
-    seed: int = 0
-    folder: Path | None = None
+    batch_size: int | None = None  # Sequences of a step; default: 8 for text and 2 for needle.
+    dim: int | None = None  # Width of the decoder; default: 160 for text and 64 for needle.
+    num_layers: int | None = None  # Number of layers; default: 4 for text and 2 for needle.
+    learning_rate: float = 2e-3  # Learning rate of AdamW, with a warm-up and a cosine to a tenth.
+    seed: int = 0  # Seed of all random numbers.
+    folder: Path | None = None  # Folder of the results; default: runs/language-TASK.
 
 
 DEFAULTS = {

@@ -29,25 +29,17 @@ KINDS = ("none", "gru", "window", "dense", "nsa")
 
 @dataclass(frozen=True)
 class Args:
-    """Compare kinds of memory.
+    """Compare kinds of memory."""
 
-    Attributes:
-        task: chain (MemoryChain-bsuite) or recall.
-        lengths: steps from what is shown to what is asked; default 10, 30, 100 for chain and 512 for recall.
-        kinds: of none, gru, window, dense, nsa; default: none, gru, dense, nsa for chain and gru, window, nsa for recall.
-        env_steps: budget of each seed; default 200,000 for chain and 1,200,000 for recall.
-        num_seeds: seeds of each.
-        seed: of all runs.
-        folder: default runs/memory-TASK.
-    """
-
-    task: Literal["chain", "recall"] = "chain"
+    task: Literal["chain", "recall"] = "chain"  # MemoryChain-bsuite, or recall.
+    # Steps from the cue to the question; default: 10, 30, 100 for chain and 512 for recall.
     lengths: tuple[int, ...] = ()
+    # Kinds of memory: none, gru, window, dense, nsa; default: none, gru, dense, nsa for chain and gru, window, nsa for recall.
     kinds: tuple[str, ...] = ()
-    env_steps: int | None = None
-    num_seeds: int = 4
-    seed: int = 0
-    folder: Path | None = None
+    env_steps: int | None = None  # Environment steps of each seed; default: 200,000 for chain and 1,200,000 for recall.
+    num_seeds: int = 4  # Seeds of each kind.
+    seed: int = 0  # Seed of all runs.
+    folder: Path | None = None  # Folder of the runs; default: runs/memory-TASK.
 
 
 def network(kind: str, length: int) -> nets.Config:

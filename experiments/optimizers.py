@@ -28,27 +28,17 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Args:
-    """Compare optimizers over learning rates and seeds.
+    """Compare optimizers over learning rates and seeds."""
 
-    Attributes:
-        optimizers: of sgd, adam, adamw, rmsprop, lion, muon, schedule_free_adamw.
-        learning_rates: at the start of the run.
-        num_seeds: seeds of each optimizer at each learning rate.
-        env: environment for PPO, with its preset.
-        env_steps: budget of each of PPO's seeds.
-        toy_steps: gradient steps of each of the toy's seeds.
-        seed: the key that every seed's key is split from.
-        folder: where the runs are kept; default runs/optimizers-ENV.
-    """
-
+    # Optimizers: sgd, adam, adamw, rmsprop, lion, muon, schedule_free_adamw.
     optimizers: tuple[str, ...] = ("sgd", "adam", "adamw", "muon")
-    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-    num_seeds: int = 8
-    env: str = "CartPole-v1"
-    env_steps: int = 200_000
-    toy_steps: int = 2_000
-    seed: int = 0
-    folder: Path | None = None
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # Initial learning rates.
+    num_seeds: int = 8  # Seeds of each optimizer at each learning rate.
+    env: str = "CartPole-v1"  # Environment for PPO, with its preset.
+    env_steps: int = 200_000  # Environment steps of each of PPO's seeds.
+    toy_steps: int = 2_000  # Gradient steps of each of the toy problem's seeds.
+    seed: int = 0  # Seed from whose key every seed's key is split.
+    folder: Path | None = None  # Folder of the runs; default: runs/optimizers-ENV.
 
 
 # A student network learns what a random teacher says of inputs whose sizes differ a hundredfold.

@@ -40,28 +40,18 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Args:
-    """Compare precisions on PPO.
+    """Compare precisions on PPO."""
 
-    Attributes:
-        env: environment, with its preset.
-        variants: which to compare; the first is what the others are compared with. "float32 exact" is the default's speed without
-            the rounding of products that GPUs and TPUs do, and the same as float32 on a CPU.
-        env_steps: budget of each seed; default from the preset.
-        num_seeds: seeds of each variant.
-        seed: the key that every seed's key is split from.
-        folder: where the runs are kept; default runs/precision-ENV.
-        memory_width: hidden layers of so many units, for a second look at the memory; 0 for none.
-        speed_widths: measure only the speed of an update with hidden layers of these widths (the default on a GPU or TPU
-            measures it too, at 64, 256, 1024 and 4096).
-    """
-
-    env: str = "CartPole-v1"
+    env: str = "CartPole-v1"  # Environment, with its preset.
+    # Precisions to compare with the first of them; "float32 exact" is float32 without the rounding of products on GPUs and TPUs.
     variants: tuple[str, ...] = tuple(name for name in VARIANTS if name != EXACT)
-    env_steps: int | None = None
-    num_seeds: int = 16
-    seed: int = 0
-    folder: Path | None = None
-    memory_width: int = 1024
+    env_steps: int | None = None  # Environment steps of each seed; default: the preset's.
+    num_seeds: int = 16  # Seeds of each variant.
+    seed: int = 0  # Seed from whose key every seed's key is split.
+    folder: Path | None = None  # Folder of the runs; default: runs/precision-ENV.
+    memory_width: int = 1024  # Width of hidden layers for a second look at the memory; 0 for none.
+    # Measure only the speed of an update, with hidden layers of these widths; on a GPU or TPU it is measured by default too, at 64,
+    # 256, 1024 and 4096.
     speed_widths: tuple[int, ...] = ()
 
 

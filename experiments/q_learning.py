@@ -23,21 +23,14 @@ from jrl.run import cli, memory, plot
 
 @dataclass(frozen=True)
 class Args:
-    """Reproduce the book's figures of control.
+    """Reproduce the book's figures of control."""
 
-    Attributes:
-        methods: on the cliff, of sarsa, expected_sarsa, q_learning, double_q, sarsa_lambda, watkins_q, tree_backup.
-        runs: averaged into each point.
-        episodes: of the cliff walk.
-        seed: of all runs.
-        folder: where the plot goes.
-    """
-
+    # Methods on the cliff: sarsa, expected_sarsa, q_learning, double_q, sarsa_lambda, watkins_q, tree_backup.
     methods: tuple[str, ...] = ("sarsa", "expected_sarsa", "q_learning", "sarsa_lambda")
-    runs: int = 200
-    episodes: int = 300
-    seed: int = 0
-    folder: Path = Path("runs/q-learning")
+    runs: int = 200  # Runs averaged into each point.
+    episodes: int = 300  # Episodes of the cliff walk.
+    seed: int = 0  # Seed of all runs.
+    folder: Path = Path("runs/q-learning")  # Folder for the plots.
 
 
 def by_episode(

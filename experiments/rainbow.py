@@ -40,27 +40,16 @@ PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Args:
-    """Compare the parts of Rainbow.
+    """Compare the parts of Rainbow."""
 
-    Attributes:
-        env: environment, with its preset.
-        parts: which to compare.
-        env_steps: budget of each seed.
-        num_seeds: seeds of each part.
-        seed: the key that every seed's key is split from.
-        v_min: smallest return that C51 can tell.
-        v_max: largest return that C51 can tell.
-        folder: where the runs are kept; default runs/rainbow-ENV.
-    """
-
-    env: str = "CartPole-v1"
-    parts: tuple[str, ...] = tuple(PARTS)
-    env_steps: int = 100_000
-    num_seeds: int = 8
-    seed: int = 0
-    v_min: float = 0.0
-    v_max: float = 100.0
-    folder: Path | None = None
+    env: str = "CartPole-v1"  # Environment, with its preset.
+    parts: tuple[str, ...] = tuple(PARTS)  # Parts of Rainbow to compare.
+    env_steps: int = 100_000  # Environment steps of each seed.
+    num_seeds: int = 8  # Seeds of each part.
+    seed: int = 0  # Seed from whose key every seed's key is split.
+    v_min: float = 0.0  # Smallest return that C51 can represent.
+    v_max: float = 100.0  # Largest return that C51 can represent.
+    folder: Path | None = None  # Folder of the runs; default: runs/rainbow-ENV.
 
 
 def with_part(preset: Preset, env: envs.Environment, name: str, v_min: float, v_max: float) -> Algorithm:

@@ -28,17 +28,11 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Args:
-    """Reproduce the book's random-walk figures.
+    """Reproduce the book's random-walk figures."""
 
-    Attributes:
-        runs: averaged into each point.
-        seed: of all runs.
-        folder: where the plot and the table go.
-    """
-
-    runs: int = 100
-    seed: int = 0
-    folder: Path = Path("runs/td-random-walk")
+    runs: int = 100  # Runs averaged into each point.
+    seed: int = 0  # Seed of all runs.
+    folder: Path = Path("runs/td-random-walk")  # Folder for the plot and the table.
 
 
 # Of NumPy: an array of JAX would look for the platform before a wrong one can be refused.

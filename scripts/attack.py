@@ -33,23 +33,15 @@ KINDS = ("kills", "inputs", "tampering", "answers")
 
 @dataclass(frozen=True)
 class Args:
-    """Attack, and record what broke.
+    """Attack, and record what broke."""
 
-    Attributes:
-        kinds: kills of running processes, bad inputs, tampered files, answers of language models.
-        count: cases of each kind; default: as many as the recorded result has.
-        only: number of the one case to attack.
-        seed: the seed from which the cases are drawn.
-        folder: where results, and what broke, are kept.
-        record: write the table of results into docs/attacks.md.
-    """
-
+    # Kinds of attack: kills of running processes, bad inputs, tampered files, answers of language models.
     kinds: tuple[str, ...] = KINDS
-    count: int | None = None
-    only: int | None = None
-    seed: int = 0
-    folder: Path = Path("runs/attack")
-    record: bool = False
+    count: int | None = None  # Cases of each kind; default: as many as the recorded result has.
+    only: int | None = None  # Number of the one case to attack.
+    seed: int = 0  # Seed from which the cases are drawn.
+    folder: Path = Path("runs/attack")  # Folder of the results, and of what broke.
+    record: bool = False  # Write the table of results into docs/attacks.md.
 
 
 def attack(kind: str, args: Args) -> list[dict]:

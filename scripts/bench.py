@@ -47,36 +47,26 @@ DETAILS = {
 
 @dataclass(frozen=True)
 class Args:
-    """Measure speed against the peers.
+    """Measure speed against the peers."""
 
-    Attributes:
-        algo: ppo, dqn, pqn, or grpo, which has no peer that trains seeds side by side.
-        env: Environment; peers must have it under the same id.
-        seeds: Numbers of seeds; 1, 8, 32 and 128, on a GPU 1, 32, 256 and 2048, for GRPO 1 and 8, if not given.
-        num_envs: Environments of each seed; 4 for PPO, 10 for DQN and 32 for PQN if not given.
-        batch_size: Transitions in a minibatch of DQN.
-        capacity: Transitions in the replay of DQN.
-        target_every: Updates between copies into the target network of DQN.
-        budget: Environment steps of one measurement, over all seeds; 1 million on a CPU if not given, on a GPU what takes about a second.
-        loop_steps: Environment steps of each seed in a run of the run loop, which is then measured too; 0 for none.
-        repeats: Measurements, of which the best counts.
-        peers: Which peers, of rejax.
-        peer_wheels: Folder with the wheels of the peers and what they need beside JAX, where there is no package index.
-        jobs: Programs that compile beside each other; 1 on a CPU if not given, on a GPU half as many as there are cores.
-    """
-
+    # ppo, dqn, pqn, or grpo, which has no peer that trains seeds in parallel.
     algo: Literal["ppo", "dqn", "pqn", "grpo"] = "ppo"
-    env: str = "CartPole-v1"
+    env: str = "CartPole-v1"  # Environment; peers must have it under the same id.
+    # Numbers of seeds; default: 1, 8, 32 and 128, on a GPU 1, 32, 256 and 2048, for GRPO 1 and 8.
     seeds: tuple[int, ...] | None = None
-    num_envs: int | None = None
-    batch_size: int = 128
-    capacity: int = 10_000
-    target_every: int = 50
+    num_envs: int | None = None  # Environments of each seed; default: 4 for PPO, 10 for DQN and 32 for PQN.
+    batch_size: int = 128  # Transitions in a minibatch of DQN.
+    capacity: int = 10_000  # Transitions in the replay of DQN.
+    target_every: int = 50  # Updates between copies to the target network of DQN.
+    # Environment steps of one measurement, over all seeds; default: 1 million on a CPU, on a GPU what takes about a second.
     budget: int | None = None
+    # Environment steps of each seed in a run of the run loop, which is then measured too; 0 for none.
     loop_steps: int = 0
-    repeats: int = 3
-    peers: tuple[str, ...] = ("rejax",)
+    repeats: int = 3  # Measurements, of which the best counts.
+    peers: tuple[str, ...] = ("rejax",)  # Peers to measure: rejax.
+    # Folder with the wheels of the peers and of what they need beside JAX, where there is no package index.
     peer_wheels: Path | None = None
+    # Programs that compile in parallel; default: 1 on a CPU, on a GPU half as many as there are cores.
     jobs: int | None = None
 
     def setting(self) -> dict[str, Any]:

@@ -44,33 +44,22 @@ TPU_KINDS = ("dense", "blocks", "splash", "nsa", "nsa kernels")
 
 @dataclass(frozen=True)
 class Args:
-    """Measure attention.
+    """Measure attention."""
 
-    Attributes:
-        lengths: tokens of a sequence; none for decoding alone.
-        decode: tokens in the cache that is decoded with; none for whole sequences alone.
-        heads: query heads.
-        kv_heads: key heads.
-        head_dim: of keys and values.
-        repeats: measurements, of which the best counts.
-        memory_gib: leave out what needs more.
-        dtype: of whole sequences; cudnn takes bfloat16 and float16 alone.
-        kinds: of dense, jax, blocks, nsa (on a TPU also splash, nsa kernels; on a GPU also cudnn), for whole sequences.
-        chips: compile for these TPUs, of v5e, v6e, v5p, and print the memory instead.
-        folder: where tables and plots go.
-    """
-
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)  # Tokens of a sequence; none for decoding alone.
+    # Tokens in the cache that is decoded with; none for whole sequences alone.
     decode: tuple[int, ...] = (8192, 16384, 32768, 65536)
-    heads: int = 16
-    kv_heads: int = 1
-    head_dim: int = 64
-    repeats: int = 3
-    memory_gib: float = 8.0
+    heads: int = 16  # Query heads.
+    kv_heads: int = 1  # Key heads.
+    head_dim: int = 64  # Width of keys and values.
+    repeats: int = 3  # Measurements, of which the best counts.
+    memory_gib: float = 8.0  # Skip what needs more memory than this, in GiB.
+    # Dtype of whole sequences; cudnn takes only bfloat16 and float16.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # Kinds for whole sequences: dense, jax, blocks, nsa (on a TPU also splash, nsa kernels; on a GPU also cudnn).
     kinds: tuple[str, ...] = ("dense", "jax", "blocks", "nsa")
-    chips: tuple[str, ...] = ()
-    folder: Path = Path("runs/attention")
+    chips: tuple[str, ...] = ()  # Compile for these TPUs (v5e, v6e, v5p), and print the memory instead.
+    folder: Path = Path("runs/attention")  # Folder for tables and plots.
 
 
 def check(args: Args) -> None:

@@ -32,25 +32,16 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class Args:
-    """Measure sampling and training.
+    """Measure sampling and training."""
 
-    Attributes:
-        task: a task with a verifier.
-        task_params: the task's own settings, as NAME=NUMBER ...
-        seeds: numbers of seeds.
-        repeats: measurements, of which the best counts.
-        config: static settings of GRPO.
-        folder: where the table goes.
-    """
-
-    task: str = "reverse"
-    task_params: tuple[str, ...] = ("length=32",)
-    seeds: tuple[int, ...] = (1, 8)
-    repeats: int = 3
-    config: grpo.Config = field(
+    task: str = "reverse"  # Task with a verifier.
+    task_params: tuple[str, ...] = ("length=32",)  # Parameters of the task, as NAME=NUMBER ...
+    seeds: tuple[int, ...] = (1, 8)  # Numbers of seeds.
+    repeats: int = 3  # Measurements, of which the best counts.
+    config: grpo.Config = field(  # Static settings of GRPO.
         default_factory=lambda: grpo.Config(model=transformer.Config(dim=64, num_layers=2), num_minibatches=2)
     )
-    folder: Path = Path("runs/bench")
+    folder: Path = Path("runs/bench")  # Folder for the table.
 
 
 class Read(NamedTuple):

@@ -36,17 +36,11 @@ ALGOS = {
 
 @dataclass(frozen=True)
 class Args:
-    """Compile the update of algorithms for an H100.
+    """Compile the update of algorithms for an H100."""
 
-    Attributes:
-        algos: Algorithms, of ppo, dqn, r2d2, pqn.
-        seeds: Numbers of seeds in one program.
-        env: Environment, with its preset.
-    """
-
-    algos: tuple[str, ...] = tuple(ALGOS)
-    seeds: tuple[int, ...] = (32, 2048)
-    env: str = "CartPole-v1"
+    algos: tuple[str, ...] = tuple(ALGOS)  # Algorithms: ppo, dqn, r2d2, pqn.
+    seeds: tuple[int, ...] = (32, 2048)  # Numbers of seeds in one program.
+    env: str = "CartPole-v1"  # Environment, with its preset.
 
 
 def h100() -> NamedSharding:

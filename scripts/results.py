@@ -46,19 +46,12 @@ OTHERS = {
 
 @dataclass(frozen=True)
 class Args:
-    """Train every preset and print the table.
+    """Train every preset and print the table."""
 
-    Attributes:
-        algos: presets of these algorithms alone.
-        only: these presets alone, like ppo/CartPole-v1.
-        num_seeds: seeds of each.
-        folder: where the runs are kept.
-    """
-
-    algos: tuple[str, ...] = ("ppo", "dqn", "r2d2", "pqn")
-    only: tuple[str, ...] = ()
-    num_seeds: int = 8
-    folder: Path = Path("runs/results")
+    algos: tuple[str, ...] = ("ppo", "dqn", "r2d2", "pqn")  # Algorithms whose presets are run.
+    only: tuple[str, ...] = ()  # Presets to run, like ppo/CartPole-v1; default: all.
+    num_seeds: int = 8  # Seeds of each preset.
+    folder: Path = Path("runs/results")  # Folder of the runs.
 
 
 def chosen(args: Args) -> dict[str, Preset]:

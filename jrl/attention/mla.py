@@ -33,7 +33,7 @@ class Config(Settings, prefix="mla"):
     rope_dim: Positive = 16  # Width of a head's queries and of the shared key, with rotary positions.
     value_dim: Positive = 32  # Width of a head's values.
     rope_theta: float = 10_000.0  # Base of the rotary frequencies.
-    rope_scaling: Scaling = Scaling()  # How they are stretched.
+    rope_scaling: Scaling = Scaling()  # Stretching of rotary positions.
     norm_eps: float = 1e-6  # Added to the mean square in RMSNorm.
 
     def __post_init__(self) -> None:

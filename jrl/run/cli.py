@@ -31,46 +31,26 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Options:
-    """What every experiment can be told.
+    """What every experiment can be told."""
 
-    Attributes:
-        env: environment id, or a Python file that defines reset, step and action_space.
-        env_params: the environment's own parameters, as NAME=VALUE ...
-        preset: auto (the environment's, else the default), none, or the name of a preset.
-        env_steps: budget of each seed; default from the preset.
-        num_seeds: seeds trained side by side.
-        seed: the key that every seed's key is split from.
-        run_dir: folder of the run; default runs/ALGORITHM-ENV-TIME.
-        resume: go on with the run in run_dir, bit for bit.
-        sweep: train a grid in one program, as hyper.NAME=NUMBER,NUMBER ...
-        precision: float32, bfloat16, float16, pure_bfloat16, or like params=float32,compute=bfloat16,output=float32; short
-            for config.precision.
-        eval_every: evaluate each time so many steps are done, besides at the end.
-        eval_episodes: whole episodes in each evaluation of each seed; 0 for none.
-        checkpoint_every: seconds between checkpoints.
-        log_every: updates averaged into a row of metrics; default: at most about 1,000 rows.
-        seeds_at_once: seeds computed at once; default: what is fast and fits the memory.
-        devices: devices to use; default: all.
-        gif: draw the best seed's final policy.
-    """
-
-    env: str = "CartPole-v1"
-    env_params: tuple[str, ...] = ()
-    preset: str = "auto"
-    env_steps: int = 500_000
-    num_seeds: int = 16
-    seed: int = 0
-    run_dir: Path | None = None
-    resume: bool = False
-    sweep: tuple[str, ...] = ()
+    env: str = "CartPole-v1"  # Environment id, or a Python file that defines reset, step and action_space.
+    env_params: tuple[str, ...] = ()  # Parameters of the environment, as NAME=VALUE ...
+    preset: str = "auto"  # auto (the environment's preset, else the default), none, or the name of a preset.
+    env_steps: int = 500_000  # Environment steps of each seed; default: the preset's.
+    num_seeds: int = 16  # Seeds trained together.
+    seed: int = 0  # Seed from whose key every seed's key is split.
+    run_dir: Path | None = None  # Folder of the run; default: runs/ALGORITHM-ENV-TIME.
+    resume: bool = False  # Continue the run in run_dir, bit for bit.
+    sweep: tuple[str, ...] = ()  # Train a grid of hyperparameters in one program, as hyper.NAME=NUMBER,NUMBER ...
+    # Short for config.precision: float32, bfloat16, float16, pure_bfloat16, or like params=float32,compute=bfloat16,output=float32.
     precision: str | None = None
-    eval_every: int | None = None
-    eval_episodes: int = 32
-    checkpoint_every: float = 60.0
-    log_every: int | None = None
-    seeds_at_once: int | None = None
-    devices: int | None = None
-    gif: bool = False
+    eval_every: int | None = None  # Environment steps between evaluations; default: evaluate only at the end.
+    eval_episodes: int = 32  # Whole episodes in each evaluation of each seed; 0 for none.
+    checkpoint_every: float = 60.0  # Seconds between checkpoints.
+    log_every: int | None = None  # Updates averaged into a row of metrics; default: at most about 1,000 rows.
+    seeds_at_once: int | None = None  # Seeds computed at once; default: as many as are fast and fit the memory.
+    devices: int | None = None  # Number of devices to use; default: all.
+    gif: bool = False  # Draw the best seed's final policy.
 
 
 def preset_of(argv: list[str], options: type[Options] = Options) -> tuple[str, str]:
