@@ -6,23 +6,12 @@ python experiments/pqn.py --sweep hyper.q_lambda=0,0.65,0.95
 python experiments/pqn.py --run-dir runs/mine                 and, after Ctrl-C, the same with --resume
 """
 
-from dataclasses import dataclass, field
-
-from jrl.algos import pqn
-from jrl.algos.presets import pqn_preset
-from jrl.run import Result, cli
-
-
-@dataclass(frozen=True)
-class Args(cli.Options):
-    """Train PQN over many seeds and show its learning curve."""
-
-    config: pqn.Config = field(default_factory=pqn.Config)
-    hyper: pqn.Hyper = pqn.Hyper()
+from jrl.run import Result, cli, command
+from jrl.run.command import PQN as Args  # noqa: F401  (what it can be told)
 
 
 def main(argv: list[str]) -> Result:
-    return cli.experiment(argv, Args, pqn_preset, pqn.make, __doc__)
+    return command.train("pqn", argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from typing import Any
 
 from jrl.numerics.host import use_cpu_cores
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["algorithm", "algos", "attention", "envs", "equations", "experience", "lm", "nets", "numerics", "run"]
 
 use_cpu_cores()

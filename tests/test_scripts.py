@@ -237,7 +237,7 @@ def test_run_uses_the_interpreter_it_is_given(tmp_path):
     script = tmp_path / "hello.py"
     script.write_text("import jrl, sys; print(jrl.__version__, *sys.argv[1:])")
     done = shell("run", str(script), "a b", JRL_PYTHON=sys.executable)
-    assert done.stdout == "0.1.0 a b\n"
+    assert done.stdout == "0.2.0 a b\n"
 
 
 # TPU, by the compiler alone

@@ -1,0 +1,90 @@
+"""The command ``jrl``: training without a script.
+
+jrl ppo                                           16 seeds of CartPole-v1
+jrl dqn --env Acrobot-v1 --num-seeds 8
+jrl pqn --env my_env.py --run-dir runs/mine       and, after Ctrl-C, the same with --resume
+jrl r2d2 --help                                   all settings
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+from jrl.algos import dqn, ppo, pqn, presets, r2d2
+from jrl.run import Result, cli
+
+
+@dataclass(frozen=True)
+class PPO(cli.Options):
+    """Train PPO over many seeds in one compiled program."""
+
+    config: ppo.Config = field(default_factory=ppo.Config)
+    hyper: ppo.Hyper = ppo.Hyper()
+
+
+@dataclass(frozen=True)
+class DQN(cli.Options):
+    """Train DQN over many seeds in one compiled program."""
+
+    config: dqn.Config = field(default_factory=dqn.Config)
+    hyper: dqn.Hyper = dqn.Hyper()
+
+
+@dataclass(frozen=True)
+class PQN(cli.Options):
+    """Train PQN over many seeds in one compiled program."""
+
+    config: pqn.Config = field(default_factory=pqn.Config)
+    hyper: pqn.Hyper = pqn.Hyper()
+
+
+@dataclass(frozen=True)
+class R2D2(cli.Options):
+    """Train R2D2 over many seeds in one compiled program."""
+
+    env: str = "MemoryChain-bsuite"  # Environment id, or a Python file that defines reset, step and action_space.
+    config: r2d2.Config = field(default_factory=r2d2.Config)
+    hyper: r2d2.Hyper = r2d2.Hyper()
+
+
+class Command(NamedTuple):
+    """What an algorithm can be told, the function that picks its preset, and the one that makes it."""
+
+    options: type[cli.Options]
+    preset: Callable[[str, str], presets.Preset]
+    make: Callable[..., Any]
+
+
+COMMANDS = {
+    "ppo": Command(PPO, presets.ppo_preset, ppo.make),
+    "dqn": Command(DQN, presets.dqn_preset, dqn.make),
+    "pqn": Command(PQN, presets.pqn_preset, pqn.make),
+    "r2d2": Command(R2D2, presets.r2d2_preset, r2d2.make),
+}
+
+
+def train(name: str, argv: list[str], doc: str | None = None) -> Result:
+    """Train an algorithm as the words of a command line say; ``doc`` is a docstring with examples, one a line."""
+    options, preset, make = COMMANDS[name]
+    return cli.experiment(argv, options, preset, make, doc or options.__doc__)
+
+
+def run(argv: list[str]) -> Result | None:
+    """Train the algorithm that the first word names. Raises ``ValueError`` for a first word that names none."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print((__doc__ or "").strip())
+        return None
+    if argv[0] not in COMMANDS:
+        raise ValueError(f"jrl: the first word must be one of {', '.join(COMMANDS)}; got {argv[0]!r}")
+    sys.argv[0] = f"jrl {argv[0]}"  # as --help shows it
+    return train(argv[0], argv[1:])
+
+
+def main() -> NoReturn:
+    """The console script."""
+    cli.main(run)
+
+
+if __name__ == "__main__":
+    main()

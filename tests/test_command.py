@@ -1,0 +1,39 @@
+"""The command ``jrl``."""
+
+import sys
+from dataclasses import fields
+
+import pytest
+
+from jrl.run import command
+
+
+def test_the_first_word_names_an_algorithm(capsys):
+    assert command.run(["--help"]) is None
+    assert "jrl ppo" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the first word must be one of ppo, dqn, pqn, r2d2; got 'sarsa'"):
+        command.run(["sarsa", "--env", "CartPole-v1"])
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_the_help_of_an_algorithm_describes_each_of_its_options(name, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["jrl", name])
+    with pytest.raises(SystemExit) as end:
+        command.run([name, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    for part in ("env", "num-seeds", "config.num-envs", "hyper.gamma", "hyper.optimizer.b1"):
+        assert f"--{part}" in shown
+    assert f"usage: jrl {name}" in shown and "Seeds trained together." in shown and "Discount of the return." in shown
+
+
+def test_it_trains(tmp_path, capsys):
+    words = "ppo --env Probe-value --num-seeds 1 --config.num-envs 2 --config.num-steps 8 --env-steps 32 --config.network.hidden 4"
+    result = command.run([*words.split(), "--run-dir", str(tmp_path / "run")])
+    assert result is not None and result.finished and (tmp_path / "run/summary.json").exists()
+    assert "ppo on Probe-value: 1 seed x 32 steps" in capsys.readouterr().out
+
+
+def test_an_option_has_a_default():
+    assert all(command.COMMANDS[name].options().num_seeds == 16 for name in command.COMMANDS)
+    assert {"config", "hyper"} <= {f.name for f in fields(command.PPO)}
