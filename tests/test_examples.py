@@ -70,7 +70,8 @@ def agree(example, mine, algo, theirs, params_of, metrics, num_updates=3):
     What is drawn from keys is the same to the bit. Sums are not: they are added in another order in another program. Adam's first
     moment is a mean of gradients, so that these agree too.
     """
-    mine, found = jit(lambda s: jax.lax.scan(example.update, s, length=num_updates))(mine)
+    with jax.debug_key_reuse(True):
+        mine, found = jit(lambda s: jax.lax.scan(example.update, s, length=num_updates))(mine)
     theirs, expected = jit(lambda s: jax.lax.scan(lambda s, _: algo.update(s), s, length=num_updates))(theirs)
     for name, its_name in metrics.items():
         close(found[name][-1], expected[its_name][-1])
