@@ -1,4 +1,4 @@
-# Sourced by the other scripts: `setup core` or `setup test` leaves a ready interpreter in $PYTHON, or exits with one line.
+# Sourced by the other scripts: `setup core`, `setup test` or `setup docs` leaves a ready interpreter in $PYTHON, or exits with one line.
 #   JRL_PYTHON  an interpreter that has everything; nothing is installed
 #   JRL_ACCEL   cpu, tpu, cuda12 or cuda13; detected if unset
 
@@ -50,15 +50,15 @@ setup() {
   base=$(find_python) || fail "jrl needs Python 3.11 or newer; python3 is $(version_of python3 || echo missing) (JRL_PYTHON names another)"
   PYTHON=$ROOT/.venv/bin/python
   stamp=$( (cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt"; echo "$accel $ROOT"; version_of "$base") | cksum)
-  for file in core test; do  # the test set-up holds the core one
-    if { [ "$file" = "$extras" ] || [ "$file" = test ]; } && [ "$(cat "$ROOT/.venv/.jrl-$file" 2>/dev/null)" = "$stamp" ]; then return; fi
+  for file in $( [ "$extras" = core ] && echo core test docs || echo "$extras"); do  # each of them holds the core
+    if [ "$(cat "$ROOT/.venv/.jrl-$file" 2>/dev/null)" = "$stamp" ]; then return; fi
   done
 
   echo "Setting up $ROOT/.venv with Python $(version_of "$base") for $accel (a minute or two, once)" >&2
   local fresh=--clear  # keep an environment that another script may be using
   if [ "$(version_of "$PYTHON")" = "$(version_of "$base")" ]; then fresh=; fi
   "$base" -m venv $fresh "$ROOT/.venv" >/dev/null || fail "cannot make a virtual environment; on Debian: apt install python3-venv"
-  what=$( [ "$extras" = test ] && echo test || true)
+  what=${extras#core}
   if [ "$accel" != cpu ]; then what=${what:+$what,}$accel; fi
   "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$ROOT/constraints.txt" -e "$ROOT${what:+[$what]}" >&2 \
     || fail "installation failed; see above"

@@ -1,0 +1,162 @@
+"""What the documentation site takes from the code when it is built (mkdocs.yml names this file).
+
+`jrl/algos/ppo.py::make`               in a page becomes a link to that line of the file, which the site shows
+<!-- settings: jrl.algos.ppo.Config -->   becomes the table of those settings
+<!-- environments -->, <!-- tasks -->     become tables of what ``envs.make`` and ``tasks.make`` know
+<!-- inner modules -->                    becomes a table of the modules that the reference leaves out
+"""
+
+import ast
+import os
+import pkgutil
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from settings_table import table
+
+from jrl import envs, nets
+from jrl.attention import mla, nsa
+from jrl.attention.rotary import Scaling
+from jrl.lm import tasks
+from jrl.nets import moe, transformer
+from jrl.nets.memory import AttentionConfig
+from jrl.numerics import optim
+
+ROOT = Path(__file__).parents[1]
+
+# Settings that several algorithms share, by their headings in docs/settings.md
+SHARED: dict[type, str] = {
+    nets.Config: "nets.Config",
+    nets.ValueConfig: "nets.ValueConfig",
+    AttentionConfig: "nets.memory.AttentionConfig",
+    optim.OptimizerConfig: "optim.OptimizerConfig",
+    optim.Hyper: "optim.Hyper",
+    transformer.Config: "transformer.Config",
+    nsa.Config: "nsa.Config",
+    mla.Config: "mla.Config",
+    moe.Config: "moe.Config",
+    Scaling: "rotary.Scaling",
+}
+REFERENCE = re.compile(r"(?<!`)`((?:jrl|experiments|scripts|tests)/[\w/]+\.py)(?:::(\w+))?`(?!`)")
+SETTINGS = re.compile(r"<!-- settings: (\S+) -->")
+
+
+def line_of(text: str, name: str) -> int:
+    """The line on which a file defines a function or a class, also within another. Raises ``ValueError`` if it does not."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            return node.lineno
+    raise ValueError(f"no definition of {name}")
+
+
+def relative(target: str, page: str) -> str:
+    """The way from a page to another, both within docs."""
+    return os.path.relpath(target, os.path.dirname(page) or ".")
+
+
+def linked(markdown: str, page: str) -> str:
+    """References to files of this project as links to the pages that show them."""
+
+    def link(found: re.Match[str]) -> str:
+        path, name = found.groups()
+        anchor = f"#__codelineno-0-{line_of((ROOT / path).read_text(), name)}" if name else ""
+        shown = f"{Path(path).stem}.{name}" if name else path
+        return f"[`{shown}`]({relative(f'source/{path}.md', page)}{anchor})"
+
+    return REFERENCE.sub(link, markdown)
+
+
+def settings(dotted: str, page: str) -> str:
+    """The table of the settings that a dotted name names."""
+    links = {
+        cls: f"[`{name}`]({relative('settings.md', page)}#{name.replace('.', '').lower()})"
+        for cls, name in SHARED.items()
+    }
+    return table(pkgutil.resolve_name(dotted), links)
+
+
+def first_sentence(doc: str | None) -> str:
+    """Of a docstring, as far as a full stop, a colon or a semicolon."""
+    return re.split(r"(?<=[.:;])\s", " ".join((doc or "").split()))[0].rstrip(":;")
+
+
+def shape(spec: Any) -> str:
+    """Of an observation, in words."""
+    if isinstance(spec, envs.MaskedObs):
+        return f"{shape(spec.obs)} and a mask"
+    return f"{spec.dtype} {list(spec.shape)}"
+
+
+def rows(header: str, lines: list[tuple[str, ...]]) -> str:
+    """A Markdown table; ``header`` has its columns between bars."""
+    return "\n".join([f"| {header} |", "|" + " --- |" * len(lines[0]), *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def environments() -> str:
+    """All environments that have a name."""
+    lines = []
+    for name in envs.names():
+        env = envs.make(name)
+        limit = f"{env.time_limit:,}" if env.time_limit else ""
+        lines.append((f"`{name}`", shape(envs.observation_spec(env)), f"`{env.action_space}`", limit))
+    return rows("name | observation | actions | longest episode", lines)
+
+
+def all_tasks() -> str:
+    """All tasks of language models that have a name."""
+    lines = []
+    for name in tasks.names():
+        task, module = tasks.make(name), sys.modules[tasks._registered[name].__module__]
+        sizes = (str(len(task.symbols)), f"{task.prompt_length} tokens", f"{task.answer_length} tokens")
+        lines.append((f"`{name}`", *sizes, first_sentence(module.__doc__)))
+    return rows("name | symbols | prompt | answer | what", lines)
+
+
+def inner_modules() -> str:
+    """All modules that no page of the reference shows."""
+    shown = re.findall(r"^::: (\S+)", "\n".join(p.read_text() for p in (ROOT / "docs/reference").glob("*.md")), re.M)
+    lines = []
+    for path in sorted((ROOT / "jrl").rglob("*.py")):
+        name = str(path.relative_to(ROOT))
+        if path.name != "__init__.py" and name.removesuffix(".py").replace("/", ".") not in shown:
+            lines.append((f"`{name}`", first_sentence(ast.get_docstring(ast.parse(path.read_text())))))
+    return rows("file | what", lines)
+
+
+TABLES = {"environments": environments, "tasks": all_tasks, "inner modules": inner_modules}
+
+
+# What mkdocs calls
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add a page for each file of this project that some page refers to."""
+    from mkdocs.structure.files import File
+
+    text = inner_modules() + "".join(file.content_string for file in files.documentation_pages())
+    for path in sorted({path for path, _ in REFERENCE.findall(text)}):
+        code = f'````python linenums="1"\n{(ROOT / path).read_text()}````\n'
+        content = f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n{code}"
+        files.append(File.generated(config, f"source/{path}.md", content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill in the tables, and link the files."""
+    where = page.file.src_uri
+    if where.startswith("source/"):
+        return markdown
+    markdown = SETTINGS.sub(lambda found: settings(found[1], where), markdown)
+    for name, made in TABLES.items():
+        if f"<!-- {name} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {name} -->", made())
+    return linked(markdown, where)
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Tell mkdocs, which checks where links lead, of the lines of a file."""
+    if page.file.src_uri.startswith("source/"):
+        page.present_anchor_ids |= set(re.findall(r'id="(__codelineno-0-\d+)"', html))
+    return html

@@ -1,0 +1,57 @@
+"""Tables of settings, whose descriptions are comments on the fields' own lines or "Attributes:" of the class's docstring."""
+
+import ast
+import inspect
+import re
+import textwrap
+import typing
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+NAMES = {bool: "`True`, `False`", int: "integer", float: "number", str: "text"}
+LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def descriptions(cls: type) -> dict[str, str]:
+    """By field, those of base classes included."""
+    found: dict[str, str] = {}
+    for base in (base for base in reversed(cls.__mro__) if "__annotations__" in vars(base)):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2].split("\n\n")[0]
+        for entry in re.split(r"^    (?=\w+: )", section, flags=re.MULTILINE)[1:]:
+            name, _, text = entry.partition(": ")
+            found[name] = " ".join(text.split())
+        source = textwrap.dedent(inspect.getsource(base))
+        for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+            if isinstance(node, ast.AnnAssign):
+                rest = source.splitlines()[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+                found |= {ast.unparse(node.target): rest.partition("# ")[2]} if "# " in rest else {}
+    return found
+
+
+def allowed(hint: Any) -> str:
+    """What an annotation admits, in words: choices, or the kind of number with its range."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        ranges = [[(word, getattr(x, sign, None)) for sign, word in LIMITS.items()] for x in parts[1:]]
+        said = [f"{word} {x:g}" for limits in ranges for word, x in limits if x not in (None, float("inf"))]
+        return ", ".join([allowed(parts[0]), *(said or map(str, parts[1:]))])
+    if origin is typing.Literal:
+        return ", ".join(f"`{choice}`" for choice in parts)
+    if origin is tuple:
+        return f"tuple of {allowed(parts[0])}"
+    if parts:
+        return " or ".join("`None`" if part is type(None) else allowed(part) for part in parts)
+    return NAMES.get(hint, f"`{hint.__name__}`")
+
+
+def table(cls: Any, links: dict[type, str]) -> str:
+    """A Markdown table; ``links`` say where the settings within a field are shown. ``KeyError`` if that, or a description, lacks."""
+    hints, texts = typing.get_type_hints(cls, include_extras=True), descriptions(cls)
+    made = {f.name: f.default for f in fields(cls)} if is_dataclass(cls) else cls._field_defaults
+    lines = ["| field | default | allowed | description |", "| --- | --- | --- | --- |"]
+    for name, hint in hints.items():
+        nested = is_dataclass(hint) or hasattr(hint, "_fields")
+        default = "" if nested or made.get(name, MISSING) is MISSING else f"`{made[name]!r}`"
+        cells = (f"`{name}`", default, links[hint] if nested else allowed(hint), texts[name])
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)

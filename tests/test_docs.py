@@ -1,0 +1,132 @@
+"""The documentation: its links and tables hold, its code runs, and the site builds without a warning."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import pytest
+import yaml
+from settings_table import table
+
+from jrl.algos import ppo
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def pages_with(pattern):
+    return [pytest.param(page, id=page.stem) for page in PAGES if re.search(pattern, page.read_text(), re.M)]
+
+
+def anchors(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+def in_nav(tree):
+    match tree:
+        case str():
+            return [tree]
+        case dict():
+            return [page for part in tree.values() for page in in_nav(part)]
+        case _:
+            return [page for part in tree for page in in_nav(part)]
+
+
+def test_every_page_is_in_the_navigation_once():
+    nav = in_nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(nav) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+def test_every_link_within_the_documentation_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not target.startswith("http"):
+                path, _, anchor = target.partition("#")
+                file = (page.parent / path).resolve() if path else page
+                assert file.is_file(), f"{page}: {target}"
+                assert not anchor or anchor in anchors(file), f"{page}: {target}"
+
+
+def test_every_file_and_function_that_a_page_names_is_there():
+    for page in PAGES:
+        for path, name in re.findall(r"`([\w/]+/[\w/]+\.py)(?:::(\w+))?`", page.read_text()):
+            text = (ROOT / path).read_text()
+            assert not name or re.search(rf"^ *(def|class) {name}\b", text, re.M), f"{page}: {path}::{name}"
+
+
+@pytest.mark.parametrize("page", pages_with("^```python"))
+def test_the_code_of_a_page_runs_as_it_is_written(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names = {"__name__": page.stem}
+    for file, code in re.findall(r'^```python(?: title="(.+?)")?\n(.*?)^```$', page.read_text(), re.M | re.S):
+        if file:
+            Path(file).write_text(code)
+        exec(compile(code, str(page), "exec"), names)
+
+
+# Tables of settings
+
+
+class Range(NamedTuple):
+    ge: float
+    lt: float
+
+
+@dataclass(frozen=True)
+class Base:
+    width: int = 4  # Units of a layer.
+
+
+@dataclass(frozen=True)
+class Commented(Base):
+    rate: Annotated[float, Range(0, 1)] = 0.5  # Share | of what is kept.
+    kind: Literal["a", "b"] = "a"  # Which of them.
+    limit: int | None = None  # None for no limit.
+
+
+class Documented(NamedTuple):
+    """Some numbers.
+
+    Attributes:
+        gamma: discount, from
+            step to step.
+        inner: more.
+    """
+
+    gamma: float = 0.99
+    inner: Base = Base()
+
+
+def test_a_table_of_settings_reads_the_comment_on_a_field_and_the_docstring():
+    assert table(Commented, {}).splitlines()[2:] == [
+        "| `width` | `4` | integer | Units of a layer. |",
+        "| `rate` | `0.5` | number, at least 0, below 1 | Share \\| of what is kept. |",
+        "| `kind` | `'a'` | `a`, `b` | Which of them. |",
+        "| `limit` | `None` | integer or `None` | None for no limit. |",
+    ]
+    assert table(Documented, {Base: "[Base](x.md)"}).splitlines()[2:] == [
+        "| `gamma` | `0.99` | number | discount, from step to step. |",
+        "| `inner` |  | [Base](x.md) | more. |",
+    ]
+
+
+# The site
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="needs the extra docs")
+def test_the_site_builds_without_a_warning(tmp_path):
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ppo_page = (tmp_path / "algorithms/ppo/index.html").read_text()
+    for setting in (*ppo.Config.__dataclass_fields__, *ppo.Hyper._fields):
+        assert f"<code>{setting}</code>" in ppo_page
+    assert 'href="../../source/jrl/algos/ppo.py/#__codelineno-0-' in ppo_page
+    assert "jrl.equations.returns.gae" in (tmp_path / "reference/equations/index.html").read_text()
