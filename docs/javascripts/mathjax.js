@@ -1,4 +1,4 @@
-// Equations are marked by arithmatex; MathJax typesets them, again after each page that the theme loads.
+// Equations are marked by arithmatex, and MathJax typesets what is marked.
 window.MathJax = {
   tex: {inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], processEscapes: true},
   options: {ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex"},
