@@ -10,7 +10,6 @@ import ast
 import os
 import pkgutil
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,12 @@ REFERENCE = re.compile(r"(?<!`)`((?:jrl|experiments|scripts|tests)/[\w/]+\.py)(?
 SETTINGS = re.compile(r"<!-- settings: (\S+) -->")
 
 
-def line_of(text: str, name: str) -> int:
+def line_of(path: str, name: str) -> int:
     """The line on which a file defines a function or a class, also within another. Raises ``ValueError`` if it does not."""
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return node.lineno
-    raise ValueError(f"no definition of {name}")
+    raise ValueError(f"{path} defines no {name}")
 
 
 def relative(target: str, page: str) -> str:
@@ -61,7 +60,9 @@ def linked(markdown: str, page: str) -> str:
 
     def link(found: re.Match[str]) -> str:
         path, name = found.groups()
-        anchor = f"#__codelineno-0-{line_of((ROOT / path).read_text(), name)}" if name else ""
+        if not (ROOT / path).is_file():
+            raise ValueError(f"{page}: no such file: {path}")
+        anchor = f"#__codelineno-0-{line_of(path, name)}" if name else ""
         shown = f"{Path(path).stem}.{name}" if name else path
         return f"[`{shown}`]({relative(f'source/{path}.md', page)}{anchor})"
 
@@ -78,15 +79,26 @@ def settings(dotted: str, page: str) -> str:
 
 
 def first_sentence(doc: str | None) -> str:
-    """Of a docstring, as far as a full stop, a colon or a semicolon."""
-    return re.split(r"(?<=[.:;])\s", " ".join((doc or "").split()))[0].rstrip(":;")
+    """Of a docstring."""
+    return re.split(r"(?<=\.)\s", " ".join((doc or "").split()))[0]
 
 
-def shape(spec: Any) -> str:
-    """Of an observation, in words."""
+def observation(spec: Any) -> str:
+    """Shape and dtype of an observation, in words."""
     if isinstance(spec, envs.MaskedObs):
-        return f"{shape(spec.obs)} and a mask"
+        return f"{observation(spec.obs)} and a mask"
     return f"{spec.dtype} {list(spec.shape)}"
+
+
+def actions(space: envs.Space) -> str:
+    """A space of actions, in words."""
+    match space:
+        case envs.Discrete(n):
+            return str(n)
+        case envs.MultiDiscrete(nvec):
+            return " x ".join(map(str, nvec))
+        case envs.Box(low, high):
+            return f"{len(low)} real, {min(low):.3g} to {max(high):.3g}"
 
 
 def rows(header: str, lines: list[tuple[str, ...]]) -> str:
@@ -99,18 +111,19 @@ def environments() -> str:
     lines = []
     for name in envs.names():
         env = envs.make(name)
+        what = first_sentence(envs._registered[name].__doc__) if name in envs._registered else ""
         limit = f"{env.time_limit:,}" if env.time_limit else ""
-        lines.append((f"`{name}`", shape(envs.observation_spec(env)), f"`{env.action_space}`", limit))
-    return rows("name | observation | actions | longest episode", lines)
+        lines.append((f"`{name}`", observation(envs.observation_spec(env)), actions(env.action_space), limit, what))
+    return rows("name | observation | actions | longest episode | what", lines)
 
 
 def all_tasks() -> str:
     """All tasks of language models that have a name."""
     lines = []
     for name in tasks.names():
-        task, module = tasks.make(name), sys.modules[tasks._registered[name].__module__]
+        task = tasks.make(name)
         sizes = (str(len(task.symbols)), f"{task.prompt_length} tokens", f"{task.answer_length} tokens")
-        lines.append((f"`{name}`", *sizes, first_sentence(module.__doc__)))
+        lines.append((f"`{name}`", *sizes, first_sentence(tasks._registered[name].__doc__)))
     return rows("name | symbols | prompt | answer | what", lines)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import docs_hooks
 import pytest
 import yaml
 from settings_table import table
@@ -20,7 +21,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 
 
 def pages_with(pattern):
-    return [pytest.param(page, id=page.stem) for page in PAGES if re.search(pattern, page.read_text(), re.M)]
+    return [pytest.param(page, id=page.stem) for page in PAGES if pattern.search(page.read_text())]
 
 
 def anchors(page):
@@ -53,14 +54,26 @@ def test_every_link_within_the_documentation_leads_somewhere():
                 assert not anchor or anchor in anchors(file), f"{page}: {target}"
 
 
-def test_every_file_and_function_that_a_page_names_is_there():
+def test_a_file_or_function_that_a_page_names_becomes_a_link_to_its_line():
     for page in PAGES:
-        for path, name in re.findall(r"`([\w/]+/[\w/]+\.py)(?:::(\w+))?`", page.read_text()):
-            text = (ROOT / path).read_text()
-            assert not name or re.search(rf"^ *(def|class) {name}\b", text, re.M), f"{page}: {path}::{name}"
+        docs_hooks.linked(page.read_text(), str(page.relative_to(DOCS)))  # raises for what is not there
+    found = docs_hooks.linked("`jrl/algos/ppo.py::loss`, `jrl/nets/types.py`", "algorithms/ppo.md")
+    file, line = re.match(r"\[`ppo.loss`\]\(../source/(.*).md#__codelineno-0-(\d+)\), ", found).groups()
+    assert "def loss(" in (ROOT / file).read_text().splitlines()[int(line) - 1]
+    assert found.endswith("[`jrl/nets/types.py`](../source/jrl/nets/types.py.md)")
+    with pytest.raises(ValueError, match=r"ppo\.py defines no gain"):
+        docs_hooks.linked("`jrl/algos/ppo.py::gain`", "index.md")
 
 
-@pytest.mark.parametrize("page", pages_with("^```python"))
+@pytest.mark.parametrize("page", pages_with(docs_hooks.SETTINGS))
+def test_every_setting_of_a_page_has_a_description(page):
+    for dotted in docs_hooks.SETTINGS.findall(page.read_text()):
+        for row in docs_hooks.settings(dotted, "settings.md").splitlines()[2:]:
+            assert row.count(" | ") >= 3 and not row.endswith("|  |"), row
+    assert {name.replace(".", "").lower() for name in docs_hooks.SHARED.values()} <= anchors(DOCS / "settings.md")
+
+
+@pytest.mark.parametrize("page", pages_with(re.compile("^```python", re.M)))
 def test_the_code_of_a_page_runs_as_it_is_written(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -118,6 +131,14 @@ def test_a_table_of_settings_reads_the_comment_on_a_field_and_the_docstring():
 
 
 # The site
+
+
+def test_the_script_says_how_it_is_used():
+    done = subprocess.run(["bash", str(ROOT / "scripts/docs"), "deploy"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: usage: bash scripts/docs [serve|build] [ARGUMENTS OF MKDOCS]\n",
+    )
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="needs the extra docs")
