@@ -15,6 +15,7 @@ from settings_table import table
 
 from jrl.algos import ppo
 
+RANK_PROMOTION = "allow"  # as in a user's own process
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
