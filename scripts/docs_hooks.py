@@ -111,10 +111,10 @@ def environments() -> str:
     lines = []
     for name in envs.names():
         env = envs.make(name)
-        what = first_sentence(envs._registered[name].__doc__) if name in envs._registered else ""
+        what = first_sentence(envs._registered[name].__doc__) if name in envs._registered else "of gymnax"
         limit = f"{env.time_limit:,}" if env.time_limit else ""
         lines.append((f"`{name}`", observation(envs.observation_spec(env)), actions(env.action_space), limit, what))
-    return rows("name | observation | actions | longest episode | what", lines)
+    return rows("name | observation | actions | time limit | what", lines)
 
 
 def all_tasks() -> str:
@@ -151,7 +151,7 @@ def on_files(files: Any, config: Any) -> Any:
     text = inner_modules() + "".join(file.content_string for file in files.documentation_pages())
     for path in sorted({path for path, _ in REFERENCE.findall(text)}):
         code = f'````python linenums="1"\n{(ROOT / path).read_text()}````\n'
-        content = f"---\nsearch: {{exclude: true}}\n---\n\n# {path}\n\n{code}"
+        content = f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n\n# {path}\n\n{code}"
         files.append(File.generated(config, f"source/{path}.md", content=content))
     return files
 
