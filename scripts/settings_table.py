@@ -15,7 +15,7 @@ LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 def descriptions(cls: type) -> dict[str, str]:
     """By field, those of base classes included."""
     found: dict[str, str] = {}
-    for base in (base for base in reversed(cls.__mro__) if "__annotations__" in vars(base)):
+    for base in filter(inspect.get_annotations, reversed(cls.__mro__)):
         section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2].split("\n\n")[0]
         for entry in re.split(r"^    (?=\w+: )", section, flags=re.MULTILINE)[1:]:
             name, _, text = entry.partition(": ")

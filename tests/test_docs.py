@@ -13,6 +13,7 @@ import pytest
 import yaml
 from settings_table import table
 
+from jrl import algos
 from jrl.algos import ppo
 
 RANK_PROMOTION = "allow"  # as in a user's own process
@@ -43,6 +44,16 @@ def in_nav(tree):
 def test_every_page_is_in_the_navigation_once():
     nav = in_nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
     assert sorted(nav) == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+def test_every_algorithm_has_a_page():
+    assert {page.stem for page in (DOCS / "algorithms").glob("*.md")} == {*algos.__all__, "index"} - {"presets"}
+
+
+def test_every_script_that_a_command_names_is_there():
+    for page in [*PAGES, ROOT / "README.md"]:
+        for script in re.findall(r"\b(?:experiments|scripts)/[\w./]+", page.read_text()):
+            assert (ROOT / script.rstrip(".")).exists(), f"{page}: {script}"
 
 
 def test_every_link_within_the_documentation_leads_somewhere():
