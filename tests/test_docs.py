@@ -1,7 +1,9 @@
 """The documentation: its links and tables hold, its code runs, and the site builds without a warning."""
 
+import importlib
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,8 +15,9 @@ import pytest
 import yaml
 from settings_table import table
 
-from jrl import algos
+from jrl import algos, run
 from jrl.algos import ppo
+from jrl.run import cli
 
 RANK_PROMOTION = "allow"  # as in a user's own process
 ROOT = Path(__file__).parents[1]
@@ -94,6 +97,36 @@ def test_the_code_of_a_page_runs_as_it_is_written(page, tmp_path, monkeypatch):
         if file:
             Path(file).write_text(code)
         exec(compile(code, str(page), "exec"), names)
+
+
+class AcceptedError(Exception):
+    """Training would begin."""
+
+
+def commands():
+    for page in [ROOT / "README.md", *PAGES]:
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S):
+            yield from re.findall(
+                r"^bash scripts/run experiments/((?:ppo|dqn|pqn|r2d2|grpo)\.py.*?) *(?:#.*)?$", block, re.M
+            )
+
+
+def test_every_command_that_trains_is_accepted(tmp_path, monkeypatch, capsys):
+    def accept(*args, **settings):
+        raise AcceptedError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
+    monkeypatch.setattr(cli, "train", accept)
+    monkeypatch.setattr(run, "train", accept)
+    for page in PAGES:
+        for file, code in re.findall(r'^```python title="(.+?)"\n(.*?)^```$', page.read_text(), re.M | re.S):
+            Path(file).write_text(code)
+    for command in sorted(set(commands())):
+        script, *words = shlex.split(command)
+        with pytest.raises((AcceptedError, SystemExit)) as ended:
+            importlib.import_module(script.removesuffix(".py")).main(words)
+        assert "--help" in words or ended.type is AcceptedError, f"{command}: {capsys.readouterr()}"
 
 
 # Tables of settings
