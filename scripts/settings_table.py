@@ -1,7 +1,8 @@
-"""Tables of settings, whose descriptions are comments on the fields' own lines or "Attributes:" of the class's docstring."""
+"""Tables of settings, whose descriptions are comments on or above the fields' own lines, or "Attributes:" of the docstring."""
 
 import ast
 import inspect
+import itertools
 import re
 import textwrap
 import typing
@@ -9,7 +10,6 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 NAMES = {bool: "`True`, `False`", int: "integer", float: "number", str: "text"}
-LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def descriptions(cls: type) -> dict[str, str]:
@@ -21,10 +21,13 @@ def descriptions(cls: type) -> dict[str, str]:
             name, _, text = entry.partition(": ")
             found[name] = " ".join(text.split())
         source = textwrap.dedent(inspect.getsource(base))
+        lines = source.splitlines()
         for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
             if isinstance(node, ast.AnnAssign):
-                rest = source.splitlines()[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
-                found |= {ast.unparse(node.target): rest.partition("# ")[2]} if "# " in rest else {}
+                rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode().strip()
+                above = itertools.takewhile(lambda x: x.startswith("    #"), reversed(lines[: node.lineno - 1]))
+                if said := [rest] if rest else list(above)[::-1]:
+                    found[ast.unparse(node.target)] = " ".join(x.strip().removeprefix("# ") for x in said)
     return found
 
 
@@ -32,9 +35,12 @@ def allowed(hint: Any) -> str:
     """What an annotation admits, in words: choices, or the kind of number with its range."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        ranges = [[(word, getattr(x, sign, None)) for sign, word in LIMITS.items()] for x in parts[1:]]
-        said = [f"{word} {x:g}" for limits in ranges for word, x in limits if x not in (None, float("inf"))]
-        return ", ".join([allowed(parts[0]), *(said or map(str, parts[1:]))])
+        try:
+            parts[1]("it", -1 if parts[0] in (int, float) else "")
+        except ValueError as error:  # it says what is allowed
+            found = re.search(r"it must be (?:an integer of )?(.*); got", str(error))
+            return f"{allowed(parts[0])}, {found[1]}" if found else allowed(parts[0])
+        return allowed(parts[0])
     if origin is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in parts)
     if origin is tuple:
@@ -50,8 +56,9 @@ def table(cls: Any, links: dict[type, str]) -> str:
     made = {f.name: f.default for f in fields(cls)} if is_dataclass(cls) else cls._field_defaults
     lines = ["| field | default | allowed | description |", "| --- | --- | --- | --- |"]
     for name, hint in hints.items():
-        nested = is_dataclass(hint) or hasattr(hint, "_fields")
+        kind = typing.get_args(hint)[0] if typing.get_origin(hint) is typing.Annotated else hint
+        nested = is_dataclass(kind) or hasattr(kind, "_fields")
         default = "" if nested or made.get(name, MISSING) is MISSING else f"`{made[name]!r}`"
-        cells = (f"`{name}`", default, links[hint] if nested else allowed(hint), texts[name])
+        cells = (f"`{name}`", default, links[kind] if nested else allowed(hint), texts[name])
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

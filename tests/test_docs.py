@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import docs_hooks
 import pytest
@@ -17,6 +17,7 @@ from settings_table import table
 
 from jrl import algos, run
 from jrl.algos import ppo
+from jrl.numerics.settings import Positive, Unit
 from jrl.run import cli
 
 RANK_PROMOTION = "allow"  # as in a user's own process
@@ -132,21 +133,18 @@ def test_every_command_that_trains_is_accepted(tmp_path, monkeypatch, capsys):
 # Tables of settings
 
 
-class Range(NamedTuple):
-    ge: float
-    lt: float
-
-
 @dataclass(frozen=True)
 class Base:
-    width: int = 4  # Units of a layer.
+    width: Positive = 4  # Units of a layer.
 
 
 @dataclass(frozen=True)
 class Commented(Base):
-    rate: Annotated[float, Range(0, 1)] = 0.5  # Share | of what is kept.
+    rate: Unit = 0.5  # Share | of what is kept.
     kind: Literal["a", "b"] = "a"  # Which of them.
-    limit: int | None = None  # None for no limit.
+    # Long, and
+    # above.
+    limit: int | None = None
 
 
 class Documented(NamedTuple):
@@ -164,10 +162,10 @@ class Documented(NamedTuple):
 
 def test_a_table_of_settings_reads_the_comment_on_a_field_and_the_docstring():
     assert table(Commented, {}).splitlines()[2:] == [
-        "| `width` | `4` | integer | Units of a layer. |",
-        "| `rate` | `0.5` | number, at least 0, below 1 | Share \\| of what is kept. |",
+        "| `width` | `4` | integer, at least 1 | Units of a layer. |",
+        "| `rate` | `0.5` | number, between 0 and 1 | Share \\| of what is kept. |",
         "| `kind` | `'a'` | `a`, `b` | Which of them. |",
-        "| `limit` | `None` | integer or `None` | None for no limit. |",
+        "| `limit` | `None` | integer or `None` | Long, and above. |",
     ]
     assert table(Documented, {Base: "[Base](x.md)"}).splitlines()[2:] == [
         "| `gamma` | `0.99` | number | discount, from step to step. |",
