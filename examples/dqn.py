@@ -95,8 +95,8 @@ def init(key: Array) -> State:
     params = init_params(key_params)
     obs, env_state = jax.vmap(ENV.reset)(jax.random.split(key_envs, NUM_ENVS))
     ring = (REPLAY_LENGTH, NUM_ENVS)
-    seen = jnp.zeros((*ring, OBS_SIZE))
-    replay = Transition(seen, jnp.zeros(ring, int), jnp.zeros(ring), jnp.zeros(ring, bool), seen)
+    obs_ring = jnp.zeros((*ring, OBS_SIZE))
+    replay = Transition(obs_ring, jnp.zeros(ring, int), jnp.zeros(ring), jnp.zeros(ring, bool), obs_ring)
     opt_state = optimizer(0).init(params)
     return State(params, params, opt_state, replay, env_state, obs, jnp.zeros(NUM_ENVS), key_run, jnp.int32(0))
 

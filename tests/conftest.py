@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -14,11 +15,33 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Half the time in the compiler, and these tiny programs hardly run longer.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+# On a busy machine two devices may wait longer for each other than the 40 s after which XLA gives up and aborts.
+os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 
 import jax
 import pytest
 
 import jrl  # noqa: F401  (lays out the CPU devices before the first use of JAX)
+
+
+BUDGET = 20.0  # seconds of CPU time, with the processes that it starts, of a test that is not marked as slow
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fails a test that takes longer than its budget: the suite is to take minutes."""
+    begin = cpu_seconds()
+    result = yield
+    spent = cpu_seconds() - begin
+    if spent > BUDGET and item.get_closest_marker("slow") is None:
+        pytest.fail(f"took {spent:.0f} s of CPU time, more than {BUDGET:g} s: make it smaller, or mark it as slow")
+    return result
+
+
+def cpu_seconds():
+    """CPU time of this process and of those that it started and that have ended."""
+    times = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(t.ru_utime + t.ru_stime for t in times)
 
 
 @pytest.fixture(autouse=True)
