@@ -64,6 +64,7 @@ def test_dense_attention_and_its_gradients(implementation, heads, kv_heads, dim,
         close(compiled_grads(ours, *args), compiled_grads(wanted, *args))
 
 
+@pytest.mark.thorough(8)
 @pytest.mark.parametrize("rows, columns", [(1, 1), (3, 7), (16, 5), (64, 64)])
 @pytest.mark.parametrize(
     "rule", [Rule(), Rule(window=6), Rule(causal=False), Rule(q_start=9), Rule(k_start=3, k_step=4)]
@@ -179,14 +180,15 @@ def sparse(batch, length, heads, kv_heads, dim, value_dim, config, seed=0):
     return params, q, streams, gates
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize(
     "config, heads, kv_heads, length, segments",
     [
         (SMALL, 4, 2, 23, None),
-        (dataclasses.replace(SMALL, block=2, select_block=8, selected=3), 3, 1, 30, None),
-        (dataclasses.replace(SMALL, block=4, stride=4, pooling="mean", initial=0, local=1), 2, 2, 18, None),
-        (SMALL, 2, 1, 21, [5, 1, 2, 13]),
         (dataclasses.replace(SMALL, window=1), 8, 1, 3, None),
+        (dataclasses.replace(SMALL, block=4, stride=4, pooling="mean", initial=0, local=1), 2, 2, 18, None),
+        (dataclasses.replace(SMALL, block=2, select_block=8, selected=3), 3, 1, 30, None),
+        (SMALL, 2, 1, 21, [5, 1, 2, 13]),
     ],
 )
 def test_sparse_attention_and_its_gradients(config, heads, kv_heads, length, segments):
@@ -244,6 +246,7 @@ def test_a_window_as_long_as_the_sequence_is_dense_attention():
     close(out, attention.attend(q, streams.k_window, streams.v_window), 1e-5)
 
 
+@pytest.mark.slow
 def test_as_a_gpu_computes_it_it_is_the_same(monkeypatch):
     params, q, streams, gates = sparse(2, 41, 4, 2, 8, 8, SMALL)
 
@@ -322,6 +325,7 @@ def test_decoding_sees_its_episode_alone():
     close(cache.decode_step(q[:, 11], memory, jnp.array(11), start=7), alone[:, -1], 1e-5)
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("start", [0, 9])
 @pytest.mark.parametrize(
     "config",
@@ -400,6 +404,7 @@ def test_over_devices_it_is_the_same(kind, axis):
     close(compiled_grads(over, q, streams, gates), compiled_grads(f, q, streams, gates), 1e-4)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("heads, kv_heads, dim, value_dim", [(32, 1, 64, 64), (2, 2, 256, 32), (4, 1, 192, 128)])
 def test_wide_heads_and_large_groups(heads, kv_heads, dim, value_dim):
     with jax.enable_x64(True):
@@ -413,6 +418,7 @@ def test_wide_heads_and_large_groups(heads, kv_heads, dim, value_dim):
         close(nsa_attend(params, q, streams, gates, SMALL), oracles.nsa(phi, q, streams, gates, SMALL)[0])
 
 
+@pytest.mark.slow
 def test_sparse_attention_under_vmap_remat_and_half_width():
     args = sparse(2, 30, 4, 2, 16, 16, SMALL)
 

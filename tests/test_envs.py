@@ -32,6 +32,7 @@ def play(env, key, actions):
     return obs, jax.lax.scan(step, state, (actions, jax.random.split(key, len(actions))))[1]
 
 
+@pytest.mark.thorough(12)
 @pytest.mark.parametrize("name", ours.IDS)
 def test_every_gymnax_id_follows_the_protocol(name, key):
     env = envs.make(name)

@@ -71,6 +71,7 @@ def test_probe_discount():
     np.testing.assert_allclose(values(algo, states, [[0.0], [1.0]]), [[0.5, 1]] * 4, atol=0.05)
 
 
+@pytest.mark.thorough(3)
 @pytest.mark.parametrize(
     "name, best", [("Probe-action", 1), ("Probe-policy", 1), ("Probe-mask", 1), ("Probe-multi", 2), ("Probe-credit", 1)]
 )
@@ -78,6 +79,7 @@ def test_probe_policies(name, best):
     np.testing.assert_allclose(score(*trained(name)), best, atol=0.05)
 
 
+@pytest.mark.slow
 def test_probe_memory_needs_memory():
     assert np.abs(score(*trained("Probe-memory"))).max() < 0.4
     config = with_(FAST, network=nets.Config(hidden=(16,), gru=16))
@@ -86,6 +88,7 @@ def test_probe_memory_needs_memory():
     )
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("gru", [0, 8])
 def test_truncation_is_not_termination(shared, gru):

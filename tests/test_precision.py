@@ -253,6 +253,7 @@ def test_an_algorithm_under_a_policy(key):
     assert dtypes(precision.apply("float32", algo).init(key).params) == {"float32"}
 
 
+@pytest.mark.slow
 def test_policies_commute_with_the_transforms_of_an_algorithm(key):
     keys = jax.random.split(key, 2)
     first = precision.apply("bfloat16", over_seeds(make()))
@@ -287,6 +288,7 @@ CASES = [
 ]
 
 
+@pytest.mark.thorough(10)
 @pytest.mark.parametrize("env, policy, variant", CASES, ids=["-".join(case) for case in CASES])
 def test_only_the_network_computes_in_half_width(env, policy, variant, key):
     """Softmax, log-probabilities, ratios, returns, advantages, statistics, losses and optimizer: float32, by the jaxpr."""

@@ -338,6 +338,7 @@ def test_control_finds_the_optimal_values_along_its_path(method):
     assert np.nanmean(metrics["episode_return"][:, -10:]) > -6
 
 
+@pytest.mark.slow
 def test_sarsa_learns_its_own_policy_s_values_and_q_learning_the_best_ones():
     """SARSA and expected SARSA converge to the values of the epsilon-greedy policy, by linear solve."""
     process = tabular.cliff()
@@ -454,6 +455,7 @@ def test_truncation_bootstraps(method):
     np.testing.assert_allclose(state.q[0, 0], 100, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_it_runs_in_the_loop_and_sweeps(tmp_path):
     algo = td.make(envs.make("CliffWalking"), td.Config("sarsa_lambda"))
     grid = run.sweep.grid(algo.hyper, {"learning_rate": [0.1, 0.3], "trace_decay": [0.0, 0.9]})
