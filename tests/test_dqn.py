@@ -58,6 +58,7 @@ def score(algo, states):
     return np.asarray(jax.vmap(lambda s: run.evaluate(algo, s, jax.random.key(1), 32).returns.mean())(states))
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_learns_alone(part):
     algo, states, metrics = trained("Probe-policy", part)
@@ -70,6 +71,7 @@ def test_values_are_discounted_and_masks_hold():
     np.testing.assert_allclose(score(algo, states), 1, atol=0.1)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("fields", [{"n_step": 3}, {"prioritized": True}, {"distribution": "quantile", "atoms": 5}])
 def test_truncation_bootstraps(fields):
     """Reward 1 a step, truncated at 20, never terminated: V = 1 / (1 - gamma)."""

@@ -37,6 +37,7 @@ def greedy(config, params, prompt, length):
     return jax.jit(lambda: jax.lax.scan(step, (cache, known[:, 0]), jnp.arange(length))[1])().T
 
 
+@pytest.mark.thorough(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_greedy_tokens_are_those_of_transformers(family):
     config, params = hf.load(DATA / family)

@@ -111,6 +111,7 @@ def slow(fields):
     return pytest.param(fields, marks=pytest.mark.slow)
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -135,11 +136,13 @@ def test_every_variant_learns(fields):
     np.testing.assert_allclose(score(*trained("Probe-policy", with_(FAST, **fields), updates=60)), 1, atol=0.1)
 
 
+@pytest.mark.slow
 def test_sgd_learns():
     config = with_(FAST, optimizer=optim.OptimizerConfig("sgd", "constant"))
     np.testing.assert_allclose(score(*trained("Probe-policy", config, ppo.Hyper(learning_rate=0.1))), 1, atol=0.1)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("continuous", ["normal", "tanh_normal"])
 def test_continuous_actions(continuous, key):
     def reset(key):
@@ -185,17 +188,20 @@ def test_penalty_weight_follows_the_kl(key):
         assert state.kl_weight == factor and metrics["kl_weight"] == 1 and metrics["kl"] > 0
 
 
-def test_the_first_ratio_is_one(key):
+@pytest.mark.thorough(1)
+@pytest.mark.parametrize("gru", [8, 0])
+def test_the_first_ratio_is_one(gru, key):
     """With one minibatch and one epoch the policy that learns is the one that acted, normalizers included."""
-    for network in (nets.Config(hidden=(8,)), nets.Config(hidden=(8,), gru=8)):
-        config = with_(TINY, num_minibatches=1, network=network, normalize_observations=True, normalize_rewards=True)
-        algo = ppo.make(envs.make("CartPole-v1"), config)
-        state, update = algo.init(key), jax.jit(algo.update)
-        for _ in range(4):
-            state, metrics = update(state)
-            assert abs(metrics["approximate_kl"]) < 1e-9 and metrics["clip_fraction"] == 0
+    network = nets.Config(hidden=(8,), gru=gru)
+    config = with_(TINY, num_minibatches=1, network=network, normalize_observations=True, normalize_rewards=True)
+    algo = ppo.make(envs.make("CartPole-v1"), config)
+    state, update = jax.jit(algo.init)(key), jax.jit(algo.update)
+    for _ in range(4):
+        state, metrics = update(state)
+        assert abs(metrics["approximate_kl"]) < 1e-9 and metrics["clip_fraction"] == 0
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("gru", [0, 4])
 @pytest.mark.parametrize("limit", [3, 100])
 def test_advantages_use_the_value_before_each_reset(gru, limit, key, monkeypatch):
@@ -248,6 +254,7 @@ def test_a_vmapped_seed_is_its_solo_run(key):
         close(jax.tree.map(lambda x, i=i: x[i], (states, metrics)), jax.jit(train)(keys[i]))
 
 
+@pytest.mark.slow
 def test_a_cell_of_a_grid_is_its_solo_run(key):
     algo = ppo.make(envs.make("CartPole-v1"), TINY)
     cells = list(run.sweep.grid(ppo.Hyper(), {"learning_rate": [1e-3, 1e-2], "gamma": [0.9]}).values())
@@ -280,6 +287,7 @@ def test_evaluation_within_a_run_leaves_training_alone(key):
     assert metrics["eval_return"] > 5
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("gru", [0, 8])
 @pytest.mark.parametrize("greedy", [True, False])
 def test_no_key_is_used_twice(gru, greedy):
@@ -366,6 +374,7 @@ def test_early_truncations_all_bootstrap(key):
     assert losses[0] == losses[1] == losses[2]
 
 
+@pytest.mark.slow
 def test_masks_hold_in_float16():
     config = with_(FAST, precision="params=float32,compute=float16,output=float32")
     np.testing.assert_allclose(score(*trained("Probe-mask", config, updates=60)), 1, atol=0.1)
@@ -423,6 +432,7 @@ def test_a_search_for_nans_finds_none_where_no_episode_ended(key):
     assert metrics["episodes"] == 0 and metrics["episode_return"] == 0
 
 
+@pytest.mark.thorough(4)
 @pytest.mark.parametrize(
     "module, fields",
     [

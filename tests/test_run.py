@@ -438,7 +438,7 @@ def test_a_nan_seed_stays_out_after_resuming(tmp_path):
 def test_another_configuration_is_refused(tmp_path):
     folder = tmp_path / "run"
     train(make(), 2, run_dir=folder)
-    with pytest.raises(run.RunError, match="holds a run already: resume it"):
+    with pytest.raises(run.RunError, match="already contains a run: resume it"):
         train(make(), 2, run_dir=folder)
     with pytest.raises(run.RunError, match=r"of another configuration: config.network.hidden was \[8\], is \[4\]"):
         train(make(network=nets.Config(hidden=(4,))), 2, run_dir=folder, resume=True)

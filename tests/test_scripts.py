@@ -35,16 +35,29 @@ def experiment(*args, name="ppo", cwd=None):
     return processes.experiment(name, *args, cwd=cwd)
 
 
-def test_the_experiment_trains_and_resumes(tmp_path):
-    args = (*TINY, "--env-steps", 320, "--num-seeds", 2, "--eval-episodes", 2, "--run-dir", tmp_path / "run")
-    first = experiment(*args)
-    assert first.returncode == 0, first.stderr
-    assert "return, greedy: IQM" in first.stdout
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of the command line: its folder, its words, and the process that ended."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    words = (*TINY, "--env-steps", 320, "--num-seeds", 2, "--eval-episodes", 2, "--run-dir", folder)
+    return folder, words, experiment(*words)
+
+
+def test_the_experiment_trains(trained):
+    folder, _, done = trained
+    assert done.returncode == 0, done.stderr
+    assert "return, greedy: IQM" in done.stdout
+    summary = json.loads((folder / "summary.json").read_text())
     assert summary["env_steps"] == 320 and summary["num_seeds"] == 2
-    again = experiment(*args)
-    assert again.returncode == 1 and again.stderr.strip().startswith("error:") and "holds a run already" in again.stderr
-    resumed = experiment(*args, "--resume")
+
+
+def test_a_folder_with_a_run_is_refused_without_resume(trained, monkeypatch, capsys):
+    code, said = processes.refused("ppo", trained[1], monkeypatch, capsys)
+    assert code == 1 and "error:" in said and "already contains a run" in said
+
+
+def test_the_experiment_resumes(trained):
+    resumed = experiment(*trained[1], "--resume")
     assert resumed.returncode == 0 and "resumed at 320 steps" in resumed.stderr
 
 
@@ -183,6 +196,7 @@ def test_the_cliff_s_figures(tmp_path):
     assert "the best possible: -13" in done.stdout and (tmp_path / "q_learning.png").exists()
 
 
+@pytest.mark.slow
 def test_memories_are_compared(tmp_path):
     args = ("--lengths", 3, "--kinds", "none", "--env-steps", 1024, "--num-seeds", 2, "--folder", tmp_path)
     done = experiment(*args, name="memory")
@@ -197,6 +211,7 @@ def test_memories_are_compared(tmp_path):
     assert "resumed at 1,024 steps" in again.stderr
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize(
     "task, length, kind, name", [("text", 16, "window", "language"), ("needle", 256, "rwkv", "needle")]
 )
@@ -291,6 +306,7 @@ def module(name):
     return loaded
 
 
+@pytest.mark.slow
 def test_attention_is_measured_side_by_side(tmp_path, capsys):
     bench = module("bench_attention")
     bench.main(bench.Args(lengths=(64,), decode=(128,), repeats=1, heads=2, head_dim=8, folder=tmp_path))
@@ -330,6 +346,7 @@ def test_attention_cannot_be_measured(wrong, message, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_sampling_and_training_are_measured(tmp_path):
     bench = module("bench_grpo")
     shape = transformer.Config(dim=8, num_layers=1, num_heads=2, num_kv_heads=2)

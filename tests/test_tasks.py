@@ -128,6 +128,7 @@ def plainly(task, name, settings, prompt, tokens):
     return PLAIN[name](*(blank.join(task.symbols[t] for t in text) for text in (asked, said)), **settings)
 
 
+@pytest.mark.thorough(5)
 @pytest.mark.parametrize("name, settings", LARGE, ids=label)
 def test_demonstrations_are_correct_and_changes_of_them_are_judged_as_plain_python_judges(name, settings):
     task, problems, shown, verify = setup(name, settings)

@@ -323,6 +323,7 @@ def test_baird_s_counterexample_diverges_and_is_cured():
 LAKE = tabular.gridworld(["S..", ".#.", "..G"], step_reward=-1.0, rewards={"G": 0.0})
 
 
+@pytest.mark.thorough(3)
 @pytest.mark.parametrize("method", list(td.METHODS))
 def test_control_finds_the_optimal_values_along_its_path(method):
     env = envs.strict(tabular.environment(LAKE, "grid", time_limit=200, one_hot=True))
@@ -492,6 +493,7 @@ def test_wrong_words_are_refused(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_what_is_legal_nowhere_and_nearly_undiscounted_is_exact():
     legal = jnp.array([[True, True], [False, False]])
     to_end = jnp.zeros((2, 2, 2)).at[:, 0, 1].set(1).at[0, 1, 0].set(1).at[1, 1, 1].set(1)

@@ -40,6 +40,7 @@ def start(config, key):
     return params, jax.random.randint(jax.random.key(1), (2, 27), 0, config.vocab_size)
 
 
+@pytest.mark.thorough(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_decoding_gives_the_logits_of_the_whole_sequence(kind, key):
     config = KINDS[kind]

@@ -97,7 +97,7 @@ def _make_or_compare(folder: Path, resume: bool, settings: dict[str, Any]) -> No
     path = folder / "config.json"
     if path.exists():
         if not resume:
-            raise RunError(f"{folder} holds a run already: resume it (--resume), or choose another folder")
+            raise RunError(f"{folder} already contains a run: resume it (--resume), or choose another folder")
         same_config(_settings_in(path), settings, folder)
         return
     # A run that ended in its first moment leaves a part of its configuration.
