@@ -66,9 +66,15 @@ def assert_close(a, b):
     )
 
 
-def test_train_is_train_fn():
+@pytest.fixture(scope="module")
+def trained():
+    """A run of three seeds. What it compiles serves many of the tests below."""
     algo = make()
-    result = train(algo, 4, num_seeds=3)
+    return algo, train(algo, 4, num_seeds=3)
+
+
+def test_train_is_train_fn(trained):
+    algo, result = trained
     states, metrics = jax.jit(jax.vmap(run.train_fn(algo, 4 * PER_UPDATE)))(jax.random.split(jax.random.key(0), 3))
     assert_close(result.state, states)
     for name, values in metrics.items():

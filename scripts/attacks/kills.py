@@ -79,7 +79,7 @@ class Case(NamedTuple):
     blows: tuple[tuple[float | str, int], ...]
 
 
-SAME = ("sweep.csv", "answers.txt", "curve.png", "grpo.csv", "grpo.png")  # to the last byte
+SAME = ("sweep.csv", "answers.txt", "curve.png", "curve.svg", "grpo.csv", "grpo.png", "grpo.svg")  # to the last byte
 FILES = (
     "config.json",
     "config.tmp",
