@@ -27,7 +27,7 @@ LEARNED = ("params", "target_params", "opt_state", "obs_stats", "reward_stats", 
 
 
 def learned_fields(state: State) -> Any:
-    """What was learned so far: the fields of a state that are named in ``LEARNED``; the whole state if there is none."""
+    """What was learned so far: the fields of a state that are named in ``LEARNED``; the whole state if it has none of them."""
     return [getattr(state, name) for name in LEARNED if hasattr(state, name)] or state
 
 
@@ -42,14 +42,14 @@ class Algorithm(NamedTuple):
         act: ``(state, obs, key=None, memory=None) -> (action, memory)`` for one observation: sampled with a key, greedy
             without; ``memory=None`` begins an episode.
         env_steps_per_update: environment steps, over all environments, that one update takes.
-        name: of the algorithm.
-        env: what it learns in.
+        name: Name of the algorithm.
+        env: Environment in which it learns.
         config: static settings, a frozen dataclass.
         hyper: default hyperparameters, a NamedTuple of floats.
         uses_length: whether ``num_updates`` changes the course of a run (an annealed learning rate): such a run cannot be
             resumed with another length.
-        remake: ``config -> Algorithm``: made anew with other static settings, under the transforms of this module; what was
-            ``_replace``d is not kept.
+        remake: ``config -> Algorithm``: the algorithm with other static settings, under the same transforms of this module; other
+            fields that were ``_replace``d are lost.
         losses: names of metrics that must be finite; where one is not, a seed counts as broken. Other metrics may be NaN.
         learned: ``State -> tree`` of what must be finite too: parameters, optimizer, statistics.
         check_hyper: raises ``ValueError`` for a hyperparameter out of range, as ``init`` does; ``None`` asks ``init``, whose tracing
@@ -129,7 +129,7 @@ def current_optimizer(config: Any, state: Any) -> optax.GradientTransformation:
 
 
 def start_learning(config: Any, hyper: Any, params: Any, key: Array, num_updates: Array | int | None) -> dict[str, Any]:
-    """Those fields of a state that every learner has: its hyperparameters in float32, parameters, optimizer and counters.
+    """The state fields that all learners have in common: hyperparameters in float32, parameters, optimizer and counters.
 
     ``num_updates`` is the length of the run, which schedules follow; ``None`` if it is unknown.
     """
@@ -146,8 +146,8 @@ def start_learning(config: Any, hyper: Any, params: Any, key: Array, num_updates
 def learn_from_replay(
     learn: Callable[[State, Array, Array], tuple[State, Metrics]], state: State, keys: Array, ready: Array, every: int
 ) -> tuple[State, Metrics]:
-    """A gradient step ``learn(state, key, ready)`` for each of the keys, and one of the target network, which ``every`` updates is
-    made equal to the other, or approaches it at each by ``hyper.tau`` if that is 0. Unless ``ready``, what was learned is dropped.
+    """Take one gradient step ``learn(state, key, ready)`` per key, then update the target network: it is copied every ``every``
+    updates, or moves by ``hyper.tau`` at each update if ``every`` is 0. What was learned is discarded until ``ready``.
     """
     learned, metrics = jax.lax.scan(lambda s, k: learn(s, k, ready), state, keys)
     params, opt_state = jax.tree.map(
@@ -184,7 +184,7 @@ def importance_exponent(state: Any) -> Array:
 
 
 def learning_rate_factor(config: Any, state: Any) -> Array:
-    """Factor on the learning rate now; 1 where the length of the run is unknown."""
+    """Current factor on the learning rate; 1 where the length of the run is unknown."""
     step = 1 / jnp.maximum(state.num_updates, 1)
     now = optim.schedule(config.optimizer, state.hyper.optimizer, progress(state), step)
     return jnp.where(state.num_updates > 0, now, 1.0)

@@ -332,6 +332,7 @@ def test_learning_rate_anneals_to_the_end(key):
         ({"network": nets.Config(gru=4), "num_minibatches": 8}, "must divide num_envs = 4; got 8"),
         ({"loss": "reinforce"}, "config.loss must be one of clip, penalty; got 'reinforce'"),
         ({"precision": "half"}, "precision must be one of float32, bfloat16"),
+        ({"loss": "penalty", "dual_clip": True}, "config.dual_clip needs config.loss=clip; got penalty"),
         ({"standardize_advantages": "batches"}, "must be one of minibatch, batch, none"),
     ],
 )

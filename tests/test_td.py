@@ -359,6 +359,7 @@ def test_sarsa_learns_its_own_policy_s_values_and_q_learning_the_best_ones():
     assert online < safe - 10  # near the edge, exploring costs
 
 
+@pytest.mark.slow
 def test_maximization_bias():
     """Example 6.7: Q-learning is drawn to the left, where every action loses on average; double Q-learning is not."""
     env = envs.strict(tabular.environment(tabular.maximization_bias(), "bias", one_hot=True))

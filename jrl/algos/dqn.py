@@ -11,8 +11,8 @@ One update: act for a few steps in B environments, then take gradient steps on t
     QR             its quantiles                                                1710.10044, eq. 10
     dueling, noisy are shapes of the network (``nets.ValueConfig``), PER a way of drawing (``jrl.experience.replay``)
 
-Each is an option of its own. ``RAINBOW`` is their documented composition. Truncated episodes bootstrap from their last
-observation. Until ``learning_starts`` steps are stored, gradient steps are computed and dropped: the schedule is static.
+Each can be switched on by itself. ``RAINBOW`` is their documented composition. Truncated episodes bootstrap from their last
+observation. Until ``learning_starts`` steps are stored, gradient steps are computed but discarded: the program has no branch.
 """
 
 from dataclasses import dataclass, field
@@ -45,8 +45,8 @@ class Config(Settings):
     batch_size: Positive = 128  # Transitions in a minibatch.
     capacity: Positive = 10_000  # Rows of the replay, over all environments.
     learning_starts: NonNegativeInt = 1_000  # Environment steps before the first gradient step.
-    target_every: NonNegativeInt = 50  # Updates between copies to the target network; 0 for soft ones at each.
-    n_step: Positive = 1  # Steps of a transition.
+    target_every: NonNegativeInt = 50  # Updates between copies to the target network; 0 for a soft update each time.
+    n_step: Positive = 1  # Length n of n-step returns.
     num_frames: Positive = 1  # Observations stacked along the last axis, oldest first; the replay stores each once.
     double: bool = True  # The online network chooses what the target network values; Munchausen ignores it.
     prioritized: bool = False  # Draw transitions in proportion to their error.
@@ -67,9 +67,9 @@ class Hyper(NamedTuple):
     learning_rate: NonNegative = 5e-4  # Initial learning rate; config.optimizer.schedule lets it fall.
     gamma: Unit = 0.99  # Discount of the return.
     epsilon_start: Unit = 1.0  # Share of actions chosen uniformly at the start of the run, unless the network is noisy.
-    epsilon_end: Unit = 0.05  # That share later, and throughout a run of unknown length.
+    epsilon_end: Unit = 0.05  # Final share, and that of a run of unknown length.
     epsilon_fraction: Unit = 0.2  # Share of the run over which epsilon falls linearly.
-    tau: Unit = 0.01  # Share of the online network in each soft target update; 1 copies it.
+    tau: Unit = 0.01  # Polyak coefficient of a soft target update; 1 copies the online network.
     max_grad_norm: AboveZero = 10.0  # Largest global norm of a gradient, or the bound of config.optimizer.clip.
     priority_exponent: Unit = 0.6  # Alpha of prioritized replay.
     importance_start: Unit = 0.4  # Beta of prioritized replay at the start of the run; it rises to 1.
@@ -120,7 +120,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             chooser = values(outputs(state.params, batch.next_obs, key_select), batch.next_obs, h)
         else:
             chooser = values(answer, batch.next_obs, h)
-        used = batch.weight > 0  # other rows hold nothing: what is computed of them may be NaN, and 0 times NaN is NaN
+        used = batch.weight > 0  # unused rows may give NaN, and 0 times NaN is NaN
         target = losses.masked(targets(state, batch, answer, jnp.argmax(chooser, axis=-1)), used)
         number = jnp.maximum(used.sum(), 1)
 
@@ -141,7 +141,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return state, metrics | {"grad_norm": step.grad_norm}
 
     def targets(state: State, batch: replay.Batch, answer: Array, best: Array) -> Array:
-        """What the value of each action taken should be ``[N]``, or its distribution: probabilities or quantiles ``[N, atoms]``."""
+        """Targets of the values of the actions taken ``[N]``, or of their distributions: probabilities or quantiles ``[N, atoms]``."""
         h = state.hyper
         following = pick(answer, best)
         if config.munchausen:
@@ -165,8 +165,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
                 )
 
     def errors(taken: Array, target: Array, hyper: Hyper) -> tuple[Array, Array, Array]:
-        """Error of each mean value ``[N]``, the loss of each, and what its priority is of: for C51 the divergence from the
-        target, as in Rainbow (1710.02298, section 4)."""
+        """Error of each mean value ``[N]``, the loss of each, and the quantity that its priority is computed from: for C51 the divergence from
+        the target, as in Rainbow (1710.02298, section 4)."""
         match config.distribution:
             case "mean":
                 error = target - taken
@@ -210,7 +210,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return act
 
     def epsilon_of(state: State) -> Array:
-        """Noisy weights explore by themselves."""
+        """0 with noisy networks, which explore through their weights."""
         return jnp.float32(0) if noisy else exploration(state)
 
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:

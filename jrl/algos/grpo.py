@@ -7,7 +7,7 @@ answer's advantage is its reward against those of its group, no critic needed:
     L = mean over answers of the mean over tokens of  -min(r A, clip(r, 1 - low, 1 + high) A) + beta KL        (eq. 3-4)
 
 What differs between methods are independent settings: how advantages are made, the loss of a token, how tokens are averaged, and
-where a KL to the reference goes. ``METHODS`` names the published compositions; ``method("dapo")`` gives one.
+whether there is a KL to the reference and where it goes. ``METHODS`` names the published compositions; ``method("dapo")`` gives one.
 
 Everything is one pure function of a state, so that it vmaps over seeds and hyperparameters. ``learner`` is the same for answers that
 are verified outside of it.
@@ -70,11 +70,11 @@ class Config(Settings):
     old_log_probs: Literal["sampler", "recomputed"] = "sampler"  # Denominator of the ratio.
     truncated_importance: bool = False  # Weigh tokens by recomputed over sampled policy, at most hyper.importance_cap.
     oversample: Positive = 1  # Draw this many times num_prompts, and prefer informative groups (DAPO).
-    overlong: NonNegativeInt = 0  # Last tokens over which a penalty grows to hyper.overlong_weight.
+    overlong: NonNegativeInt = 0  # Tokens before the maximum length over which the overlong penalty grows.
     top_k: NonNegativeInt = 0  # Sample from this many most likely tokens; 0 for all.
     top_p: float = 1.0  # Sample from the most likely tokens that have this probability together.
     min_p: float = 0.0  # Sample from tokens of at least this share of the largest probability.
-    supervised: NonNegativeInt = 0  # Updates of supervised learning before the first.
+    supervised: NonNegativeInt = 0  # Supervised updates before reinforcement learning starts.
     lora_rank: NonNegativeInt = 0  # Train matrices of this rank beside the frozen ones; 0 trains all parameters.
     optimizer: optim.OptimizerConfig = field(default_factory=ADAMW)  # What the optimizer is made of.
     precision: Precision = "float32"  # float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
@@ -93,8 +93,8 @@ class Hyper(NamedTuple):
     """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
     learning_rate: NonNegative = 3e-4  # Initial learning rate; config.optimizer.schedule lets it fall.
-    clip_low: Unit = 0.2  # The ratio is clipped at 1 minus this,
-    clip_high: NonNegative = 0.2  # and at 1 plus this.
+    clip_low: Unit = 0.2  # Lower clip bound of the ratio: 1 - clip_low.
+    clip_high: NonNegative = 0.2  # Upper clip bound of the ratio: 1 + clip_high.
     dual_clip: AtLeastOne = 3.0  # Bound on the ratio where the advantage is negative.
     kl_weight: NonNegative = 0.04  # Beta, the weight of the KL.
     entropy_weight: NonNegative = 0.0  # Weight of the entropy bonus.
@@ -155,7 +155,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         return state, metrics
 
     def loss(trained: Any, state: State, batch: Batch, tokens: Array) -> tuple[Array, tuple[Metrics, moe.Load]]:
-        """Loss of a minibatch, the sum of its parts, and of the load of experts in all of them."""
+        """Loss of a minibatch: the sum over its micro-batches, plus the loss of the experts' load."""
 
         def part(x: tuple[Batch, Array]) -> tuple[Array, Metrics, moe.Load]:
             return part_loss(trained, state, *x)
@@ -217,7 +217,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         return sample(key, model, policy(state), prompt, length=length, end=end, valid=valid, pad=pad, support=support)
 
     def log_probs(params: Any, state: State, prompt: Array, valid: Array, rollout: Rollout) -> Array:
-        """Of all answers, in as many parts as learning takes."""
+        """Log-probabilities of the tokens of all answers, computed in micro-batches."""
 
         def part(x: Any) -> Array:
             support = config.support(state.hyper.temperature)
@@ -293,7 +293,7 @@ class State(NamedTuple):
     """The whole run."""
 
     params: Any  # what is trained: all parameters, or the matrices beside them
-    frozen: Any  # the model at the start, where it is the reference or the rest of the model; else ()
+    frozen: Any  # the initial model, where it is the KL reference or carries LoRA; else ()
     opt_state: Any
     key: Array
     updates: Array  # int32: done so far
@@ -357,7 +357,7 @@ def check(config: Config) -> None:
             "config.truncated_importance needs config.old_log_probs=recomputed: else its weights are all 1"
         )
     if config.kl_in == "reward" and config.kl not in ("none", "k1"):
-        raise ValueError(f"config.kl_in=reward takes config.kl=k1, the estimate without bias; got {config.kl}")
+        raise ValueError(f"config.kl_in=reward takes config.kl=k1, the unbiased estimator; got {config.kl}")
     if config.reduction == "token_mean":
         token_losses.refuse_accumulation(config.optimizer.accumulate, "config.micro_batches, which add up exactly")
     parts = config.num_minibatches * config.micro_batches
@@ -372,6 +372,6 @@ def _split(tree: Any, parts: int) -> Any:
 
 
 def _in_parts(function: Callable[[Any], Array], rows: Any, parts: int) -> Array:
-    """``function`` of rows ``[N, ...]``, so many parts one after another."""
+    """``function`` of rows ``[N, ...]``, in ``parts`` sequential chunks."""
     found = jax.lax.map(function, _split(rows, parts))
     return found.reshape(-1, *found.shape[2:])

@@ -11,7 +11,7 @@ initialization, advantages standardized per minibatch, value clipping, a global-
 Adam's eps of 1e-5 (Huang et al. 2022, "The 37 implementation details of PPO").
 
 Truncated episodes bootstrap from the value of their last observation, and nothing leaks over a reset. A recurrent
-policy starts each rollout from the memory it had, trains on whole sequences, and forgets where an episode begins.
+policy starts each rollout from the memory it had, trains on whole sequences, and resets its memory at the start of each episode.
 """
 
 from dataclasses import dataclass, field
@@ -45,11 +45,11 @@ class Config(Settings):
     loss: Literal["clip", "penalty"] = "clip"  # PPO-Clip, or PPO-Penalty with an adaptive KL weight (preset "penalty").
     dual_clip: bool = False  # Bound the loss of negative advantages by hyper.dual_clip.
     value_clip: bool = True  # Clip value updates by hyper.value_clip_eps.
-    kl_stop: bool = False  # Skip the remaining minibatches of an update once its KL exceeds 1.5 * hyper.target_kl.
-    standardize_advantages: Literal["minibatch", "batch", "none"] = "minibatch"  # Over which samples.
+    kl_stop: bool = False  # Discard the remaining minibatches once the KL exceeds 1.5 * hyper.target_kl.
+    standardize_advantages: Literal["minibatch", "batch", "none"] = "minibatch"  # Samples it is done over.
     normalize_observations: bool = False  # By their running mean and standard deviation.
     normalize_rewards: bool = False  # By the running standard deviation of the discounted return.
-    continuous: Literal["normal", "tanh_normal"] = "normal"  # Policy for real actions, in units of the bounds.
+    continuous: Literal["normal", "tanh_normal"] = "normal"  # Policy for continuous actions, in units of the bounds.
     network: nets.Config = field(default_factory=nets.Config)  # Shape of the network.
     optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)  # What the optimizer is made of.
     # float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
@@ -126,7 +126,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return total, {"loss": total} | metrics
 
     def actor(state: State) -> Any:
-        """The policy that acts: sampled, and what learning needs of it later."""
+        """Sample actions, and return what learning needs later."""
 
         def act(memory: Any, obs: Any, first: Array, noise: Array) -> tuple[Any, Array, Any]:
             normalized = normalize.observations(state.obs_stats, obs)
@@ -158,7 +158,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return batch if config.network.remembers else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
 
     def value_of(state: State, memories: Any) -> Any:
-        """The value of observations after steps t of environments b, with the memories of then."""
+        """The value of observations after steps t of environments b, with the recurrent memory at that time."""
 
         def value(obs: Any, t: Array, b: Array) -> Array:
             normalized = normalize.observations(state.obs_stats, obs)
@@ -195,7 +195,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         return adapt_penalty(state, batch, means) if config.loss == "penalty" else (state, means)
 
     def adapt_penalty(state: State, batch: Batch, metrics: Metrics) -> tuple[State, Metrics]:
-        """The weight of the penalty is adapted by the KL after the update, as in the paper: of all rows, with the new parameters."""
+        """Adapt the weight of the penalty by the KL of the whole batch after the update, as in the paper."""
         _, outputs = network.unroll(state.params, state.actors.memory, batch.obs, batch.first)
         kl = distribution.kl(batch.policy, outputs.policy).mean()
         adapted = losses.adapt_kl_weight(state.kl_weight, kl, state.hyper.target_kl, state.hyper.kl_weight)
@@ -280,6 +280,8 @@ def check(config: Config, hyper: Hyper) -> None:
     checks.instances("ppo.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     rollout.check_minibatches(config)
+    if config.dual_clip and config.loss == "penalty":
+        raise ValueError("config.dual_clip needs config.loss=clip; got penalty")
     parts = {"minibatch": config.num_minibatches, "batch": 1, "none": 0}[config.standardize_advantages]
     if config.num_envs * config.num_steps == parts:
         raise ValueError(
@@ -304,7 +306,7 @@ def action_distribution(space: Space, continuous: Literal["normal", "tanh_normal
 
 
 def to_env(space: Space, action: Array) -> Array:
-    """The environment's action of a policy's: real ones are clipped to [-1, 1] and mapped onto finite bounds."""
+    """Convert a policy's action to the environment's: continuous ones are clipped to [-1, 1] and mapped onto finite bounds."""
     if not isinstance(space, Box):
         return action
     low, high = np.array(space.low, np.float32), np.array(space.high, np.float32)

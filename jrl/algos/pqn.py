@@ -51,7 +51,7 @@ class Hyper(NamedTuple):
     gamma: Unit = 0.99  # Discount of the return.
     q_lambda: Unit = 0.95  # Lambda of the returns.
     epsilon_start: Unit = 1.0  # Share of actions chosen uniformly at the start of the run.
-    epsilon_end: Unit = 0.05  # That share later, and throughout a run of unknown length.
+    epsilon_end: Unit = 0.05  # Final share, and that of a run of unknown length.
     epsilon_fraction: Unit = 0.2  # Share of the run over which epsilon falls linearly.
     max_grad_norm: AboveZero = 10.0  # Largest global norm of a gradient, or the bound of config.optimizer.clip.
     reward_scale: NonNegative = 1.0  # Factor on the rewards that are learned from.

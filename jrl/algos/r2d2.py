@@ -45,7 +45,7 @@ class Config(Settings):
     length: Positive = 20  # Rows after them that are learned from.
     capacity: Positive = 50_000  # Rows of the replay, over all environments.
     learning_starts: NonNegativeInt = 2_000  # Environment steps before the first gradient step.
-    target_every: NonNegativeInt = 50  # Updates between copies to the target network; 0 for soft ones at each.
+    target_every: NonNegativeInt = 50  # Updates between copies to the target network; 0 for a soft update each time.
     n_step: Positive = 5  # Steps of a target, fewer at the end of a sequence.
     double: bool = True  # The online network chooses what the target network values.
     prioritized: bool = True  # Draw sequences in proportion to their errors.
@@ -63,9 +63,9 @@ class Hyper(NamedTuple):
     learning_rate: NonNegative = 1e-3  # Initial learning rate; config.optimizer.schedule lets it fall.
     gamma: Unit = 0.99  # Discount of the return.
     epsilon_start: Unit = 1.0  # Share of actions chosen uniformly at the start of the run.
-    epsilon_end: Unit = 0.05  # That share later, and throughout a run of unknown length.
+    epsilon_end: Unit = 0.05  # Final share, and that of a run of unknown length.
     epsilon_fraction: Unit = 0.3  # Share of the run over which epsilon falls linearly.
-    tau: Unit = 0.01  # Share of the online network in each soft target update; 1 copies it.
+    tau: Unit = 0.01  # Polyak coefficient of a soft target update; 1 copies the online network.
     max_grad_norm: AboveZero = 10.0  # Largest global norm of a gradient, or the bound of config.optimizer.clip.
     priority_exponent: Unit = 0.9  # Alpha of prioritized replay.
     importance_start: Unit = 0.6  # Beta of prioritized replay at the start of the run; it rises to 1.

@@ -102,7 +102,7 @@ def collect(
 def following_values(
     env: Environment, steps: Steps, value: Array, value_of: Callable[[Any, Array, Array], Array], heavy: bool = False
 ) -> Array:
-    """``V(next_obs)`` before any reset, ``[T, B]``; wrong where terminated, since there the discount is 0.
+    """``V(next_obs)`` before any reset, ``[T, B]``; arbitrary where terminated, which is harmless since the discount is 0 there.
 
     Mid-episode it is the ``value [T, B]`` of the next row. Only the last row and the truncated steps need the network
     again, ``value_of(next_obs [N], t [N], b [N]) -> [N]`` for the observations after steps t of environments b, and the

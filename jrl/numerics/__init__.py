@@ -1,1 +1,1 @@
-"""Transforms of functions and of gradients, and what a machine wants."""
+"""Transforms of functions and of gradients, and machine-specific helpers."""

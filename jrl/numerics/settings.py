@@ -1,4 +1,4 @@
-"""Settings that say on one line what they are, what they may be, and what they are if nobody says.
+"""Settings declared on one line each: what is allowed, the default, and a description.
 
     num_envs: Positive = 4  # Environments that each seed steps in parallel.
 
@@ -51,7 +51,7 @@ def check(prefix: str, settings: Any) -> None:
 
 
 def check_hyper(hyper: Any) -> None:
-    """``check`` of an algorithm's hyperparameters."""
+    """Check an algorithm's hyperparameters."""
     check("hyper", hyper)
 
 
@@ -62,7 +62,7 @@ def _checks(kind: type) -> dict[str, Callable[[str, Any], None]]:
 
 
 def _check_of(hint: Any) -> Callable[[str, Any], None] | None:
-    """The check of a value, given with its name, that an annotation stands for; ``None`` if it allows everything."""
+    """The check that an annotation stands for, called with name and value; ``None`` if anything is allowed."""
     if get_origin(hint) is Annotated:
         return next((x for x in hint.__metadata__ if callable(x)), None)
     if get_origin(hint) is Literal:

@@ -62,17 +62,17 @@ def train(
 ) -> Result:
     """Train ``num_seeds`` seeds, of each cell of ``hypers`` if given, in one compiled program.
 
-    The numbers are those of ``jax.vmap(train_fn(algo, env_steps))(jax.random.split(key, num_seeds))``, to float rounding.
+    The state is that of ``jax.vmap(train_fn(algo, env_steps))(jax.random.split(key, num_seeds))``, up to float rounding.
 
     Args:
-        algo: of one seed.
+        algo: Algorithm for a single seed.
         key: every seed's key is split from it.
-        env_steps: budget of each seed; whole updates within it are made, never more steps.
-        num_seeds: seeds, trained side by side.
+        env_steps: budget of each seed, rounded down to whole updates.
+        num_seeds: seeds trained together.
         hypers: hyperparameters by label (``sweep.grid`` makes them); every cell trains the same seeds.
         run_dir: folder for configuration, metrics, checkpoints, plot and summary; None writes nothing.
-        resume: go on from the newest checkpoint in ``run_dir``, bit for bit; begins anew if there is none yet.
-        eval_every: evaluate each time this many steps are done, besides at the end; None only at the end.
+        resume: continue from the newest checkpoint in ``run_dir``, bit for bit; starts anew if there is none yet.
+        eval_every: environment steps between evaluations, rounded down to whole updates; None evaluates only at the end.
         eval_episodes: whole episodes in each evaluation of each seed; 0 skips evaluation.
         seeds_at_once: members computed at once, over all devices; None picks what is fast and fits.
         devices: how many devices to use; None takes all.
@@ -137,7 +137,7 @@ def train(
 
 
 class _Chunk(NamedTuple):
-    """A chunk whose metrics are still on the device: it made ``n`` updates after ``start``, ``before`` of a row were there."""
+    """A chunk whose metrics are still on the device: ``n`` updates after ``start``; ``before`` updates already belonged to its first row."""
 
     start: int
     n: int
@@ -146,7 +146,7 @@ class _Chunk(NamedTuple):
 
 
 class _Run:
-    """A run under way: the state on the device, and what is on disk."""
+    """A run in progress: the state on the device, and what is on disk."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class _Run:
             self.progress.say(f"{folder}: {where}")
 
     def _restore(self, checkpoints: Checkpoints, latest: int) -> None:
-        """Take up the state of a checkpoint, and what ``_save`` noted beside it."""
+        """Restore the state of a checkpoint, and what ``_save`` noted beside it."""
         held = program.Members(self.state, self.row)
         arrays, notes = checkpoints.restore(latest, layout.fetch(self.layout, held))
         live = checkpoint.restore_keys(arrays, held)
@@ -208,14 +208,14 @@ class _Run:
             self.watch.report()
         except (AttributeError, LookupError, TypeError, ValueError):
             path = checkpoints.folder / str(latest)
-            raise RunError(f"checkpoint {path} is damaged: its notes are not of this run") from None
+            raise RunError(f"checkpoint {path} is damaged: its notes do not belong to this run") from None
         if self.done > self.total:
             raise RunError(
                 f"{self.folder} has done {latest} updates already, more than the {self.total} of this budget"
             )
 
     def _reread(self, folder: Path) -> None:
-        """Take up what was written before: the table of metrics, the evaluations."""
+        """Reload what was written before: the table of metrics, the evaluations."""
         table, per_update = log.table(folder, self.members.labels), self.algo.env_steps_per_update
         env_steps, metrics = log.read_whole(table, self.done - self.in_row, self.every, per_update)
         if len(env_steps):
@@ -241,7 +241,9 @@ class _Run:
     def loop(self, eval_every: int | None, checkpoint_every: float) -> bool:
         """Train to the end; returns false if a signal stopped it, with everything saved."""
         if self.scorer is not None and self.layout.devices[0].platform != "cpu":
-            self.scorer.compile(self.state)  # a CPU is busy training: there they are compiled when they are needed
+            self.scorer.compile(
+                self.state
+            )  # on a CPU it would take the cores from training: there it is compiled when it is needed
         self.saved_at = time.perf_counter()
         with StopOnSignal() as stop:
             try:
@@ -268,12 +270,12 @@ class _Run:
         return self.done == self.total
 
     def _advance(self, eval_every: int | None) -> None:
-        """One chunk; the metrics of the one before it are taken in while the device works."""
+        """Run one chunk; the metrics of the one before it are collected while the device works."""
         n = self._chunk_length(eval_every)
         begin = time.perf_counter()
         members = program.Members(self.state, self.row)
         (self.state, self.row), rows = self.built.chunk(members, jnp.int32(n), jnp.int32(self.in_row))
-        # Cut now: the device would do it only after the next chunk, and the host wait for that.
+        # Slice now: otherwise the slice waits behind the next chunk, and the host with it.
         rows = program.first_rows(rows, self._filled(n))
         self._take_in()
         jax.block_until_ready(rows)
@@ -289,11 +291,11 @@ class _Run:
         return min(n, *ends, *([] if eval_every is None else [eval_every - self.done % eval_every]))
 
     def _filled(self, n: int) -> int:
-        """How many rows to copy after ``n`` more updates: those that are whole, rounded up so that few programs do it."""
+        """Rows to copy after ``n`` more updates: the complete ones, rounded up to a power of two so that few programs are compiled."""
         return 1 << max(0, (self.in_row + n) // self.every - 1).bit_length()
 
     def _take_in(self) -> None:
-        """Take in the metrics of the last chunk: report NaNs, write down whole rows, move the progress bar."""
+        """Collect the metrics of the last chunk: report NaNs, record complete rows, move the progress bar."""
         if self.pending is None:
             return
         (start, n, before, rows), self.pending = self.pending, None
@@ -306,14 +308,14 @@ class _Run:
         self.progress.advance(steps, self._recent_return())
 
     def _close_row(self) -> None:
-        """Write down the updates since the last whole row as a row of their own."""
+        """Record the updates since the last complete row as a row of their own."""
         if self.in_row:
             sums = {name: x[:, None] for name, x in zip(self.names, layout.fetch(self.layout, self.row).T, strict=True)}
             self._write(np.array([self.done]), to_means(sums, np.float32(self.in_row)))
             self.row, self.in_row = jnp.zeros_like(self.row), 0
 
     def _write(self, updates: np.ndarray, metrics: dict[str, Any]) -> None:
-        """Rows of metrics that end with these updates."""
+        """Record rows of metrics; ``updates`` holds the last update of each."""
         if len(updates):
             env_steps = updates * self.algo.env_steps_per_update
             self.history.append(metrics | {"env_steps": env_steps})
@@ -321,20 +323,20 @@ class _Run:
                 self.log.write(updates, env_steps, metrics, self.watch.found)
 
     def _wait(self) -> None:
-        """Until the checkpoint that was begun is on disk."""
+        """Wait until the pending checkpoint is on disk."""
         if self.checkpoints is not None:
             self.checkpoints.wait()
 
     # Evaluating
 
     def _evaluation_is_due(self, eval_every: int | None) -> bool:
-        """Whether there is to be one here, and there is none: a run that was interrupted in it makes it now."""
+        """Whether an evaluation is due now and not recorded yet; a run that was interrupted during one repeats it."""
         if eval_every is None or self.done % eval_every or not 0 < self.done < self.total:
             return False
         return self._steps() not in [e["env_steps"] for e in self.evaluations]
 
     def _evaluate(self) -> Cells:
-        """Scores of now, which are written down."""
+        """Evaluate the current state, and record the scores."""
         assert self.scorer is not None
         cells = self.scorer(self.state, EVAL_SEED, self.watch.broken(self.state))
         steps = self._steps()
@@ -373,11 +375,11 @@ class _Run:
         return Result(state, shaped | {"env_steps": metrics["env_steps"]}, summary, self.folder, finished)
 
     def _reached(self, cells: Cells) -> dict[str, Any]:
-        """Of the summary, the final scores."""
+        """The summary's final scores."""
         assert self.scorer is not None
         best = report.best_cell(cells)
         scores = cells[best]
-        if len(cells) > 1:  # the best of many was lucky, too: what it is worth, other episodes tell
+        if len(cells) > 1:  # the best of many was also lucky: score it on other episodes
             scores = self.scorer(self.state, EVAL_SEED + 1, self.watch.broken(self.state))[best]
         reached = {"eval": scores | {"episodes": self.scorer.episodes, "env_steps": self._steps()}}
         return reached | ({"best_cell": best, "cells": cells} if len(cells) > 1 else {})
@@ -401,7 +403,7 @@ class _Run:
             "env_steps": self._steps(),
             "num_seeds": self.members.shape[-1],
             "finished": finished,
-            "eval": before.get("eval"),  # of the steps that it names, until there is another
+            "eval": before.get("eval"),  # the last one there is; its env_steps say when it was
             **{name: before[name] for name in ("best_cell", "cells") if name in before},
             **speed,
             "nan_seeds": self.watch.report(),
