@@ -26,8 +26,15 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 
 
+LONG = ("first-run", "algorithm", "environment", "sweeps", "run-folder", "language-model")  # tutorials that train
+
+
 def pages_with(pattern):
-    return [pytest.param(page, id=page.stem) for page in PAGES if pattern.search(page.read_text())]
+    return [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] if page.stem in LONG else [])
+        for page in PAGES
+        if pattern.search(page.read_text())
+    ]
 
 
 def anchors(page):
@@ -112,6 +119,7 @@ def commands():
             )
 
 
+@pytest.mark.slow
 def test_every_command_that_trains_is_accepted(tmp_path, monkeypatch, capsys):
     def accept(*args, **settings):
         raise AcceptedError
