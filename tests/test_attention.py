@@ -184,8 +184,8 @@ def sparse(batch, length, heads, kv_heads, dim, value_dim, config, seed=0):
 @pytest.mark.parametrize(
     "config, heads, kv_heads, length, segments",
     [
-        (SMALL, 4, 2, 23, None),
         (dataclasses.replace(SMALL, window=1), 8, 1, 3, None),
+        (SMALL, 4, 2, 23, None),
         (dataclasses.replace(SMALL, block=4, stride=4, pooling="mean", initial=0, local=1), 2, 2, 18, None),
         (dataclasses.replace(SMALL, block=2, select_block=8, selected=3), 3, 1, 30, None),
         (SMALL, 2, 1, 21, [5, 1, 2, 13]),
@@ -232,6 +232,7 @@ def test_selection_of_every_block_is_dense_attention():
     close(out, attention.attend(q, streams.k_select, streams.v_select), 1e-5)
 
 
+@pytest.mark.slow
 def test_compression_of_single_tokens_is_dense_attention():
     _, q, streams, _ = sparse(1, 20, 4, 2, 8, 8, SMALL)
     config = nsa.Config(block=1, stride=1, select_block=4, selected=4, pooling="mean")
@@ -387,8 +388,9 @@ def test_wrong_calls_are_refused(call, message):
         call(*qkv(1, 8, 4, 2, 16, 16))
 
 
-@pytest.mark.parametrize("kind", ["reference", "xla", "nsa"])
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("axis", ["batch", "heads"])
+@pytest.mark.parametrize("kind", ["xla", "reference", "nsa"])
 def test_over_devices_it_is_the_same(kind, axis):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
     spec = jax.sharding.PartitionSpec(*(("x",) if axis == "batch" else (None, None, "x")))
@@ -438,6 +440,7 @@ def test_sparse_attention_under_vmap_remat_and_half_width():
     assert near.mean() > 0.9  # here and there it selects other blocks
 
 
+@pytest.mark.slow
 def test_no_intermediate_is_nan_where_nothing_is_seen():
     q, k, v = qkv(2, 12, 2, 1, 4, 4)
     with jax.debug_nans(True):

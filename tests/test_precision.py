@@ -320,6 +320,7 @@ def test_only_the_network_computes_in_half_width(env, policy, variant, key):
 # Training
 
 
+@pytest.mark.slow
 def test_float16_scales_its_loss_and_learns(key):
     config = dataclasses.replace(TINY, num_envs=8, num_steps=16, num_epochs=4, precision="float16")
     algo = ppo.make(envs.make("Probe-policy"), config, ppo.Hyper(learning_rate=1e-2))

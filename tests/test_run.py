@@ -189,6 +189,7 @@ def test_a_run_folder(tmp_path):
     assert result.metrics["loss"].shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_a_run_of_many_members_keeps_its_rows_in_parquet(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(log, "CSV_MEMBERS", 1)
     algo = ppo.make(envs.make("Probe-action"), TINY)
@@ -277,6 +278,7 @@ def endless(key=None):
     return envs.Environment("Endless", reset, step, envs.Discrete(2))
 
 
+@pytest.mark.slow
 def test_episodes_that_evaluation_cuts_off_are_counted_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["jrl.run.evaluate"], "MAX_STEPS", 10)  # the name in jrl.run is the function
     algo = ppo.make(endless(), TINY)
@@ -299,6 +301,7 @@ def test_one_seed_has_no_interval(capsys):
     assert "1 seed x 16 steps" in out and "(one seed)" in out and "interval" not in out
 
 
+@pytest.mark.slow
 def test_the_best_of_a_sweep_is_scored_on_episodes_on_which_it_was_not_chosen(tmp_path):
     algo = make("Probe-observation")  # the return is chance alone: the sign of the observation
     grid = run.sweep.grid(algo.hyper, {"gamma": [0.9, 0.95]})
@@ -364,6 +367,7 @@ def with_metric(algo, name, value):
     return algo._replace(update=update)
 
 
+@pytest.mark.slow
 def test_a_nan_that_means_nothing_costs_no_seed(tmp_path):
     """A metric of a user where there was nothing to count, and a number in an environment's state."""
 
@@ -379,6 +383,7 @@ def test_a_nan_that_means_nothing_costs_no_seed(tmp_path):
         assert np.isnan(result.metrics["mine"]).all()
 
 
+@pytest.mark.slow
 def test_a_seed_that_recovered_keeps_its_evaluation():
     """A loss of NaN at one update is reported; the parameters were numbers all the time."""
     algo = make("Probe-action")
@@ -435,6 +440,7 @@ def test_hypers_of_another_algorithm_are_refused():
         train(make("Probe-action"), 1, hypers={"a": {}})
 
 
+@pytest.mark.slow
 def test_a_nan_seed_stays_out_after_resuming(tmp_path):
     algo = bad_seed(make())
     args = {"num_seeds": 3, "run_dir": tmp_path / "run", "log_every": 5}
@@ -460,6 +466,7 @@ def test_another_configuration_is_refused(tmp_path):
         train(make(), 2, run_dir=tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_an_annealed_run_keeps_its_length(tmp_path):
     algo = make(optimizer=optim.OptimizerConfig(schedule="linear"))
     train(algo, 2, run_dir=tmp_path / "run")
@@ -507,6 +514,7 @@ def test_a_run_does_not_go_on_in_another_environment(tmp_path):
         train(ppo.make(envs.make(path), TINY), 1, run_dir=folder, resume=True)
 
 
+@pytest.mark.slow
 def test_a_resume_without_evaluation_keeps_the_one_there_is(tmp_path):
     algo = make("Probe-action")
     first = train(algo, 2, run_dir=tmp_path / "run", eval_episodes=2).summary["eval"]
@@ -515,6 +523,7 @@ def test_a_resume_without_evaluation_keeps_the_one_there_is(tmp_path):
     assert train(algo, 3, run_dir=tmp_path / "run", resume=True, eval_episodes=2).summary["eval"]["env_steps"] == 48
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("csv_members, updates", [(256, 5), (256, 2), (1, 2)])
 def test_a_run_stops_within_a_row_and_goes_on_bit_for_bit(csv_members, updates, tmp_path, monkeypatch):
     class StopAfter(StopOnSignal):
@@ -586,6 +595,7 @@ def test_a_renamed_checkpoint_is_refused(tmp_path):
         train(algo, 4, run_dir=folder, resume=True)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("members", [1, 256])
 def test_metrics_that_are_not_those_of_the_checkpoint_are_refused(members, tmp_path, monkeypatch):
     monkeypatch.setattr(log, "CSV_MEMBERS", members)
@@ -647,6 +657,7 @@ def test_tensorboard_has_the_settings_and_the_final_evaluation(tmp_path):
     assert b"config.num_envs" in settings["_hparams_/session_start_info"]
 
 
+@pytest.mark.slow
 def test_a_sweep_s_tables_have_a_column_for_each_number(tmp_path):
     algo = make("Probe-action")
     grid = run.sweep.grid(algo.hyper, {"learning_rate": [1e-3, 1e-2], "optimizer.b1": [0.9, 0.8]})
@@ -682,6 +693,7 @@ def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
         train(make(), 4, run_dir=folder, resume=True)
 
 
+@pytest.mark.slow
 def test_a_foreign_checkpoint_is_refused(tmp_path):
     for name, fields in (
         ("a", {}),
@@ -888,6 +900,7 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_run_goes_on_bit_for_bit(number, tmp_path, uninterrupted):
     folder = tmp_path / "run"
