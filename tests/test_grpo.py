@@ -30,6 +30,7 @@ def one_update(config, hyper=grpo.Hyper(close_weight=0.5), seeds=1):
         return jax.jit(algo.update)(state)
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "reinforce++"])  # each loss and advantage there is
 def test_every_method_takes_a_step(name):
     config, hyper = grpo.method(name, TINY, grpo.Hyper(close_weight=0.5))
@@ -76,6 +77,7 @@ def test_micro_batches_change_no_gradient_and_no_load_of_experts(answered, reduc
     assert np.asarray(whole.params["layers"].get("bias", 1)).any()
 
 
+@pytest.mark.slow
 def test_recomputed_log_probabilities_are_the_samplers(answered):
     config = replace(TINY, num_epochs=2, num_minibatches=2, top_k=4)
     close(answered(config)[1].params, answered(replace(config, old_log_probs="recomputed"))[1].params)
@@ -147,6 +149,7 @@ def test_a_frozen_base_serves_as_the_reference(answered):
     assert any(np.asarray(x).any() for name in after.params for x in [after.params[name]["b"]])
 
 
+@pytest.mark.slow
 def test_runs_with_a_supervised_start_resume_bit_for_bit(tmp_path):
     algo = grpo.make(TASK, replace(TINY, kl="k3", supervised=2, oversample=2), grpo.Hyper())
     steps, options = algo.env_steps_per_update, {"num_seeds": 2, "eval_episodes": 8, "progress": False}

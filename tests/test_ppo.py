@@ -160,6 +160,7 @@ def test_continuous_actions(continuous, key):
     assert actions.shape == (100, 1) and (jnp.abs(actions) <= 3).all()
 
 
+@pytest.mark.slow
 def test_kl_stop_masks_the_rest_of_the_update(key):
     config = with_(TINY, num_epochs=4, kl_stop=True)
     env = envs.make("Probe-policy")
@@ -267,6 +268,7 @@ def test_a_cell_of_a_grid_is_its_solo_run(key):
         close(jax.tree.map(lambda x, i=i: x[i, 1], states), alone)
 
 
+@pytest.mark.slow
 def test_over_devices_changes_nothing(key):
     algo = over_seeds(ppo.make(envs.make("CartPole-v1"), TINY))
     mesh = jax.make_mesh((2,), ("seeds",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -412,6 +414,7 @@ def test_the_penalty_comes_back_after_a_phase_of_small_steps(key):
     np.testing.assert_allclose(state.kl_weight, 0.01, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_within_a_run_weighs_episodes_as_the_run_loop_does(key):
     """Updates in which no episode ended count for nothing: 3 rows of 4 updates have the returns of all their episodes."""
     algo = ppo.make(envs.make("CartPole-v1"), TINY)

@@ -919,6 +919,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(number, tmp_path, uninterrupted)
     assert final_rows(folder) == final_rows(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_full_disk_gives_one_line_and_keeps_what_was_saved(tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
