@@ -63,6 +63,7 @@ def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), a, b)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize(
     "reduction, shape",
     [("sequence_mean", SHAPE), ("token_mean", EXPERTS[0]), ("constant", EXPERTS[1])],

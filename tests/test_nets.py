@@ -22,6 +22,7 @@ def random_obs(key, spec, *batch):
     return jax.random.uniform(key, (*batch, *spec.shape)).astype(spec.dtype)
 
 
+@pytest.mark.thorough(5)
 @pytest.mark.parametrize("spec", [VECTOR, IMAGE, jax.ShapeDtypeStruct((3, 4), jnp.int32)])
 @pytest.mark.parametrize(
     "config", [nets.Config(), nets.Config(shared=True), nets.Config(gru=8), nets.Config(gru=8, shared=True)]

@@ -120,6 +120,7 @@ def test_grouping_and_devices_change_nothing(laid_out, trained):
     assert jax.tree.leaves(parts.state)[0].shape[0] == 3
 
 
+@pytest.mark.slow
 def test_seeds_that_do_not_fit_run_in_smaller_groups(monkeypatch):
     groups = []
     monkeypatch.setattr(
@@ -293,6 +294,7 @@ def test_episodes_that_evaluation_cuts_off_are_counted_and_shown(tmp_path, monke
     assert f"{cut['gamma=0.9']} episodes were cut off at" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_one_seed_has_no_interval(capsys):
     assert stats.summarize([3.0]) == {"iqm": 3.0, "ci_low": None, "ci_high": None, "per_seed": [3.0]}
     assert stats.text(stats.summarize([3.0, float("nan")])) == "3.0 (one seed)"
@@ -399,6 +401,7 @@ def test_a_seed_that_recovered_keeps_its_evaluation():
 # What an algorithm must be
 
 
+@pytest.mark.slow
 def test_an_algorithm_may_report_no_episodes(tmp_path):
     algo = make()
 
@@ -612,6 +615,7 @@ def test_metrics_that_are_not_those_of_the_checkpoint_are_refused(members, tmp_p
         train(algo, 2, run_dir=folder, log_every=1, resume=True)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize(
     "notes",
     [None, {"in_row": 1}, {"in_row": 1, "nan": {}}, {"in_row": 0, "nan": {"9": 1}}, {"in_row": 0, "nan": {"0": None}}],
@@ -630,6 +634,7 @@ def test_notes_that_are_not_of_the_run_are_refused(notes, tmp_path):
         train(algo, 1, run_dir=folder, resume=True)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("name", ["summary.json", "evaluations.json"])
 def test_a_damaged_record_is_refused_by_its_path(name, tmp_path):
     algo = make("Probe-action")
@@ -668,6 +673,7 @@ def test_a_sweep_s_tables_have_a_column_for_each_number(tmp_path):
         assert numbers == [(a, b) for a in (1e-3, 1e-2) for b in (0.9, 0.8) for _ in range(rows_a_cell)]
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
 def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
     folder = tmp_path / "run"

@@ -61,6 +61,7 @@ def test_decoding_gives_the_logits_of_the_whole_sequence(kind, key):
     )
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("kind", ["dense", "window", "mla", "rwkv"])
 def test_packed_sequences_are_as_if_alone(kind, key):
     config = KINDS[kind]
@@ -154,6 +155,7 @@ def test_a_prompt_longer_than_its_cache_is_refused(kind, key):
         jax.eval_shape(call, jax.eval_shape(lambda: transformer.init(jax.random.key(0), config)))
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(key):
     params, tokens = start(SMALL, key)
 
