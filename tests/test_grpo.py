@@ -161,6 +161,7 @@ def test_runs_with_a_supervised_start_resume_bit_for_bit(tmp_path):
     assert 0 <= first.summary["eval"]["iqm"] <= 1
 
 
+@pytest.mark.slow
 def test_supervised_learning_learns_from_the_demonstrations():
     algo = sft.make(TASK, sft.Config(model=SHAPE, batch_size=32), sft.Hyper(learning_rate=0.01))
     result = run.train(algo, jax.random.key(0), 150 * algo.env_steps_per_update, num_seeds=2, progress=False)

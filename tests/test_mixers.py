@@ -91,6 +91,7 @@ def by_hand(r, k, v, log_w, u, first):
     return jnp.moveaxis(jnp.stack(out).reshape(r.shape[0], r.shape[2], r.shape[1], -1), 1, 2)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("chunk", [1, 4, 16])
 def test_rwkv_in_chunks_and_its_gradients(chunk):
     with jax.enable_x64(True):

@@ -318,6 +318,7 @@ def test_nothing_copies_the_buffer(prioritized):
     assert used.alias_size_in_bytes >= seeds * memory.bytes
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("module, make", [(dqn, dqn.Config), (r2d2, r2d2.Config)])
 def test_a_whole_update_copies_neither_rows_nor_priorities(module, make):
     """Rows of a few numbers, where a copy of the priorities alone would show."""
