@@ -134,6 +134,7 @@ def test_the_target_network_follows_hard_and_soft():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), second.target_params, wanted)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize(
     "fields", [{"munchausen": True}, {"distribution": "categorical"}, {"distribution": "quantile"}]
 )
@@ -163,6 +164,7 @@ def test_returns_beyond_the_support_show_at_its_edge():
         np.testing.assert_allclose(metrics["mass_at_v_max"][-1], 0, atol=1e-6)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("module", [dqn, r2d2])
 def test_learning_goes_on_beyond_2_to_the_31_steps(module):
     config = (
@@ -218,6 +220,7 @@ def test_noise_is_the_key_s_and_absent_without_one(key):
 # As an algorithm
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("part", ["double", "rainbow"])
 def test_a_checkpoint_holds_the_replay_bit_for_bit(part, tmp_path):
     algo = dqn.make(envs.make("Probe-policy"), dataclasses.replace(TINY, **PARTS[part]), HYPER)
@@ -229,11 +232,16 @@ def test_a_checkpoint_holds_the_replay_bit_for_bit(part, tmp_path):
         np.testing.assert_array_equal(data(a), data(b))
 
 
-def test_sweeps_and_keys():
+@pytest.mark.slow
+def test_sweeps():
     algo = dqn.make(envs.make("Probe-policy"), dataclasses.replace(TINY, **PARTS["rainbow"]), HYPER)
     grid = run.sweep.grid(algo.hyper, {"gamma": [0.9, 0.99], "priority_exponent": [0.0, 0.6]})
     result = run.train(algo, jax.random.key(0), 16, num_seeds=2, hypers=grid, eval_episodes=0, progress=False)
     assert result.metrics["loss"].shape == (4, 2, 4)
+
+
+def test_no_key_is_used_twice():
+    algo = dqn.make(envs.make("Probe-policy"), dataclasses.replace(TINY, **PARTS["rainbow"]), HYPER)
     with jax.debug_key_reuse(True):
         jax.jit(algo.update)(jax.jit(algo.init)(jax.random.key(0)))
 

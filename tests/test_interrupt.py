@@ -49,10 +49,20 @@ with interrupt.StopOnSignal() as stop:
 """
 
 
+def heed_signals():
+    """A process that was started in the background, or by nohup, passes on that it ignores some."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def run(body, *signals, apart=0.5):
     """What a process printed after it was ready, its status, and the seconds it took to leave."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, body], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SCRIPT, body],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_signals,
     )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
