@@ -3,12 +3,15 @@
 import importlib.util
 import os
 import resource
+import signal
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))  # the attacks, of which tests make use
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as where a shell starts the tests in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu is here only to compile; do not ask for a machine
 os.environ["JRL_CPU_DEVICES"] = "2"

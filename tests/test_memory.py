@@ -50,6 +50,7 @@ def close(a, b, tolerance=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance), a, b)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_and_unrolled_sequences_give_the_same(kind, key):
     net = network(KINDS[kind])
@@ -76,6 +77,7 @@ def test_steps_and_unrolled_sequences_give_the_same(kind, key):
     )
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_episode_sees_nothing_of_the_one_before(kind, key):
     net = network(KINDS[kind])
@@ -100,6 +102,7 @@ def test_what_is_beyond_the_context_is_out_of_sight(key):
     assert (gradient[:5] == 0).all() and (gradient[5:] != 0).any(axis=-1).all()
 
 
+@pytest.mark.slow
 def test_memory_carries_no_gradient_and_half_width_runs(key):
     algo = ppo.make(
         envs.make("Probe-memory"),

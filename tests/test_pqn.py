@@ -77,6 +77,7 @@ def test_masked_actions_are_never_taken():
     np.testing.assert_allclose(share, [0.7, 0, 0.3], atol=0.05)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("gru", [0, 8])
 def test_truncation_bootstraps(gru):
     """Reward 1 a step, truncated at 20, never terminated: V = 1 / (1 - gamma), where a merged ``done`` gives about half."""
@@ -91,6 +92,7 @@ def test_truncation_bootstraps(gru):
     np.testing.assert_allclose(metrics["q"][:, -10:].mean(1), 10, atol=0.5)
 
 
+@pytest.mark.slow
 def test_a_memory_learns_what_none_can():
     """The action at the end must repeat what only the first observation showed."""
 
@@ -122,6 +124,7 @@ def test_epsilon_falls_over_the_run():
     np.testing.assert_allclose(metrics["epsilon"], 0.1)  # an unknown length: the end of the schedule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"network": dataclasses.replace(NETWORK, gru=4), "precision": "pure_bfloat16"}])
 def test_the_same_key_gives_the_same_bits_and_a_finished_run_resumes(fields, tmp_path):
     algo = pqn.make(envs.make("Probe-policy"), dataclasses.replace(TINY, **fields))
