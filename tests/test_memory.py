@@ -119,6 +119,7 @@ def test_memory_carries_no_gradient_and_half_width_runs(key):
     assert jnp.isfinite(metrics["loss"]) and begin.actors.memory[0].k.dtype == state.actors.memory[0].k.dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", pytest.param("nsa", marks=pytest.mark.slow)])
 def test_ppo_remembers_with_attention(kind):
     config = ppo.Config(
