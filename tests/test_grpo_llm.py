@@ -36,6 +36,7 @@ def rows_of(folder):
         return [{k: float(v) for k, v in row.items() if "per_s" not in k} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_numbers(model, tmp_path):
     whole = train(model, tmp_path / "whole", "--steps", 20)
     assert whole.returncode == 0, whole.stderr
@@ -62,6 +63,7 @@ def test_a_run_goes_on_only_with_the_settings_it_had(model, tmp_path):
     assert other.returncode == 1 and "another configuration: hyper.kl_weight was 0.04, is 0.5" in other.stderr
 
 
+@pytest.mark.slow
 def test_the_model_itself_over_two_devices_learns_as_on_one(model, tmp_path):
     full = ("--steps", 2, "--config.lora-rank", 0, "--config.micro-batches", 2)
     for count in (1, 2):
