@@ -80,14 +80,15 @@ def main(argv: list[str]) -> None:
     for name in args.methods:
         checks.one_of("methods", name, (*grpo.METHODS, "custom"))
     task = tasks.make(args.task, **cli.parse_params(args.task_params))
-    settings = {name: settings_of(name, args, preset) for name in args.methods}
+    # All of them before the first is trained: one may be refused.
+    algos = {name: grpo.make(task, *settings_of(name, args, preset)) for name in args.methods}
     folder = args.folder or Path("runs") / f"grpo-{task.name}"
     rows: list[dict[str, Any]] = []
     curves = []
     for name in args.methods:
-        algo, home = grpo.make(task, *settings[name]), folder / name
-        if (config := settings[name][0]).supervised:
-            print(f"{name}: {config.supervised} supervised updates first", flush=True)
+        algo, home = algos[name], folder / name
+        if algo.config.supervised:
+            print(f"{name}: {algo.config.supervised} supervised updates first", flush=True)
         hypers = run.sweep.cells(algo.hyper, args.sweep)
         result = run.train(
             algo,

@@ -89,6 +89,7 @@ def checked(args: Args) -> Args:
         checks.positive_int("prompt_length", args.prompt_length)
     if args.config.supervised:
         raise ValueError("config.supervised must be 0: a published model needs no supervised start here")
+    grpo.check(args.config)
     grpo.check_hyper(args.hyper)
     tokens = answer_length + (args.prompt_length or 0)
     answers = jax.ShapeDtypeStruct((args.config.oversample * args.config.rows, tokens, 3), jnp.float32)

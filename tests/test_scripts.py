@@ -148,12 +148,24 @@ def test_optimizers_are_compared(tmp_path):
         ("language", ["--steps", "0"], "steps must be an integer of at least 2; got 0"),
         ("language", ["--length", "10000000"], "length must be below "),
         ("language", ["--dim", "30"], "transformer.dim must be a multiple of num_heads = 4"),
+        # The first method could be trained; the model would only be missed after the settings.
+        (
+            "grpo",
+            ["--methods", "reinforce++", "grpo", "--config.group-size", "1"],
+            "config.group_size must be an integer",
+        ),
+        (
+            "grpo_llm",
+            ["--model", "none", "--config.num-minibatches", "7"],
+            "config.num_minibatches * micro_batches must",
+        ),
     ],
 )
 def test_comparisons_refuse_wrong_words(name, words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     code, said = processes.refused(name, words, monkeypatch, capsys)
     assert code == 1 and f"error: {message}" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
