@@ -61,7 +61,9 @@ def test_steps_are_gymnax_s_own(name, key):
             key_step, their_state, action, params
         )
         np.testing.assert_allclose(obs, info["final_observation"], rtol=1e-6)
-        np.testing.assert_allclose(reward, their_reward, rtol=1e-6)
+        np.testing.assert_allclose(
+            reward, their_reward, rtol=1e-6 if name == "Pendulum-v1" else 0
+        )  # a float of many terms
         assert (terminated, truncated) == (their_terminated, their_truncated)
 
 

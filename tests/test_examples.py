@@ -55,11 +55,6 @@ def test_an_example_trains_many_seeds_in_one_program(path):
     assert {x.shape[0] for x in jax.tree.leaves(state)} == {3}
 
 
-def jit(function):
-    """Compiled in haste: these programs run once."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def close(a, b):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
 
@@ -71,8 +66,8 @@ def agree(example, mine, algo, theirs, params_of, metrics, num_updates=3):
     moment is a mean of gradients, so that these agree too.
     """
     with jax.debug_key_reuse(True):
-        mine, found = jit(lambda s: jax.lax.scan(example.update, s, length=num_updates))(mine)
-    theirs, expected = jit(lambda s: jax.lax.scan(lambda s, _: algo.update(s), s, length=num_updates))(theirs)
+        mine, found = jax.jit(lambda s: jax.lax.scan(example.update, s, length=num_updates))(mine)
+    theirs, expected = jax.jit(lambda s: jax.lax.scan(lambda s, _: algo.update(s), s, length=num_updates))(theirs)
     for name, its_name in metrics.items():
         close(found[name][-1], expected[its_name][-1])
     moments = [[optax.tree.get(state.opt_state, name) for state in (mine, theirs)] for name in ("mu", "nu")]
@@ -115,9 +110,9 @@ def test_three_updates_of_ppo_are_those_of_jrl(monkeypatch):
         }
 
     key = jax.random.key(3)
-    theirs = jit(algo.init)(key, hyper, example.NUM_UPDATES)
+    theirs = jax.jit(algo.init)(key, hyper, example.NUM_UPDATES)
     monkeypatch.setattr(example, "init_params", lambda key: params_of(theirs.params))
-    mine = jit(example.init)(key)
+    mine = jax.jit(example.init)(key)
     mine, theirs = agree(example, mine, algo, theirs, params_of, {"loss": "loss", "episodes": "episodes"})
     np.testing.assert_array_equal(mine.obs, theirs.actors.obs)
 
@@ -165,9 +160,9 @@ def test_the_updates_of_dqn_are_those_of_jrl_once_the_replay_is_full(monkeypatch
         return dense(tree["params"]["torso"]["Dense_0"], tree["params"]["torso"]["Dense_1"], tree["params"]["values"])
 
     key = jax.random.key(3)
-    theirs = jit(algo.init)(key, hyper, example.NUM_UPDATES)
+    theirs = jax.jit(algo.init)(key, hyper, example.NUM_UPDATES)
     monkeypatch.setattr(example, "init_params", lambda key: params_of(theirs.params))
-    mine = jit(example.init)(key)
+    mine = jax.jit(example.init)(key)
     metrics = {"loss": "objective", "episodes": "episodes"}
     mine, theirs = agree(example, mine, algo, theirs, params_of, metrics, num_updates=24)
     np.testing.assert_array_equal(mine.obs, theirs.actors.obs)
@@ -207,7 +202,7 @@ def test_three_updates_of_grpo_are_those_of_jrl():
         layers = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(example.NUM_LAYERS)]
         return {"embedding": tree["embedding"], "layers": layers, "norm": tree["norm"]}
 
-    theirs = jit(algo.init)(jax.random.key(3), hyper, example.NUM_UPDATES)
+    theirs = jax.jit(algo.init)(jax.random.key(3), hyper, example.NUM_UPDATES)
     params = params_of(theirs.params)
     mine = example.State(params, params, example.optimizer(0).init(params), theirs.key, theirs.updates)
     agree(example, mine, algo, theirs, params_of, {"loss": "loss", "reward": "reward"})
@@ -242,5 +237,5 @@ def test_the_decoder_of_nsa_gives_the_logits_of_jrl(monkeypatch):
         "branch_gate_bias": jnp.zeros((example.NUM_HEADS, 3)),
     }
     stacked = params | {"layers": jax.tree.map(lambda x: x[None], layer)}
-    expected = jit(lambda: transformer.forward(stacked, tokens, config))()
-    np.testing.assert_allclose(jit(example.next_token_logits)(params, tokens), expected, atol=2e-6)
+    expected = jax.jit(lambda: transformer.forward(stacked, tokens, config))()
+    np.testing.assert_allclose(jax.jit(example.next_token_logits)(params, tokens), expected, atol=2e-6)

@@ -120,7 +120,7 @@ def test_memory_carries_no_gradient_and_half_width_runs(key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dense", pytest.param("nsa", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["dense", "nsa"])
 def test_ppo_remembers_with_attention(kind):
     config = ppo.Config(
         num_envs=8,

@@ -107,10 +107,6 @@ def test_truncation_is_not_termination(shared, gru):
 # Variants of the loss
 
 
-def slow(fields):
-    return pytest.param(fields, marks=pytest.mark.slow)
-
-
 @pytest.mark.thorough(2)
 @pytest.mark.parametrize(
     "fields",
@@ -118,15 +114,15 @@ def slow(fields):
         {"loss": "penalty"},
         {"dual_clip": True},
         {"kl_stop": True},
-        slow({"value_clip": False}),
-        slow({"standardize_advantages": "batch"}),
-        slow({"standardize_advantages": "none"}),
+        {"value_clip": False},
+        {"standardize_advantages": "batch"},
+        {"standardize_advantages": "none"},
         {"normalize_observations": True, "normalize_rewards": True},
-        slow({"precision": "bfloat16"}),
-        slow({"precision": "params=bfloat16,compute=bfloat16"}),
+        {"precision": "bfloat16"},
+        {"precision": "params=bfloat16,compute=bfloat16"},
         {"precision": "pure_bfloat16", "optimizer": optim.OptimizerConfig(rounding="stochastic", moments="bfloat16")},
         {"optimizer": optim.OptimizerConfig("adamw", "cosine", warmup=0.1, accumulate=2)},
-        slow({"optimizer": optim.OptimizerConfig("schedule_free_adamw", "constant")}),
+        {"optimizer": optim.OptimizerConfig("schedule_free_adamw", "constant")},
         {"optimizer": optim.OptimizerConfig("rmsprop", "piecewise", clip="value", ema=True)},
         {"network": nets.Config(hidden=(16,), shared=True, activation="relu")},
     ],

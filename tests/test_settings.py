@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import pytest
+from settings_table import descriptions
 
 from jrl import nets
 from jrl.algos import dqn, grpo, ppo, ppo_lm, pqn, r2d2, sft, td
@@ -72,12 +73,6 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_every_field_is_described_on_its_line_or_above_it(name):
     """``--help`` and the documentation show these comments."""
-    lines = inspect.getsource(KINDS[name]).splitlines()
-    fields = [
-        i for i, line in enumerate(lines) if line.partition(":")[0].strip() in inspect.get_annotations(KINDS[name])
-    ]
-    assert len(fields) == len(inspect.get_annotations(KINDS[name]))
-    for i in fields:
-        above = lines[i - 1].strip()
-        comment = lines[i].partition("  # ")[2] or (above.startswith("# ") and above)
-        assert comment and comment[-1] in ".,", lines[i]
+    described = descriptions(KINDS[name])
+    for field in inspect.get_annotations(KINDS[name]):
+        assert described[field].endswith("."), field
