@@ -1,9 +1,11 @@
 """The run loop: chunks of compiled updates, with everything that has to happen on the host between them."""
 
 import contextlib
+import importlib
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from jrl.run.progress import Progress
 from jrl.run.scores import EVAL_SEED, Cells, Scorer
 
 CHUNK_SECONDS = 1.0
+SLOW_IMPORTS = ("tensorboardX.event_file_writer", "orbax.checkpoint", "matplotlib.figure")  # for the files in a folder
 
 
 class Result(NamedTuple):
@@ -125,6 +128,8 @@ def train(
         if progress:
             where = f"{stats.seeds(num_seeds)} on {host.description()}"
             print(f"{algo.name} on {algo.env.name}: {where}", file=sys.stderr, flush=True)
+        if folder is not None:  # import what the files need while the compiler works
+            threading.Thread(target=_import, args=(SLOW_IMPORTS,), daemon=True).start()
         names = list(metrics)
         built = compiled.build(algo, members, names, total, every, chosen, automatic=seeds_at_once is None)
         run = _Run(algo, members, names, total, every, built, eval_episodes, progress)
@@ -134,6 +139,13 @@ def train(
             return run.finish(run.loop(eval_every, checkpoint_every), gif)
         finally:
             run.close()
+
+
+def _import(names: Iterable[str]) -> None:
+    """Import modules before they are needed; what cannot be imported raises there."""
+    for name in names:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
 class _Chunk(NamedTuple):
@@ -275,8 +287,6 @@ class _Run:
         begin = time.perf_counter()
         members = program.Members(self.state, self.row)
         (self.state, self.row), rows = self.built.chunk(members, jnp.int32(n), jnp.int32(self.in_row))
-        # Slice now: otherwise the slice waits behind the next chunk, and the host with it.
-        rows = program.first_rows(rows, self._filled(n))
         self._take_in()
         jax.block_until_ready(rows)
         took = time.perf_counter() - begin
@@ -289,10 +299,6 @@ class _Run:
         n = max(1, int(CHUNK_SECONDS / self.seconds_per_update)) if self.seconds_per_update else 1
         ends = [self.total - self.done, self.every * self.built.max_rows - self.in_row]
         return min(n, *ends, *([] if eval_every is None else [eval_every - self.done % eval_every]))
-
-    def _filled(self, n: int) -> int:
-        """Rows to copy after ``n`` more updates: the complete ones, rounded up to a power of two so that few programs are compiled."""
-        return 1 << max(0, (self.in_row + n) // self.every - 1).bit_length()
 
     def _take_in(self) -> None:
         """Collect the metrics of the last chunk: report NaNs, record complete rows, move the progress bar."""

@@ -1,6 +1,5 @@
 """The compiled programs of a run."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,8 +43,8 @@ class Members(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Metrics of a chunk for ``[members]``: sums over the updates of each whole row ``[members, rows]``, and the first update (from
-    0, within the chunk) at which a loss was not finite ``[members]``, -1 for none."""
+    """Metrics of a chunk for ``[members]``: sums over the updates of each row ``[members, max_rows + 1]``, of which the chunk filled
+    the first, and the first update (from 0, within the chunk) at which a loss was not finite ``[members]``, -1 for none."""
 
     sums: Metrics
     first_bad: Array
@@ -87,9 +86,3 @@ def chunk(
         return Members(states, sums[(before + n) // log_every].T), rows
 
     return run
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def first_rows(rows: Rows, num_rows: int) -> Rows:
-    """The first rows of a chunk, before they are copied to the host."""
-    return rows._replace(sums={name: x[:, :num_rows] for name, x in rows.sums.items()})
