@@ -33,9 +33,12 @@ BUDGET = 120.0  # seconds, of a test that is not marked as slow
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """All cases of a test marked ``thorough(n)`` are slow but the first n."""
+    """All cases of a test marked ``thorough(n)`` are slow but the first n; what needs two devices is skipped where there is one."""
     counts = Counter()
+    alone = len(jax.devices()) < 2
     for item in items:
+        if alone and item.get_closest_marker("two_devices"):
+            item.add_marker(pytest.mark.skip(reason="needs two devices"))
         if mark := item.get_closest_marker("thorough"):
             name = item.nodeid.partition("[")[0]
             counts[name] += 1

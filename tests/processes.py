@@ -11,7 +11,8 @@ import pytest
 from jrl.run import cli
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+ENVIRONMENT = os.environ | {"PYTHONPATH": PYTHONPATH, "COLUMNS": "200"}
 
 
 def command(name, *args):

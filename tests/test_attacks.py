@@ -6,6 +6,8 @@ from pathlib import Path
 
 import processes
 
+ENVIRONMENT = processes.ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JRL_CPU_DEVICES": "1"}  # the attacked are forks
+
 INPUTS = """
 import sys
 from pathlib import Path
@@ -29,7 +31,7 @@ for number, case in enumerate(inputs.some(23)):
 def test_bad_inputs_are_refused_with_one_line(tmp_path):
     scripts = processes.ROOT / "scripts"
     command = [sys.executable, "-c", INPUTS, str(scripts)]
-    done = subprocess.run(command, capture_output=True, text=True, env=processes.ENVIRONMENT, cwd=tmp_path, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) >= 40 and set(lines) == {"refused", "no device is used yet"}, done.stdout
@@ -54,6 +56,5 @@ for number, case in enumerate(tampering.cases(1, 2000)):
 
 def test_damaged_runs_and_models_are_refused_in_a_line_or_the_damage_does_not_matter(tmp_path):
     command = [sys.executable, "-c", TAMPERING, str(Path(__file__).parents[1] / "scripts"), str(tmp_path)]
-    environment = processes.ENVIRONMENT | {"JRL_CPU_DEVICES": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr

@@ -86,6 +86,7 @@ def test_orthogonal(shape, key):
     np.testing.assert_allclose(batch[1], orthogonal(2.0)(jax.random.split(key, 3)[1], shape), atol=1e-6)
 
 
+@pytest.mark.two_devices
 def test_initialization_does_not_hang_over_two_devices(key):
     net = nets.actor_critic(nets.Config(), VECTOR, Discrete(2))
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -265,6 +265,7 @@ def test_a_cell_of_a_grid_is_its_solo_run(key):
 
 
 @pytest.mark.slow
+@pytest.mark.two_devices
 def test_over_devices_changes_nothing(key):
     algo = over_seeds(ppo.make(envs.make("CartPole-v1"), TINY))
     mesh = jax.make_mesh((2,), ("seeds",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -13,6 +13,7 @@ from jrl.lm import tasks
 from jrl.nets import transformer
 from jrl.numerics import sharding
 
+pytestmark = pytest.mark.two_devices
 MODEL = transformer.Config(dim=16, num_layers=1, num_heads=2, num_kv_heads=2, ffn_dim=32)
 CONFIG = grpo.Config(model=MODEL, num_prompts=4, group_size=4, num_minibatches=2, micro_batches=2, kl="k3")
 

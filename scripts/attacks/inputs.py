@@ -143,7 +143,7 @@ def _body(case: Case) -> Any:
             os.execve(
                 sys.executable,
                 [sys.executable, str(ROOT / "experiments" / case.script), *case.words],
-                os.environ | {"PYTHONPATH": str(ROOT)},
+                os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))},
             )
         else:
             run()
