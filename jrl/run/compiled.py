@@ -1,6 +1,7 @@
 """The programs of a run, compiled for its devices, and the state with which it begins."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from jrl.numerics import host
 from jrl.run import layout, program
 from jrl.run.layout import Layout
 from jrl.run.members import Members
+from jrl.run.scores import Scorer
 
 
 class Compiled(NamedTuple):
@@ -23,6 +25,7 @@ class Compiled(NamedTuple):
         chunk: ``program.chunk`` of all members, compiled; it takes its first argument's memory.
         max_rows: rows of metrics that a chunk can hold.
         start: the members at the beginning, with an empty row.
+        scorer: evaluates all members; None where no episodes were asked for.
         seconds: time taken by compiling and initializing.
     """
 
@@ -30,17 +33,29 @@ class Compiled(NamedTuple):
     chunk: Any
     max_rows: int
     start: program.Members
+    scorer: Scorer | None
     seconds: float
 
 
 def build(
-    algo: Algorithm, members: Members, names: list[str], total: int, every: int, chosen: Layout, automatic: bool
+    algo: Algorithm,
+    members: Members,
+    names: list[str],
+    total: int,
+    every: int,
+    eval_episodes: int,
+    chosen: Layout,
+    automatic: bool,
 ) -> Compiled:
     """Initialize all members while the chunk compiles; where that does not fit the device and the layout was chosen
     automatically, it is for smaller groups.
 
     ``names`` are those of the metrics, ``total`` is the number of updates, ``every`` that of a row.
     """
+
+    def scorer_of(chosen: Layout) -> Scorer | None:
+        return Scorer(algo, members.cells, chosen, eval_episodes) if eval_episodes else None
+
     begin = time.perf_counter()
     max_rows = program.max_rows(chosen.num_members)
     init = over_members(algo).init
@@ -53,16 +68,24 @@ def build(
     run = program.chunk(algo, names, every, max_rows)
     with ThreadPoolExecutor(1) as pool:
         initialized = pool.submit(lambda: lowered.compile()(pairs))
-        fitting, chunk = _compile_chunk(run, lowered.out_info, len(names), chosen, automatic)
+        fitting, chunk, scorer = _compile_chunk(run, lowered.out_info, len(names), chosen, automatic, scorer_of)
         states = initialized.result()
     if fitting != chosen:
         real = jax.tree.map(lambda x: x[: chosen.num_members], states)
         states = layout.put(fitting, layout.pad(fitting, real))
     row = layout.put(fitting, np.zeros((fitting.num_slots, len(names)), np.float32))
-    return Compiled(fitting, chunk, max_rows, program.Members(states, row), time.perf_counter() - begin)
+    begun = program.Members(states, row)
+    return Compiled(fitting, chunk, max_rows, begun, scorer, time.perf_counter() - begin)
 
 
-def _compile_chunk(run: Any, states: Any, num_metrics: int, chosen: Layout, automatic: bool) -> tuple[Layout, Any]:
+def _compile_chunk(
+    run: Any,
+    states: Any,
+    num_metrics: int,
+    chosen: Layout,
+    automatic: bool,
+    scorer_of: Callable[[Layout], Scorer | None],
+) -> tuple[Layout, Any, Scorer | None]:
     """Compile the chunk for states of these shapes, in smaller groups until it fits."""
     while True:
         row: Any = jax.ShapeDtypeStruct((1, num_metrics), jnp.float32)
@@ -72,9 +95,14 @@ def _compile_chunk(run: Any, states: Any, num_metrics: int, chosen: Layout, auto
             lowered = jax.jit(layout.over_members(chosen, run), donate_argnums=0).lower(
                 members, jnp.int32(1), jnp.int32(0)
             )
+            scorer = scorer_of(chosen)
+            if scorer is not None and chosen.devices[0].platform != "cpu":
+                # Traced while the compiler works on the chunk. On a CPU that would take the cores from training: there evaluation
+                # is compiled when it is needed.
+                scorer.compile(states)
             chunk = lowered.compile(compiler_options=host.chunk_compiler_options())
             if smallest or fits(chunk, chosen):
-                return chosen, chunk
+                return chosen, chunk, scorer
         except jax.errors.JaxRuntimeError as error:  # a TPU's compiler refuses what does not fit
             if smallest or "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -21,7 +21,7 @@ from jrl.run.evaluate import record
 from jrl.run.interrupt import StopOnSignal
 from jrl.run.members import Members, NanWatch, members_of
 from jrl.run.progress import Progress
-from jrl.run.scores import EVAL_SEED, Cells, Scorer
+from jrl.run.scores import EVAL_SEED, Cells
 
 CHUNK_SECONDS = 1.0
 SLOW_IMPORTS = ("tensorboardX.event_file_writer", "orbax.checkpoint", "matplotlib.figure")  # for the files in a folder
@@ -131,8 +131,9 @@ def train(
         if folder is not None:  # import what the files need while the compiler works
             threading.Thread(target=_import, args=(SLOW_IMPORTS,), daemon=True).start()
         names = list(metrics)
-        built = compiled.build(algo, members, names, total, every, chosen, automatic=seeds_at_once is None)
-        run = _Run(algo, members, names, total, every, built, eval_episodes, progress)
+        automatic = seeds_at_once is None
+        built = compiled.build(algo, members, names, total, every, eval_episodes, chosen, automatic)
+        run = _Run(algo, members, names, total, every, built, progress)
         try:
             if folder is not None:
                 run.open(folder, settings, resume)
@@ -168,13 +169,12 @@ class _Run:
         total: int,
         every: int,
         built: compiled.Compiled,
-        eval_episodes: int,
         show: bool,
     ) -> None:
         self.algo, self.members, self.names, self.total, self.every = algo, members, names, total, every
         self.built, self.layout, (self.state, self.row) = built, built.layout, built.start
         self.watch = NanWatch(algo, members.labels, built.layout)
-        self.scorer = Scorer(algo, members.cells, built.layout, eval_episodes) if eval_episodes else None
+        self.scorer = built.scorer
         self.folder: Path | None = None
         self.log: log.Log | None = None
         self.checkpoints: Checkpoints | None = None
@@ -252,10 +252,6 @@ class _Run:
 
     def loop(self, eval_every: int | None, checkpoint_every: float) -> bool:
         """Train to the end; returns false if a signal stopped it, with everything saved."""
-        if self.scorer is not None and self.layout.devices[0].platform != "cpu":
-            self.scorer.compile(
-                self.state
-            )  # on a CPU it would take the cores from training: there it is compiled when it is needed
         self.saved_at = time.perf_counter()
         with StopOnSignal() as stop:
             try:
