@@ -40,11 +40,21 @@ def test_numbers_on_a_logarithmic_axis_are_plain_and_those_of_the_data(axes):
     assert {"5", "10", "20"} <= {label.get_text() for label in axes.get_yticklabels()}
 
 
-def test_a_picture_has_a_vector_graphic_beside_it_and_both_are_the_same_each_time(tmp_path):
-    for name in ("a", "b"):
+def test_a_picture_is_drawn_before_its_vector_graphic(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plt.Figure, "savefig", lambda figure, path, **kwargs: drawn.append(path.suffix))
+    for name in "abcdefgh":  # a layout depends on what was drawn before
         plot.draw(tmp_path / f"{name}.png", PANELS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg", "b.png", "b.svg"]
+    assert drawn == [".png", ".svg"] * 8
+
+
+def test_a_picture_has_a_vector_graphic_beside_it_and_both_are_the_same_each_time(tmp_path):
+    x = np.arange(0, 200_000, 1000.0)
+    panels = [plot.Panel("PPO", "steps", "return", [("", x, np.sqrt(x)[None] * np.array([[1.0], [2.0]]))])]
+    for name in "abcdef":
+        plot.draw(tmp_path / f"{name}.png", panels)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{x}.{y}" for x in "abcdef" for y in ("png", "svg")]
     for suffix in ("png", "svg"):
-        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
-    plot.draw(tmp_path / "c.pdf", PANELS)
-    assert (tmp_path / "c.pdf").read_bytes()[:4] == b"%PDF" and not (tmp_path / "c.svg").exists()
+        assert len({path.read_bytes() for path in tmp_path.glob(f"*.{suffix}")}) == 1
+    plot.draw(tmp_path / "g.pdf", panels)
+    assert (tmp_path / "g.pdf").read_bytes()[:4] == b"%PDF" and not (tmp_path / "g.svg").exists()

@@ -16,6 +16,8 @@ from jrl.nets import memory, moe, transformer
 from jrl.numerics import optim, settings
 from jrl.numerics.settings import NonNegativeInt, Positive, Settings, Unit
 
+FLOATS = [getattr(settings, name) for name in ("Unit", "NonNegative", "AtLeastOne", "AboveZero", "BelowOne", "Finite")]
+
 
 @dataclass(frozen=True)
 class Parent(Settings, prefix="tower"):
@@ -68,6 +70,13 @@ KINDS = {
         *(mla.Config, nsa.Config, rotary.Scaling, optim.OptimizerConfig, optim.Hyper),
     )
 }
+
+
+@pytest.mark.parametrize("kind", [Positive, NonNegativeInt, *FLOATS])
+def test_what_is_infinite_in_float32_is_refused(kind):
+    for value in (float("inf"), 1e39, float("nan")):
+        with pytest.raises(ValueError, match="x must be"):
+            settings._check_of(kind)("x", value)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -91,7 +91,7 @@ def apart(what: str, names: Iterable[str], taken: Iterable[str]) -> None:
 def within(field: str, value: Any, low: float, high: float) -> None:
     """Raise ``ValueError`` unless a concrete number is finite and lies in ``[low, high]``; traced values pass unchecked."""
     bounds = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-    _all(field, value, lambda x: abs(x) <= float(np.finfo(np.float32).max) or math.isnan(x), "finite in float32")
+    _all(field, value, _finite, "finite in float32")
     _all(field, value, lambda x: low <= x <= high, bounds)
 
 
@@ -101,8 +101,13 @@ def below_one(field: str, value: Any) -> None:
 
 
 def above_zero(field: str, value: Any) -> None:
-    """Raise ``ValueError`` unless a concrete number is above 0, as a normal float32; traced values pass unchecked."""
+    """Raise ``ValueError`` unless a concrete number is finite and above 0, as a normal float32; traced values pass unchecked."""
+    _all(field, value, _finite, "finite in float32")
     _all(field, value, lambda x: float(np.finfo(np.float32).tiny) <= x, "above 0")
+
+
+def _finite(x: float) -> bool:
+    return abs(x) <= float(np.finfo(np.float32).max) or math.isnan(x)  # what is no number fails the check that follows
 
 
 def _all(field: str, value: Any, good: Callable[[float], bool], bounds: str) -> None:

@@ -60,7 +60,8 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
         for i, line in enumerate(panel.lines):
             _draw_line(axes, i, *line, alone=len(panel.lines) == 1)
         _draw_axes(axes, panel)
-    for file in {path, path.with_suffix(".svg") if path.suffix == ".png" else path}:
+    # Always in the same order: drawing once more moves the layout by fractions of a pixel.
+    for file in [path, path.with_suffix(".svg")] if path.suffix == ".png" else [path]:
         figure.savefig(file, dpi=120, metadata={"Date": None} if file.suffix == ".svg" else None)
     plt.close(figure)
 
