@@ -15,6 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jrl.envs.types import Environment, example_action, observation_spec
 from jrl.experience.rollout import mean_or_nan
 from jrl.numerics import checks, optim, precision, rounding
+from jrl.numerics.types import Params
 
 Array = jax.Array
 State = Any
@@ -128,7 +129,9 @@ def current_optimizer(config: Any, state: Any) -> optax.GradientTransformation:
     return optimizer(config, state.hyper, learning_rate_factor(config, state))
 
 
-def start_learning(config: Any, hyper: Any, params: Any, key: Array, num_updates: Array | int | None) -> dict[str, Any]:
+def start_learning(
+    config: Any, hyper: Any, params: Params, key: Array, num_updates: Array | int | None
+) -> dict[str, Any]:
     """The state fields that all learners have in common: hyperparameters in float32, parameters, optimizer and counters.
 
     ``num_updates`` is the length of the run, which schedules follow; ``None`` if it is unknown.

@@ -64,7 +64,7 @@ def pure(setting: dict[str, Any], algo: Algorithm) -> dict[str, Any]:
     keys = layout.put(chosen, layout.pad(chosen, jax.random.split(jax.random.key(0), num_seeds)))
     state = jax.jit(layout.over_members(chosen, jax.vmap(lambda k: algo.init(k, None, 10**6))))(keys)
     names = list(check(algo)[1])
-    members = program.Members(state, layout.put(chosen, jnp.zeros((chosen.num_slots, len(names)))))
+    members = program.LoopState(state, layout.put(chosen, jnp.zeros((chosen.num_slots, len(names)))))
     every = max(1, updates // 1000)
     chunk = program.chunk(algo, names, every, program.max_rows(num_seeds))
     lowered = jax.jit(layout.over_members(chosen, chunk), donate_argnums=0).lower(members, jnp.int32(1), jnp.int32(0))

@@ -31,6 +31,7 @@ from jrl.experience import replay, rollout
 from jrl.experience.greedy import choose, epsilon_greedy, exploration_noise, mask, pick
 from jrl.numerics import checks, optim, precision, settings
 from jrl.numerics.settings import AboveZero, Finite, NonNegative, NonNegativeInt, Positive, Precision, Settings, Unit
+from jrl.numerics.types import Memory, Observation, OptState, Params
 
 Array = jax.Array
 
@@ -124,7 +125,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         target = losses.masked(targets(state, batch, answer, jnp.argmax(chooser, axis=-1)), used)
         number = jnp.maximum(used.sum(), 1)
 
-        def loss(params: Any) -> tuple[Array, tuple[Metrics, Array]]:
+        def loss(params: Params) -> tuple[Array, tuple[Metrics, Array]]:
             taken = losses.masked(pick(outputs(params, batch.obs, key_online), batch.action), used)
             error, each, priority = errors(taken, target, h)
             total = jnp.sum(batch.weight * each) / number
@@ -180,12 +181,12 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
                 error = jnp.sum((target - jax.nn.softmax(taken)) * support(hyper)[0], axis=-1)
                 return error, each, jnp.maximum(each - entropy, 0.0)
 
-    def outputs(params: Any, obs: Any, key: Array | None) -> Array:
+    def outputs(params: Params, obs: Observation, key: Array | None) -> Array:
         """The network's answer ``[N, A]`` or ``[N, A, atoms]``, noisy with a key."""
         params = nets.with_noise(params, key) if noisy and key is not None else params
         return network.step(params, (), obs, jnp.zeros(jax.tree.leaves(obs)[0].shape[0], bool))[1]
 
-    def values(answer: Array, obs: Any, hyper: Hyper) -> Array:
+    def values(answer: Array, obs: Observation, hyper: Hyper) -> Array:
         """Expected returns ``[N, A]``, minus infinity where an action is illegal."""
         match config.distribution:
             case "categorical":
@@ -202,7 +203,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         """The policy that acts: epsilon-greedy, or greedy with noisy weights."""
         epsilon = epsilon_of(state)
 
-        def act(nothing: Any, obs: Any, first: Array, noise: Any) -> tuple[Any, Array, Any]:
+        def act(nothing: Any, obs: Observation, first: Array, noise: Any) -> tuple[Any, Array, Any]:
             chance, key = noise
             action = epsilon_greedy(values(outputs(state.params, obs, key), obs, state.hyper), epsilon, chance)
             return nothing, action, action
@@ -226,7 +227,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             key=key_run,
         )
 
-    def act(state: State, obs: Any, key: Array | None = None, memory: Any = None) -> tuple[Array, Any]:
+    def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
         params = optim.eval_params(state.opt_state, state.params)
         key_noise, key_weights = (None, None) if key is None else jax.random.split(key)
         one = jax.tree.map(lambda x: x[None], obs)
@@ -251,9 +252,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 class State(NamedTuple):
     """The whole run, the replay included."""
 
-    params: Any
-    target_params: Any
-    opt_state: Any
+    params: Params
+    target_params: Params
+    opt_state: OptState
     actors: rollout.Actors
     buffer: replay.Buffer
     key: Array

@@ -44,6 +44,7 @@ from jrl.numerics.settings import (
     Unit,
     check_hyper,
 )
+from jrl.numerics.types import OptState, Params
 
 Array = jax.Array
 
@@ -201,7 +202,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         }
         return total, metrics, scored.load
 
-    def init(key: Array, params: Any, hyper: Hyper, num_updates: Array | int | None = None) -> State:
+    def init(key: Array, params: Params, hyper: Hyper, num_updates: Array | int | None = None) -> State:
         key_adapter, key_optimizer, key_run = jax.random.split(key, 3)
         return State(
             **start_learning(config, hyper, adapter.init(key_adapter, params), key_optimizer, num_updates),
@@ -216,7 +217,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         support = config.support(state.hyper.temperature)
         return sample(key, model, policy(state), prompt, length=length, end=end, valid=valid, pad=pad, support=support)
 
-    def log_probs(params: Any, state: State, prompt: Array, valid: Array, rollout: Rollout) -> Array:
+    def log_probs(params: Params, state: State, prompt: Array, valid: Array, rollout: Rollout) -> Array:
         """Log-probabilities of the tokens of all answers, computed in micro-batches."""
 
         def part(x: Any) -> Array:
@@ -292,9 +293,9 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
 class State(NamedTuple):
     """The whole run."""
 
-    params: Any  # what is trained: all parameters, or the matrices beside them
+    params: Params  # what is trained: all parameters, or the matrices beside them
     frozen: Any  # the initial model, where it is the KL reference or carries LoRA; else ()
-    opt_state: Any
+    opt_state: OptState
     key: Array
     updates: Array  # int32: done so far
     num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown

@@ -30,6 +30,7 @@ from jrl.equations.distributions import Distribution
 from jrl.experience import normalize, rollout
 from jrl.numerics import checks, loops, optim, precision
 from jrl.numerics.settings import AboveZero, AtLeastOne, NonNegative, Positive, Precision, Settings, Unit, check_hyper
+from jrl.numerics.types import Memory, Observation, OptState, Params
 
 Array = jax.Array
 
@@ -92,7 +93,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         metrics["explained_variance"] = losses.explained_variance(batch.value, batch.target)
         return state, metrics | rollout.episode_metrics(episodes)
 
-    def loss(params: Any, memory: Any, batch: Batch, state: State) -> tuple[Array, Metrics]:
+    def loss(params: Params, memory: Memory, batch: Batch, state: State) -> tuple[Array, Metrics]:
         hyper = state.hyper
         _, outputs = network.unroll(params, memory, batch.obs, batch.first)
         log_ratio = distribution.log_prob(outputs.policy, batch.action) - batch.log_prob
@@ -128,7 +129,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     def actor(state: State) -> Any:
         """Sample actions, and return what learning needs later."""
 
-        def act(memory: Any, obs: Any, first: Array, noise: Array) -> tuple[Any, Array, Any]:
+        def act(memory: Memory, obs: Observation, first: Array, noise: Array) -> tuple[Any, Array, Any]:
             normalized = normalize.observations(state.obs_stats, obs)
             next_memory, outputs = network.step(state.params, memory, normalized, first)
             action = distribution.from_noise(outputs.policy, noise)
@@ -160,7 +161,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     def value_of(state: State, memories: Any) -> Any:
         """The value of observations after steps t of environments b, with the recurrent memory at that time."""
 
-        def value(obs: Any, t: Array, b: Array) -> Array:
+        def value(obs: Observation, t: Array, b: Array) -> Array:
             normalized = normalize.observations(state.obs_stats, obs)
             memory = network.memory_at(memories, t, b)
             return network.step(state.params, memory, normalized, jnp.zeros(t.shape, bool))[1].value
@@ -226,7 +227,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             key=key_run,
         )
 
-    def act(state: State, obs: Any, key: Array | None = None, memory: Any = None) -> tuple[Array, Any]:
+    def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
         params = optim.eval_params(state.opt_state, state.params)
         next_memory, outputs = nets.step_one(network, params, normalize.observations(state.obs_stats, obs), memory)
         chosen = distribution.mode(outputs.policy) if key is None else distribution.sample(key, outputs.policy)
@@ -250,8 +251,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 class State(NamedTuple):
     """The whole run."""
 
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: OptState
     actors: rollout.Actors
     obs_stats: normalize.Stats | None
     reward_stats: normalize.RewardStats | None
@@ -265,7 +266,7 @@ class State(NamedTuple):
 class Batch(NamedTuple):
     """Training data ``[L, N, ...]``: N sequences of length L (of length 1 unless the network is recurrent)."""
 
-    obs: Any
+    obs: Observation
     first: Array
     action: Array
     log_prob: Array

@@ -26,6 +26,7 @@ from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe, transformer
 from jrl.numerics import checks, optim
 from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, Unit, check_hyper
+from jrl.numerics.types import OptState, Params
 
 Array = jax.Array
 
@@ -117,7 +118,7 @@ def make(
         metrics |= {name: x.mean() for name, x in answers.parts.items()}
         return state._replace(key=key, updates=state.updates + 1), metrics
 
-    def loss(params: Any, batch: Batch, hyper: Hyper) -> tuple[Array, tuple[Metrics, tuple[moe.Load, moe.Load]]]:
+    def loss(params: Params, batch: Batch, hyper: Hyper) -> tuple[Array, tuple[Metrics, tuple[moe.Load, moe.Load]]]:
         mask, support = batch.rollout.mask, Support(hyper.temperature)
         weight = token_losses.weights(mask, "token_mean")
 
@@ -154,7 +155,7 @@ def make(
         (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), order)
         return state._replace(params=params, opt_state=opt_state), jax.tree.map(jnp.mean, metrics)
 
-    def balanced(params: Any, actor_load: moe.Load, critic_load: moe.Load) -> Any:
+    def balanced(params: Params, actor_load: moe.Load, critic_load: moe.Load) -> Any:
         critic = params["critic"]
         return {
             "actor": model.balance(params["actor"], actor_load),
@@ -205,7 +206,7 @@ class State(NamedTuple):
 
     params: dict[str, Any]
     reference: Any
-    opt_state: Any
+    opt_state: OptState
     key: Array
     updates: Array
     num_updates: Array

@@ -26,6 +26,7 @@ from jrl.experience import rollout
 from jrl.experience.greedy import best_value, choose, epsilon_greedy, exploration_noise, mask, pick
 from jrl.numerics import checks, loops, optim, precision
 from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, Unit, check_hyper
+from jrl.numerics.types import Memory, Observation, OptState, Params
 
 Array = jax.Array
 
@@ -78,7 +79,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         state = state._replace(actors=actors, key=key, updates=state.updates + 1)
         return state, metrics | rollout.episode_metrics(episodes)
 
-    def loss(params: Any, memory: Any, batch: Batch) -> tuple[Array, Metrics]:
+    def loss(params: Params, memory: Memory, batch: Batch) -> tuple[Array, Metrics]:
         """The mean squared error of the values of the actions taken; half of it is descended, as the paper does."""
         _, q = network.unroll(params, memory, batch.obs, batch.first)
         taken = pick(q, batch.action)
@@ -89,7 +90,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         """The policy that acts: epsilon-greedy."""
         epsilon = exploration(state)
 
-        def act(memory: Any, obs: Any, first: Array, noise: tuple[Array, Array]) -> tuple[Any, Array, Any]:
+        def act(memory: Memory, obs: Observation, first: Array, noise: tuple[Array, Array]) -> tuple[Any, Array, Any]:
             next_memory, q = network.step(state.params, memory, obs, first)
             action = epsilon_greedy(mask(q, obs), epsilon, noise)
             return next_memory, action, action
@@ -100,7 +101,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         """Lambda returns of a rollout, as training sequences."""
         memories, q = network.unroll(state.params, state.actors.memory, steps.obs, steps.first)
 
-        def value_of(obs: Any, t: Array, b: Array) -> Array:
+        def value_of(obs: Observation, t: Array, b: Array) -> Array:
             memory = network.memory_at(memories, t, b)
             return best_value(network.step(state.params, memory, obs, jnp.zeros(t.shape, bool))[1], obs)
 
@@ -139,7 +140,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             key=key_run,
         )
 
-    def act(state: State, obs: Any, key: Array | None = None, memory: Any = None) -> tuple[Array, Any]:
+    def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
         params = optim.eval_params(state.opt_state, state.params)
         next_memory, q = nets.step_one(network, params, obs, memory)
         return choose(mask(q, obs), exploration(state), key), next_memory
@@ -162,8 +163,8 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 class State(NamedTuple):
     """The whole run."""
 
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: OptState
     actors: rollout.Actors
     key: Array
     updates: Array  # int32: done so far
@@ -174,7 +175,7 @@ class State(NamedTuple):
 class Batch(NamedTuple):
     """Training data ``[L, N, ...]``: N sequences of length L (of length 1 unless the network is recurrent)."""
 
-    obs: Any
+    obs: Observation
     first: Array
     action: Array
     target: Array

@@ -29,6 +29,7 @@ from jrl.experience import replay, rollout
 from jrl.experience.greedy import choose, epsilon_greedy, exploration_noise, mask, pick
 from jrl.numerics import checks, optim, precision, settings
 from jrl.numerics.settings import AboveZero, NonNegative, NonNegativeInt, Positive, Precision, Settings, Unit
+from jrl.numerics.types import Memory, Observation, OptState, Params
 
 Array = jax.Array
 
@@ -121,7 +122,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         target = targets(state, seq, part, *starts)
         learnable = (seq.kind[after][:-1] != replay.FINAL) & (seq.weight > 0)[None]
 
-        def loss(params: Any) -> tuple[Array, tuple[Metrics, Array]]:
+        def loss(params: Params) -> tuple[Array, tuple[Metrics, Array]]:
             _, q = network.unroll(params, burn_in(params, seq, before), *part)
             taken = pick(q[:-1], seq.action[after][:-1])
             error = jnp.where(learnable, target - taken, 0.0)
@@ -138,7 +139,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         state = state._replace(params=step.params, opt_state=step.opt_state, buffer=buffer)
         return state, metrics | {"grad_norm": step.grad_norm}
 
-    def burn_in(params: Any, seq: replay.Sequences, before: Any) -> Any:
+    def burn_in(params: Params, seq: replay.Sequences, before: Any) -> Any:
         """The memories ``[N]`` after the first rows, as ``params`` have them; no gradient goes through."""
         if not config.burn_in:
             return before
@@ -166,7 +167,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         """The policy that acts, epsilon-greedy, and the memories to store."""
         epsilon = exploration(state)
 
-        def act(before: Any, obs: Any, first: Array, noise: Any) -> tuple[Any, Array, Any]:
+        def act(before: Any, obs: Observation, first: Array, noise: Any) -> tuple[Any, Array, Any]:
             after, q = network.step(state.params, before, obs, first)
             action = epsilon_greedy(mask(q, obs), epsilon, noise)
             return after, action, (action, before, after)
@@ -186,7 +187,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             key=key_run,
         )
 
-    def act(state: State, obs: Any, key: Array | None = None, memory: Any = None) -> tuple[Array, Any]:
+    def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
         params = optim.eval_params(state.opt_state, state.params)
         next_memory, q = nets.step_one(network, params, obs, memory)
         return choose(mask(q, obs), exploration(state), key), next_memory
@@ -209,9 +210,9 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
 class State(NamedTuple):
     """The whole run, the replay included."""
 
-    params: Any
-    target_params: Any
-    opt_state: Any
+    params: Params
+    target_params: Params
+    opt_state: OptState
     actors: rollout.Actors
     buffer: replay.Buffer
     key: Array

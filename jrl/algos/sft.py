@@ -1,7 +1,7 @@
 """Supervised fine-tuning: cross-entropy on demonstrated answers, so that reinforcement learning has something to reinforce."""
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe, transformer
 from jrl.numerics import checks, optim
 from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, check_hyper
+from jrl.numerics.types import OptState, Params
 
 Array = jax.Array
 
@@ -59,7 +60,7 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
         shown = Rollout(tokens, mask, jnp.zeros(tokens.shape, jnp.float32), None)
         weight = token_losses.weights(mask, "token_mean")
 
-        def loss(params: Any) -> tuple[Array, tuple[Metrics, moe.Load]]:
+        def loss(params: Params) -> tuple[Array, tuple[Metrics, moe.Load]]:
             log_prob, _, _, load = score(model, params, problems.prompt, shown, valid=problems.valid)
             value = token_losses.weighted_sum(weight, -log_prob)
             certain = jnp.all(jnp.where(mask, log_prob > jnp.log(0.5), True), axis=1)
@@ -103,8 +104,8 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
 class State(NamedTuple):
     """The whole run."""
 
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: OptState
     key: Array
     updates: Array
     num_updates: Array

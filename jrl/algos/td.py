@@ -35,6 +35,7 @@ from jrl.experience.rollout import mean_or_nan
 from jrl.numerics import checks
 from jrl.numerics.precision import exact
 from jrl.numerics.settings import NonNegative, Positive, Settings, Unit, check_hyper
+from jrl.numerics.types import Memory, Observation
 
 Array = jax.Array
 
@@ -83,7 +84,7 @@ class State(NamedTuple):
     """The whole run. ``q`` is ``[A, d]``, or ``[2, A, d]`` for double_q."""
 
     q: Array
-    memory: Any  # of the method: traces [A, d], or the last n transitions
+    memory: Memory  # of the method: traces [A, d], or the last n transitions
     env_state: Any
     x: Array
     legal: Array
@@ -124,7 +125,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
     learn, start_memory = METHODS[config.method]
     defaults = hyper
 
-    def look(obs: Any) -> tuple[Array, Array]:
+    def look(obs: Observation) -> tuple[Array, Array]:
         if isinstance(obs, MaskedObs):
             return obs.obs.astype(jnp.float32), obs.mask
         return obs.astype(jnp.float32), jnp.ones(num_actions, bool)
@@ -183,7 +184,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
             "episode_length": mean_or_nan(length.sum(), episodes),
         }
 
-    def act(state: State, obs: Any, key: Array | None = None, memory: Any = None) -> tuple[Array, Any]:
+    def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
         x, legal = look(obs)
         if key is None:
             return jnp.argmax(jnp.where(legal, values(state.q, x), -jnp.inf)).astype(jnp.int32), ()
@@ -207,7 +208,7 @@ Learned = tuple[Array, Any, Array]
 def _one_step(target: Callable[[Hyper, Array, Transition], Array]) -> Callable[..., Learned]:
     """``q(s, a) += alpha (r + discount target - q(s, a))``."""
 
-    def learn(config: Config, h: Hyper, q: Array, memory: Any, t: Transition, key: Array) -> Learned:
+    def learn(config: Config, h: Hyper, q: Array, memory: Memory, t: Transition, key: Array) -> Learned:
         delta = t.r_t + t.discount_t * target(h, q @ t.x_t, t) - t.a_tm1 @ q @ t.x_tm1
         return q + h.learning_rate * delta * jnp.outer(t.a_tm1, t.x_tm1), memory, delta
 
@@ -218,7 +219,7 @@ def _best(q: Array, t: Transition) -> Array:
     return jnp.where(t.legal_t.any(), jnp.max(jnp.where(t.legal_t, q, -jnp.inf)), 0.0)
 
 
-def _double_q(config: Config, h: Hyper, q: Array, memory: Any, t: Transition, key: Array) -> Learned:
+def _double_q(config: Config, h: Hyper, q: Array, memory: Memory, t: Transition, key: Array) -> Learned:
     """One table, by the toss of a coin, moves to the other's value of the action that is best by its own (6.10)."""
     first = jax.random.bernoulli(key)
     this, other = jnp.where(first, q, q[::-1])

@@ -19,6 +19,7 @@ from jrl.attention import cache as kv
 from jrl.attention.dense import masked_softmax
 from jrl.attention.rotary import Scaling, rms_norm, rope
 from jrl.numerics.settings import NonNegativeInt, Positive, Settings
+from jrl.numerics.types import Params
 
 Array = jax.Array
 
@@ -77,7 +78,7 @@ def _rope(x: Array, positions: Array, config: Config) -> Array:
     return rope(x, positions, config.rope_theta, config.rope_scaling)
 
 
-def queries(params: Any, x: Array, positions: Array, config: Config) -> tuple[Array, Array]:
+def queries(params: Params, x: Array, positions: Array, config: Config) -> tuple[Array, Array]:
     """Queries ``[B, T, H, nope]`` and ``[B, T, H, rope]`` of tokens ``[B, T, dim]``."""
     p = jax.tree.map(lambda w: w.astype(x.dtype), params)
     if config.query_latent:
@@ -86,7 +87,7 @@ def queries(params: Any, x: Array, positions: Array, config: Config) -> tuple[Ar
     return q[..., : config.nope_dim], _rope(q[..., config.nope_dim :], positions, config)
 
 
-def latents(params: Any, x: Array, positions: Array, config: Config) -> tuple[Array, Array]:
+def latents(params: Params, x: Array, positions: Array, config: Config) -> tuple[Array, Array]:
     """What a token leaves: latents ``[B, T, r]`` and shared keys ``[B, T, rope]``."""
     p = jax.tree.map(lambda w: w.astype(x.dtype), params)
     latent = rms_norm(x @ p["down"], p["norm"], config.norm_eps)
@@ -94,7 +95,7 @@ def latents(params: Any, x: Array, positions: Array, config: Config) -> tuple[Ar
 
 
 def attend(
-    params: Any,
+    params: Params,
     x: Array,
     config: Config,
     *,
@@ -139,7 +140,7 @@ def fill(cache: Cache, latent: Array, key: Array) -> Cache:
 
 
 def decode_step(
-    params: Any,
+    params: Params,
     nope: Array,
     turned: Array,
     cache: Cache,

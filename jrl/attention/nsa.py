@@ -17,7 +17,7 @@ a segment gives the same answers alone, behind padding, and anywhere in a packed
 says how.
 """
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,10 @@ from jrl.attention.nsa_branches import (
     select,
     shared,
 )
-from jrl.attention.nsa_select import selected_attention
+from jrl.attention.nsa_selected import selected_attention
 from jrl.attention.visibility import NO_QUERY, Rule, check_shapes, segments
 from jrl.numerics import checks
+from jrl.numerics.types import Params
 
 __all__ = ["Config", "Implementation", "Streams", "attend", "init", "mix", "phi", "segment_starts", "select", "shared"]
 
@@ -49,7 +50,7 @@ WIDE_SCORES = 2**28  # or, where more at once is faster, so many scores
 
 
 def attend(
-    params: Any,
+    params: Params,
     q: Array,
     streams: Streams,
     gates: Array,
@@ -144,7 +145,7 @@ def _window(q, streams, segment_ids, rule, scale, implementation, interpret, cud
 
 
 def mix(
-    params: Any,
+    params: Params,
     q: Array,
     streams: Streams,
     gates: Array,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jrl.attention import nsa_blocks
 from jrl.attention.dense import group, masked_softmax
 from jrl.numerics.settings import NonNegativeInt, Positive, Settings
+from jrl.numerics.types import Params
 
 Array = jax.Array
 
@@ -87,7 +88,7 @@ def init(key: Array, config: Config, head_dim: int, value_dim: int, hidden: int 
     return {"k": of(key_k, head_dim), "v": of(key_v, value_dim)}
 
 
-def check_phi(params: Any, config: Config) -> None:
+def check_phi(params: Params, config: Config) -> None:
     """Raise ``ValueError`` unless these are parameters of the configured phi."""
     if bool(params) != (config.pooling == "mlp"):
         given = "parameters of an mlp" if params else "no parameters"
@@ -100,7 +101,7 @@ def check_phi(params: Any, config: Config) -> None:
         )
 
 
-def phi(params: Any, block: Array) -> Array:
+def phi(params: Params, block: Array) -> Array:
     """Tokens ``[..., l, D]`` of a block as one, ``[..., D]``; without parameters their mean."""
     if not params:
         return block.astype(jnp.promote_types(block.dtype, jnp.float32)).mean(-2).astype(block.dtype)
@@ -111,7 +112,7 @@ def phi(params: Any, block: Array) -> Array:
     return x + jnp.broadcast_to(p["b_out"], x.shape)
 
 
-def compress(params: Any, x: Array, config: Config, first: Array | None = None) -> Array:
+def compress(params: Params, x: Array, config: Config, first: Array | None = None) -> Array:
     """``[B, S, K, D]`` to one row for each block, ``[B, N, K, D]``.
 
     ``first`` int ``[B, N]`` has the index of each block's first token; 0, d, 2 d ... for the ``N = (S - l) // d + 1`` of a whole row

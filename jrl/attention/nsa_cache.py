@@ -1,6 +1,6 @@
 """Decoding with native sparse attention: each step reads one row for every d tokens, n blocks, and a window."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from jrl.attention import cache as kv
 from jrl.attention.cache import KV, per_row
 from jrl.attention.dense import group, masked_softmax
 from jrl.attention.nsa_branches import Config, Streams, compress, compressed_attention, phi, select
+from jrl.numerics.types import Params
 
 Array = jax.Array
 
@@ -45,7 +46,7 @@ def init(
 
 
 def write(
-    params: Any, cache: Cache, streams: Streams, position: Array, config: Config, *, start: Array | int = 0
+    params: Params, cache: Cache, streams: Streams, position: Array, config: Config, *, start: Array | int = 0
 ) -> Cache:
     """The cache with the token at ``position``; ``streams`` holds its ``[B, K, D]`` of each branch.
 
@@ -71,7 +72,7 @@ def write(
     )
 
 
-def fill(params: Any, cache: Cache, streams: Streams, config: Config, *, start: Array | int = 0) -> Cache:
+def fill(params: Params, cache: Cache, streams: Streams, config: Config, *, start: Array | int = 0) -> Cache:
     """The empty ``cache`` after tokens from position 0 on, ``[B, T, K, D]`` of each branch.
 
     The sequence begins at ``start`` int32 ``[]`` or ``[B]``; what stands before it is padding.

@@ -69,7 +69,7 @@ def selected_attention(
     scale: float,
     interpret: bool,
 ) -> Array:
-    """The same as ``nsa_select.selected_attention``: ``[B, K, T, G, Dv]``, T a multiple of ROWS."""
+    """The same as ``nsa_selected.selected_attention``: ``[B, K, T, G, Dv]``, T a multiple of ROWS."""
     call = _over_selected(_select_forward, q, k, v, token, chosen, t, start, scale)
     return call((_queries(q.shape[3], v.shape[-1]),), (_like(q, v.shape[-1]),), interpret)(q, k, v)[0]
 

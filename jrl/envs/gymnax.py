@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl.envs.types import Box, Discrete, Environment, Space, with_settings
+from jrl.numerics.types import EnvState, Observation
 from jrl.user_file import same_kind
 
 # Listed here so that a wrong name is refused without the import. MNISTBandit-bsuite downloads its images: left out.
@@ -62,7 +63,7 @@ def make(name: str, **params: Any) -> Environment:
     env_params = defaults.replace(**params)
     num_values = getattr(env.observation_space(env_params), "n", None)
 
-    def observe(obs: Any) -> Any:
+    def observe(obs: Observation) -> Any:
         if num_values is not None:
             return jax.nn.one_hot(obs, num_values, dtype=jnp.float32)
         return obs.astype(bool) if name.endswith("-MinAtar") else obs
@@ -71,7 +72,7 @@ def make(name: str, **params: Any) -> Environment:
         obs, state = env.reset_env(key, env_params)
         return observe(obs), state
 
-    def step(key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, Any, Any, Any, Any]:
+    def step(key: jax.Array, state: EnvState, action: jax.Array) -> tuple[Any, Any, Any, Any, Any]:
         obs, state, reward, terminated, _ = env.step_env(key, state, action, env_params)
         return observe(obs), state, reward, terminated, env.is_truncated(state, env_params)
 

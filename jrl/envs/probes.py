@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.envs.types import Discrete, Environment, MaskedObs, MultiDiscrete
+from jrl.numerics.types import EnvState
 
 Array = jax.Array
 
@@ -94,7 +95,7 @@ def credit(delay: int = 5) -> Environment:
         state = (jnp.int32(0), jnp.bool_(False))
         return observe(*state), state
 
-    def step(key: Array, state: Any, action: Array) -> tuple[Array, Any, Array, Array, Array]:
+    def step(key: Array, state: EnvState, action: Array) -> tuple[Array, Any, Array, Array, Array]:
         t, chosen = state
         chosen = jnp.where(t == 0, action == 1, chosen)
         end = t + 1 == delay
@@ -115,7 +116,7 @@ def memory(delay: int = 4) -> Environment:
         state = (jnp.int32(0), _sign(key)[0])
         return observe(*state), state
 
-    def step(key: Array, state: Any, action: Array) -> tuple[Array, Any, Array, Array, Array]:
+    def step(key: Array, state: EnvState, action: Array) -> tuple[Array, Any, Array, Array, Array]:
         t, sign = state
         asked = t == delay
         reward = jnp.where(asked, jnp.where((sign > 0) == (action == 1), 1.0, -1.0), 0.0)

@@ -9,6 +9,7 @@ import numpy as np
 from jrl.envs.spaces import Box, Discrete, MultiDiscrete, Space, as_space
 from jrl.envs.types import Environment, MaskedObs, State, example_action
 from jrl.numerics import checks
+from jrl.numerics.types import Observation
 
 Array = jax.Array
 ORDER = "(obs, state, reward, terminated, truncated)"
@@ -143,7 +144,7 @@ def _joined(env: str, name: str, first: Any, then: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, first, then)
 
 
-def _check_observation(env: Environment, obs: Any) -> None:
+def _check_observation(env: Environment, obs: Observation) -> None:
     """Raise ``ValueError`` for complex numbers, and for a mask that does not fit the actions or beside no single array."""
     for x in jax.tree.leaves(obs):
         if jnp.issubdtype(x.dtype, jnp.complexfloating):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.envs.types import Environment, MaskedObs, example_action, observation_spec, with_settings
+from jrl.numerics.types import EnvState, Observation
 
 Array = jax.Array
 
@@ -18,7 +19,7 @@ def time_limit(env: Environment, steps: int) -> Environment:
         obs, state = env.reset(key)
         return obs, (state, jnp.int32(0))
 
-    def step(key: Array, state: Any, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+    def step(key: Array, state: EnvState, action: Array) -> tuple[Any, Any, Array, Array, Array]:
         inner, t = state
         obs, inner, reward, terminated, truncated = env.step(key, inner, action)
         return obs, (inner, t + 1), reward, terminated, truncated | (t + 1 >= steps)
@@ -40,7 +41,7 @@ def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
         obs, state = env.reset(key)
         return obs, (state, example_action(env.action_space), jnp.bool_(True))
 
-    def step(key: Array, state: Any, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+    def step(key: Array, state: EnvState, action: Array) -> tuple[Any, Any, Array, Array, Array]:
         inner, previous, first = state
         key_stick, key_step = jax.random.split(key)
         stick = jax.random.bernoulli(key_stick, probability) & ~first
@@ -65,7 +66,7 @@ def frame_stack(env: Environment, num_frames: int = 4) -> Environment:
         frames = jnp.stack([obs] * num_frames)
         return _merge(frames), (state, frames)
 
-    def step(key: Array, state: Any, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+    def step(key: Array, state: EnvState, action: Array) -> tuple[Any, Any, Array, Array, Array]:
         inner, frames = state
         obs, inner, reward, terminated, truncated = env.step(key, inner, action)
         frames = jnp.concatenate([frames[1:], obs[None]])
@@ -83,7 +84,7 @@ def time_feature(env: Environment) -> Environment:
         raise ValueError(f"time_feature: {env.name} has no time limit; wrap it in time_limit first")
     limit = env.time_limit
 
-    def add(obs: Any, t: Array) -> Any:
+    def add(obs: Observation, t: Array) -> Any:
         if isinstance(obs, MaskedObs):
             return obs._replace(obs=add(obs.obs, t))
         return jnp.concatenate([obs.astype(jnp.float32).ravel(), (t / limit).astype(jnp.float32)[None]])
@@ -92,7 +93,7 @@ def time_feature(env: Environment) -> Environment:
         obs, state = env.reset(key)
         return add(obs, jnp.int32(0)), (state, jnp.int32(0))
 
-    def step(key: Array, state: Any, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+    def step(key: Array, state: EnvState, action: Array) -> tuple[Any, Any, Array, Array, Array]:
         inner, t = state
         obs, inner, reward, terminated, truncated = env.step(key, inner, action)
         return add(obs, t + 1), (inner, t + 1), reward, terminated, truncated

@@ -1,21 +1,20 @@
 """Acting on action values: what is legal, and exploring by chance."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jrl.envs.types import MaskedObs
+from jrl.numerics.types import Observation
 
 Array = jax.Array
 
 
-def mask(q: Array, obs: Any) -> Array:
+def mask(q: Array, obs: Observation) -> Array:
     """Action values ``[..., A]``, minus infinity where ``MaskedObs`` says that the action is illegal."""
     return jnp.where(obs.mask, q, -jnp.inf) if isinstance(obs, MaskedObs) else q
 
 
-def best_value(q: Array, obs: Any) -> Array:
+def best_value(q: Array, obs: Observation) -> Array:
     """The largest value of a legal action ``[...]``; 0 where none is legal, as in a terminal state."""
     best = mask(q, obs).max(-1)
     return jnp.where(jnp.isneginf(best), 0.0, best)

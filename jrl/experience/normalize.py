@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.equations.losses import deviation
+from jrl.numerics.types import Observation
 
 Array = jax.Array
 
@@ -77,7 +78,7 @@ def update_rewards(state: RewardStats, reward: Array, ended: Array, gamma: Array
     return RewardStats(update(state.stats, totals), running)
 
 
-def observations(stats: Stats | None, obs: Any) -> Any:
+def observations(stats: Stats | None, obs: Observation) -> Any:
     """Observations as the network sees them: standardized where there are statistics; masks are left alone."""
     if stats is None:
         return obs

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from jrl.numerics import checks
 from jrl.numerics.host import device_memory
+from jrl.numerics.types import Observation
 
 Array = jax.Array
 NOWHERE = 2**30  # a row that no buffer has
@@ -29,12 +30,12 @@ MID, TERMINATED, TRUNCATED, FINAL = range(4)  # FINAL: only an observation, of a
 class Step(NamedTuple):
     """What happened in B environments at one step; ``next_obs`` is the observation before any reset."""
 
-    obs: Any
+    obs: Observation
     action: Array
     reward: Array
     terminated: Array
     truncated: Array
-    next_obs: Any
+    next_obs: Observation
 
 
 class Batch(NamedTuple):
@@ -50,11 +51,11 @@ class Batch(NamedTuple):
         rows: which rows they start at, int32, for ``update``; NOWHERE where the weight is 0.
     """
 
-    obs: Any
+    obs: Observation
     action: Array
     reward: Array
     discount: Array
-    next_obs: Any
+    next_obs: Observation
     weight: Array
     rows: Array
 
@@ -72,7 +73,7 @@ class Sequences(NamedTuple):
         rows: which rows they start at ``[N]``, int32, for ``update``; NOWHERE where the weight is 0.
     """
 
-    obs: Any
+    obs: Observation
     first: Array
     action: Array
     reward: Array
@@ -84,7 +85,7 @@ class Sequences(NamedTuple):
 class Buffer(NamedTuple):
     """The stored rows ``[B, capacity / B, ...]``, how many were written to each ring ``[B]``, and the priorities' tree."""
 
-    obs: Any
+    obs: Observation
     action: Array
     reward: Array
     kind: Array  # uint8
@@ -231,7 +232,7 @@ class _Store:
         def put(store: Array, x: Array, final: Array) -> Array:
             return store.at[rows, at].set(jnp.concatenate([x, final]), mode="drop")
 
-        def newest(obs: Any) -> Any:
+        def newest(obs: Observation) -> Any:
             return obs[..., -self.frame_spec.shape[-1] :] if self.num_frames > 1 else obs
 
         before = buffer.written

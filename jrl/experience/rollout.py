@@ -9,6 +9,7 @@ import numpy as np
 
 from jrl.envs.types import Environment
 from jrl.numerics import loops
+from jrl.numerics.types import Memory, Observation
 
 Array = jax.Array
 UNROLL = 4  # steps in one body on a GPU: fewer launches; more of them take longer to compile than they save
@@ -18,9 +19,9 @@ class Actors(NamedTuple):
     """A batch of B environments between two steps, with the agents' memories and the episodes under way."""
 
     env_state: Any
-    obs: Any
+    obs: Observation
     first: Array  # bool [B]: obs is the first of its episode
-    memory: Any
+    memory: Memory
     episode_return: Array  # float32 [B]
     episode_length: Array  # int32 [B]
 
@@ -28,12 +29,12 @@ class Actors(NamedTuple):
 class Steps(NamedTuple):
     """What happened, ``[T, B]``. ``next_obs`` is the observation before any reset; ``extras`` is what ``act`` returned."""
 
-    obs: Any
+    obs: Observation
     first: Array
     reward: Array
     terminated: Array
     truncated: Array
-    next_obs: Any
+    next_obs: Observation
     extras: Any
 
 
@@ -45,7 +46,7 @@ class Episodes(NamedTuple):
     length_sum: Array
 
 
-def start(env: Environment, key: Array, num_envs: int, memory: Any) -> Actors:
+def start(env: Environment, key: Array, num_envs: int, memory: Memory) -> Actors:
     """Reset ``num_envs`` environments; ``memory`` is the empty memory of one agent."""
     obs, env_state = jax.vmap(env.reset)(jax.random.split(key, num_envs))
     memories = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_envs, *x.shape)), memory)

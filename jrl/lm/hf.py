@@ -22,6 +22,7 @@ from jrl.lm import layout, settings
 from jrl.lm.layout import Tensor
 from jrl.nets.transformer import Config
 from jrl.numerics import checks
+from jrl.numerics.types import Params
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -62,7 +63,7 @@ def load(folder: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple
 def save(
     folder: str | Path,
     config: Config,
-    params: Any,
+    params: Params,
     *,
     shard_bytes: int = 5 * 10**9,
     more: Mapping[str, Any] | None = None,
@@ -186,7 +187,7 @@ def _unused(name: str, shape: list[int], found: Mapping[str, Any]) -> bool:
     return layer is not None and found["model_type"] == "deepseek_v3" and first <= int(layer[1]) < first + ahead
 
 
-def _shards(wanted: list[Tensor], params: Any, limit: int) -> list[list[Tensor]]:
+def _shards(wanted: list[Tensor], params: Params, limit: int) -> list[list[Tensor]]:
     """Tensors of each file, in order, as many as fit."""
     shards: list[list[Tensor]] = [[]]
     filled = 0

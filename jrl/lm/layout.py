@@ -15,6 +15,7 @@ from jrl.nets import transformer
 from jrl.nets.mixers import Leaf
 from jrl.nets.transformer import Config
 from jrl.numerics import precision
+from jrl.numerics.types import Params
 
 Path = tuple[str, ...]
 
@@ -174,7 +175,7 @@ def gather(
     return params
 
 
-def scatter(params: Any, wanted: list[Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+def scatter(params: Params, wanted: list[Tensor]) -> Iterator[tuple[str, np.ndarray]]:
     """The file's arrays, by name, of the parameters."""
     leaves = {path: np.asarray(x) for path, x in _by_path(params).items()}
     for x in wanted:
@@ -184,7 +185,7 @@ def scatter(params: Any, wanted: list[Tensor]) -> Iterator[tuple[str, np.ndarray
         yield x.name, np.ascontiguousarray(rows.reshape(x.shape[::-1]).T if linear else rows.reshape(x.shape))
 
 
-def dtype_of(params: Any, tensor: Tensor) -> np.dtype:
+def dtype_of(params: Params, tensor: Tensor) -> np.dtype:
     """Of a tensor of the file."""
     for name in tensor.leaves[0]:
         params = params[name]
@@ -216,7 +217,7 @@ def _by_path(tree: Any) -> dict[Path, Any]:
     return {tuple(key.key for key in path): x for path, x in flat}
 
 
-def check_shapes(params: Any, config: Config) -> None:
+def check_shapes(params: Params, config: Config) -> None:
     """Raise ``ValueError`` unless the parameters are those of the decoder."""
     wanted = {path: x.shape for path, x in _by_path(transformer.leaves(config)).items()}
     given = {path: x.shape for path, x in _by_path(params).items()}

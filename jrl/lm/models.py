@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jrl.lm import gguf, hf, tokenizer
 from jrl.lm.tokenizer import Tokenizer
 from jrl.nets.transformer import Config
+from jrl.numerics.types import Params
 
 
 def load(path: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Config, dict[str, Any], Tokenizer]:
@@ -29,7 +30,7 @@ def load(path: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[C
     return _fitting(path, config, words), params, words
 
 
-def save(folder: str | Path, config: Config, params: Any, words: Tokenizer) -> None:
+def save(folder: str | Path, config: Config, params: Params, words: Tokenizer) -> None:
     """A folder in Hugging Face's layout that ``load`` reads, with the tokenizer's files as they were. Raises as ``hf.save`` does."""
     hf.save(folder, _fitting(folder, config, words), params, more={"eos_token_id": list(words.ends)})
     words.save(folder)

@@ -11,6 +11,7 @@ from jrl.lm.sampling import Model, Rollout, Support, decoder, sample, supported
 from jrl.lm.tasks import END, PAD, Problem, Task
 from jrl.nets import transformer
 from jrl.numerics import optim, precision
+from jrl.numerics.types import Params
 
 Array = jax.Array
 
@@ -74,7 +75,7 @@ class Answers(NamedTuple):
 
 
 def answer(
-    key: Array, task: Task, model: Model, params: Any, num_prompts: int, group_size: int, support: Support
+    key: Array, task: Task, model: Model, params: Params, num_prompts: int, group_size: int, support: Support
 ) -> Answers:
     """Draw problems, answer each ``group_size`` times, and verify."""
     key_draw, key_sample = jax.random.split(key)

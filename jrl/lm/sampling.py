@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jrl.equations import token_losses
 from jrl.nets import moe, transformer
 from jrl.numerics import checks, precision, sharding
+from jrl.numerics.types import Params
 
 Array = jax.Array
 AT_ONCE = 2**25  # logits that scoring holds at once
@@ -61,10 +62,10 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
     checks.positive_int("tokens", tokens)
     checks.within("tokens", tokens, 1, config.vocab_size)
 
-    def cast(params: Any) -> Any:
+    def cast(params: Params) -> Any:
         return precision.cast_params(params, jnp.dtype(dtype).name)
 
-    def hidden_and_load(params: Any, tokens: Array, valid: Array, counted: Array) -> tuple[Array, moe.Load]:
+    def hidden_and_load(params: Params, tokens: Array, valid: Array, counted: Array) -> tuple[Array, moe.Load]:
         params = cast(params)
         at = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
         ids = valid.astype(jnp.int32)
@@ -76,12 +77,12 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         return logits if tokens == config.vocab_size else jnp.where(ids < tokens, logits, -jnp.inf)
 
-    def prefill(params: Any, prompt: Array, valid: Array, capacity: int) -> tuple[Array, Any]:
+    def prefill(params: Params, prompt: Array, valid: Array, capacity: int) -> tuple[Array, Any]:
         empty = transformer.init_cache(config, len(prompt), capacity, dtype)
         logits, cache = transformer.prefill(cast(params), prompt, empty, config, valid=valid)
         return known(logits), cache
 
-    def step(params: Any, token: Array, cache: Any, position: Array, start: Array) -> tuple[Array, Any]:
+    def step(params: Params, token: Array, cache: Any, position: Array, start: Array) -> tuple[Array, Any]:
         logits, cache = transformer.decode(cast(params), token, cache, position, config, start=start)
         return known(logits), cache
 
@@ -173,7 +174,7 @@ class Rollout(NamedTuple):
 def sample(
     key: Array,
     model: Model,
-    params: Any,
+    params: Params,
     prompt: Array,
     *,
     length: int,
@@ -243,7 +244,7 @@ class Scored(NamedTuple):
 
 def score(
     model: Model,
-    params: Any,
+    params: Params,
     prompt: Array,
     rollout: Rollout,
     *,
@@ -258,7 +259,7 @@ def score(
     hidden, load = answer_hidden(model, params, prompt, rollout, valid)
     ref_hidden = None if reference is None else answer_hidden(model, reference, prompt, rollout, valid)[0]
 
-    def logits(params: Any, hidden: Array, bits: Array | None) -> Array:
+    def logits(params: Params, hidden: Array, bits: Array | None) -> Array:
         full = model.head(params, hidden) / support.temperature
         if bits is None:
             return full
@@ -283,7 +284,7 @@ def score(
 
 
 def answer_hidden(
-    model: Model, params: Any, prompt: Array, rollout: Rollout, valid: Array | None = None
+    model: Model, params: Params, prompt: Array, rollout: Rollout, valid: Array | None = None
 ) -> tuple[Array, moe.Load]:
     """The stream that predicts each token of the answers ``[B, T]``, ``[B, T, dim]``, and the load of experts by what was read."""
     hidden, load = model.hidden_and_load(params, *_read(prompt, rollout, valid))

@@ -28,6 +28,7 @@ from jrl.nets.torso import (
 )
 from jrl.nets.types import Network
 from jrl.numerics.settings import Positive
+from jrl.numerics.types import Memory, Observation, Params
 
 Array = jax.Array
 
@@ -60,7 +61,7 @@ def action_values(config: ValueConfig, obs_spec: Any, space: Space, atoms: int =
     return fused.over(network, len(shape), partial(fused_values, config)) if fits else network
 
 
-def fused_values(config: ValueConfig, params: Any, x: Array, mask: Array | None) -> Array:
+def fused_values(config: ValueConfig, params: Params, x: Array, mask: Array | None) -> Array:
     """What ``ActionValues`` computes, by the fused kernel."""
     return fused.towers(config, [params["torso"]], [params["values"]], x)[0]
 
@@ -74,7 +75,7 @@ class ActionValues(nn.Module):
     atoms: int
 
     @nn.compact
-    def __call__(self, memory: Any, obs: Any, first: Array) -> tuple[Any, Array]:
+    def __call__(self, memory: Memory, obs: Observation, first: Array) -> tuple[Any, Array]:
         x, _ = split_mask(self, obs, self.obs_rank)
         dueling = self.config.dueling and bool(self.config.hidden)
         torso = replace(self.config, hidden=self.config.hidden[:-1]) if dueling else self.config
@@ -135,6 +136,6 @@ class NoisyDense(nn.Module):
         return y + jnp.broadcast_to(bias, y.shape)
 
 
-def with_noise(params: Any, key: Array) -> Any:
+def with_noise(params: Params, key: Array) -> Any:
     """Parameters of a noisy network with the key of its noise; what trains is ``params`` alone."""
     return {**params, "noise": {"key": key}}

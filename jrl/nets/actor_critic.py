@@ -24,6 +24,7 @@ from jrl.nets.torso import (
 )
 from jrl.nets.types import Network, Outputs
 from jrl.numerics import checks
+from jrl.numerics.types import Memory, Observation, Params
 
 Array = jax.Array
 LogStd = Annotated[float, partial(checks.within, low=-80, high=80)]  # its exponential is a float32 above 0
@@ -51,7 +52,7 @@ def actor_critic(config: Config, obs_spec: Any, space: Space) -> Network:
     return fused.over(network, len(shape), partial(fused_outputs, config, space)) if fits else network
 
 
-def fused_outputs(config: Config, space: Space, params: Any, x: Array, mask: Array | None) -> Outputs:
+def fused_outputs(config: Config, space: Space, params: Params, x: Array, mask: Array | None) -> Outputs:
     """What ``ActorCritic`` computes, by the fused kernel."""
     policy, value = params["policy"]["out"], params["value"]
     if config.shared:
@@ -72,7 +73,7 @@ class ActorCritic(nn.Module):
     space: Space
 
     @nn.compact
-    def __call__(self, memory: Any, obs: Any, first: Array) -> tuple[Any, Outputs]:
+    def __call__(self, memory: Memory, obs: Observation, first: Array) -> tuple[Any, Outputs]:
         x, mask = split_mask(self, obs, self.obs_rank)
         names = ["shared"] if self.config.shared else ["actor", "critic"]
         features, memories = [], []

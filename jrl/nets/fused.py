@@ -19,6 +19,7 @@ from jrl.envs.types import MaskedObs
 from jrl.nets.torso import is_image, shares
 from jrl.nets.types import Network
 from jrl.numerics import checks, host
+from jrl.numerics.types import Memory, Observation, Params
 
 Array = jax.Array
 NEEDS_JAX = (0, 11)  # whose Pallas the kernels are written in
@@ -45,7 +46,9 @@ def fits(config: Any, obs_shape: tuple[int, ...]) -> bool:
 def over(network: Network, obs_rank: int, compute: Callable[[Any, Array, Array | None], Any]) -> Network:
     """A network without memory by ``compute(params, x [..., inputs], mask)``, in float32 on a Hopper GPU; else as it is."""
 
-    def outputs(plain: Callable[..., Any], params: Any, memory: Any, obs: Any, first: Array) -> tuple[Any, Any]:
+    def outputs(
+        plain: Callable[..., Any], params: Params, memory: Memory, obs: Observation, first: Array
+    ) -> tuple[Any, Any]:
         if not available() or any(p.dtype != jnp.float32 for p in jax.tree.leaves(params)):
             return plain(params, memory, obs, first)
         x, mask = obs if isinstance(obs, MaskedObs) else (obs, None)

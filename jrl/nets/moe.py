@@ -10,12 +10,13 @@ Shared experts see every token besides. Tokens are sorted by expert and multipli
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jrl.numerics.settings import NonNegativeInt, Positive, Settings
+from jrl.numerics.types import Params
 
 Array = jax.Array
 
@@ -73,18 +74,18 @@ def shapes(config: Config, dim: int) -> dict[str, tuple[tuple[int, ...], tuple[s
     return found
 
 
-def route(params: Any, x: Array, config: Config) -> tuple[Array, Array]:
+def route(params: Params, x: Array, config: Config) -> tuple[Array, Array]:
     """Experts of each token, int32 ``[N, k]``, and their weights, float32 ``[N, k]``, for tokens ``[N, dim]``."""
     return _choose(params, _logits(params, x), config)
 
 
-def _logits(params: Any, x: Array) -> Array:
+def _logits(params: Params, x: Array) -> Array:
     """The router's, float32 ``[N, E]``, in full precision on every platform: half a width would send tokens elsewhere."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.matmul(x.astype(wide), params["router"].astype(wide), precision="highest")
 
 
-def _choose(params: Any, logits: Array, config: Config) -> tuple[Array, Array]:
+def _choose(params: Params, logits: Array, config: Config) -> tuple[Array, Array]:
     if config.scores == "softmax":
         best, chosen = jax.lax.top_k(logits, config.chosen)
         return chosen, jax.nn.softmax(best) * config.scale
@@ -120,7 +121,7 @@ def no_load() -> Load:
     return Load(jnp.zeros(0, jnp.int32), jnp.zeros(0, jnp.float32))
 
 
-def apply(params: Any, x: Array, config: Config, counted: Array | None = None) -> tuple[Array, Load]:
+def apply(params: Params, x: Array, config: Config, counted: Array | None = None) -> tuple[Array, Load]:
     """The layer for tokens ``[..., dim]``, and the load of its experts ``[E]`` by the tokens that are ``counted``, bool ``[...]``
     (all if not given): where padding goes is nothing to be evened."""
     tokens = x.reshape(-1, x.shape[-1])

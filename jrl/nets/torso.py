@@ -16,6 +16,7 @@ from jrl.nets.memory import AttentionConfig
 from jrl.nets.types import Network
 from jrl.numerics import checks, precision
 from jrl.numerics.settings import NonNegativeInt, Positive, Settings
+from jrl.numerics.types import Memory, Observation, Params
 
 Array = jax.Array
 Activation = Literal["tanh", "relu", "silu", "gelu"]
@@ -99,7 +100,7 @@ def observation_shape(config: TorsoConfig, obs_spec: Any) -> tuple[int, ...]:
     return shape
 
 
-def split_mask(module: nn.Module, obs: Any, obs_rank: int) -> tuple[Array, Array | None]:
+def split_mask(module: nn.Module, obs: Observation, obs_rank: int) -> tuple[Array, Array | None]:
     """The observation as floats, and its mask. Integers and booleans are computed in the dtype of the parameters."""
     obs, mask = obs if isinstance(obs, MaskedObs) else (obs, None)
     params = jax.tree.leaves(module.variables.get("params", {}))
@@ -129,7 +130,7 @@ def empty_memory(config: TorsoConfig) -> Any:
     return jnp.zeros(config.gru, jnp.float32) if config.gru else ()
 
 
-def remember(config: TorsoConfig, name: str, memory: Any, x: Array, first: Array) -> tuple[Any, Array]:
+def remember(config: TorsoConfig, name: str, memory: Memory, x: Array, first: Array) -> tuple[Any, Array]:
     """Features with what is remembered, ``(memories, [T, B, width])``; inside a module."""
     if config.attention.kind != "none":
         return memories_of.AttentionMemory(config.attention, name=f"{name}_attention")(memory, x, first)
@@ -139,7 +140,7 @@ def remember(config: TorsoConfig, name: str, memory: Any, x: Array, first: Array
     return (), x
 
 
-def as_network(module: nn.Module, config: TorsoConfig, obs_spec: Any, memory: Any) -> Network:
+def as_network(module: nn.Module, config: TorsoConfig, obs_spec: Any, memory: Memory) -> Network:
     """The record of a module ``(memory [B], obs [T, B], first [T, B]) -> (memories, outputs [T, B])``."""
     attention = config.attention.kind != "none"
 
@@ -154,10 +155,10 @@ def as_network(module: nn.Module, config: TorsoConfig, obs_spec: Any, memory: An
             lambda line: memories_of.memory_at(line, t, b, config.attention.context), memories, is_leaf=is_line
         )
 
-    def unroll(params: Any, memory: Any, obs: Any, first: Array) -> tuple[Any, Any]:
+    def unroll(params: Params, memory: Memory, obs: Observation, first: Array) -> tuple[Any, Any]:
         return module.apply(params, memory, obs, first)  # type: ignore[return-value]
 
-    def step(params: Any, memory: Any, obs: Any, first: Array) -> tuple[Any, Any]:
+    def step(params: Params, memory: Memory, obs: Observation, first: Array) -> tuple[Any, Any]:
         memories, outputs = unroll(params, memory, *jax.tree.map(lambda x: x[None], (obs, first)))
         rows = jnp.arange(first.shape[0])
         return memory_at(memories, jnp.zeros_like(rows), rows), jax.tree.map(lambda x: x[0], outputs)

@@ -22,6 +22,7 @@ from jrl.attention.rotary import Scaling, rms_norm
 from jrl.nets import moe
 from jrl.nets.mixers import MIXERS, Leaf, Tokens
 from jrl.numerics.settings import AtLeastOne, NonNegativeInt, Positive, Settings, Unit
+from jrl.numerics.types import Params
 
 Array = jax.Array
 Kind = Literal["dense", "window", "nsa", "mla", "rwkv"]
@@ -213,7 +214,7 @@ def out(layer: Any, mixed: Array) -> Array:
 
 
 def forward(
-    params: Any,
+    params: Params,
     tokens: Array,
     config: Config,
     *,
@@ -227,7 +228,7 @@ def forward(
 
 
 def blocks(
-    params: Any,
+    params: Params,
     x: Array,
     config: Config,
     *,
@@ -240,7 +241,7 @@ def blocks(
 
 
 def blocks_and_loads(
-    params: Any,
+    params: Params,
     x: Array,
     config: Config,
     *,
@@ -279,7 +280,7 @@ def blocks_and_loads(
     return rms_norm(x, params["norm"], config.norm_eps), loads
 
 
-def balanced(params: Any, load: moe.Load, config: Config, rate: float = 1e-3) -> Any:
+def balanced(params: Params, load: moe.Load, config: Config, rate: float = 1e-3) -> Any:
     """Parameters with the bias of each router moved to even the ``load`` of its experts in a step of learning, as after every step
     of DeepSeek-V3 (``moe.balance``). The parameters themselves if no router has a bias."""
     if not (config.experts.experts and config.experts.scores == "sigmoid"):
@@ -294,7 +295,7 @@ def balance_loss(load: moe.Load, config: Config) -> Array | float:
     return moe.balance_loss(load, config.experts) if softmax else 0.0
 
 
-def logits(params: Any, x: Array, config: Config) -> Array:
+def logits(params: Params, x: Array, config: Config) -> Array:
     """The head: ``[..., dim]`` to float32 ``[..., V]``."""
     head = params["embedding"].T if config.tie_embeddings else params["head"]
     return jnp.einsum(
@@ -305,7 +306,9 @@ def logits(params: Any, x: Array, config: Config) -> Array:
 # One token after another
 
 
-def prefill(params: Any, tokens: Array, cache: Any, config: Config, *, valid: Array | None = None) -> tuple[Array, Any]:
+def prefill(
+    params: Params, tokens: Array, cache: Any, config: Config, *, valid: Array | None = None
+) -> tuple[Array, Any]:
     """Logits ``[B, V]`` of the last of ``tokens`` int ``[B, P]``, and the empty ``cache`` filled with all of them.
 
     ``valid`` bool ``[B, P]`` is false for padding, which stands on the left: decoding goes on at position P with
@@ -354,7 +357,7 @@ def capacity(cache: Any, config: Config) -> float:
 
 
 def decode(
-    params: Any, token: Array, cache: Any, position: Array, config: Config, *, start: Array | int = 0
+    params: Params, token: Array, cache: Any, position: Array, config: Config, *, start: Array | int = 0
 ) -> tuple[Array, Any]:
     """Logits ``[B, V]`` of ``token`` int ``[B]`` at ``position`` (int32 ``[]`` or ``[B]``), and the caches with it.
 
@@ -365,7 +368,7 @@ def decode(
 
 
 def decode_blocks(
-    params: Any, x: Array, cache: Any, position: Array, config: Config, *, start: Array | int = 0
+    params: Params, x: Array, cache: Any, position: Array, config: Config, *, start: Array | int = 0
 ) -> tuple[Array, Any]:
     """All layers for one vector ``[B, dim]`` of each row."""
     if not config.causal:
@@ -380,7 +383,7 @@ def decode_blocks(
 
 
 def _with_caches(
-    params: Any, x: Array, cache: Any, config: Config, mix: Callable[..., tuple[Array, Any]]
+    params: Params, x: Array, cache: Any, config: Config, mix: Callable[..., tuple[Array, Any]]
 ) -> tuple[Array, Any]:
     """All layers, each with its cache; ``mix`` is ``(layer, normalized x, cache, config) -> (heads, cache)``."""
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.numerics.types import Memory, Observation, Params
+
 Array = jax.Array
-Params = Any
-Memory = Any
 
 
 class Outputs(NamedTuple):
@@ -33,14 +33,14 @@ class Network(NamedTuple):
     """
 
     init: Callable[[Array], Params]
-    step: Callable[[Params, Memory, Any, Array], tuple[Memory, Any]]
-    unroll: Callable[[Params, Memory, Any, Array], tuple[Memory, Any]]
+    step: Callable[[Params, Memory, Observation, Array], tuple[Memory, Any]]
+    unroll: Callable[[Params, Memory, Observation, Array], tuple[Memory, Any]]
     memory: Memory
     memory_at: Callable[[Any, Array, Array], Memory]
     heavy: bool = False
 
 
-def step_one(network: Network, params: Params, obs: Any, memory: Memory | None = None) -> tuple[Memory, Any]:
+def step_one(network: Network, params: Params, obs: Observation, memory: Memory | None = None) -> tuple[Memory, Any]:
     """``network.step`` on one observation, without axis ``B``; ``memory=None`` begins an episode."""
     first = jnp.bool_(memory is None)
     one = jax.tree.map(lambda x: x[None], (network.memory if memory is None else memory, obs, first))

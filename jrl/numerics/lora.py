@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.numerics import checks, parameters
+from jrl.numerics.types import Params
 
 Array = jax.Array
 
@@ -40,10 +41,10 @@ def full() -> Adapter:
 def subset(pattern: str) -> Adapter:
     """The parameters whose path, like ``layers/q``, matches the regular expression anywhere; the others stay."""
 
-    def init(key: Array, params: Any) -> dict[str, Array]:
+    def init(key: Array, params: Params) -> dict[str, Array]:
         return _matching(params, pattern)
 
-    def merge(params: Any, trained: dict[str, Array]) -> Any:
+    def merge(params: Params, trained: dict[str, Array]) -> Any:
         return _with_paths(lambda path, x: trained.get(path, x), params)
 
     return Adapter(init, merge)
@@ -59,7 +60,7 @@ def lora(rank: int = 8, alpha: float = 16.0, pattern: str = r"/(q|k|v|o|gate|up|
     checks.positive_int("lora.rank", rank)
     checks.above_zero("lora.alpha", alpha)
 
-    def init(key: Array, params: Any) -> dict[str, dict[str, Array]]:
+    def init(key: Array, params: Params) -> dict[str, dict[str, Array]]:
         found = _matching(params, pattern)
         trained = {}
         for one, (path, x) in zip(jax.random.split(key, len(found)), found.items(), strict=True):
@@ -68,7 +69,7 @@ def lora(rank: int = 8, alpha: float = 16.0, pattern: str = r"/(q|k|v|o|gate|up|
             trained[path] = {"a": a, "b": jnp.zeros((*stack, rank, columns), jnp.float32)}
         return trained
 
-    def merge(params: Any, trained: dict[str, dict[str, Array]]) -> Any:
+    def merge(params: Params, trained: dict[str, dict[str, Array]]) -> Any:
         def leaf(path: str, x: Array) -> Array:
             if path not in trained:
                 return x
@@ -89,7 +90,7 @@ def _matrix(path: str, x: Any) -> tuple[tuple[int, ...], int, int]:
     return tuple(batch), math.prod(rows), math.prod(columns)
 
 
-def _matching(params: Any, pattern: str) -> dict[str, Array]:
+def _matching(params: Params, pattern: str) -> dict[str, Array]:
     found: dict[str, Array] = {}
     _with_paths(lambda path, x: found.update({path: x}) if re.search(pattern, path) else None, params)
     if not found:
@@ -99,5 +100,5 @@ def _matching(params: Any, pattern: str) -> dict[str, Array]:
     return found
 
 
-def _with_paths(function: Callable[[str, Any], Any], params: Any) -> Any:
+def _with_paths(function: Callable[[str, Any], Any], params: Params) -> Any:
     return parameters.map_with_names(lambda path, x: function("/".join(path), x), params)

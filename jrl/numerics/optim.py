@@ -21,6 +21,7 @@ from optax import contrib
 from jrl.numerics import checks, host, parameters, precision, rounding
 from jrl.numerics.parameters import Kind
 from jrl.numerics.settings import AboveZero, BelowOne, NonNegative, Positive, Settings, Unit, check
+from jrl.numerics.types import Gradients, OptState, Params
 
 Array = jax.Array
 Name = Literal["sgd", "adam", "adamw", "rmsprop", "lion", "muon", "schedule_free_adamw"]
@@ -170,7 +171,7 @@ def _float32(number: Array | float) -> Array | float:
 
 
 def _refuse_half_width(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    def init(params: Any) -> Any:
+    def init(params: Params) -> Any:
         if any(p.dtype != jnp.float32 for p in jax.tree.leaves(params)):
             raise ValueError(
                 "schedule_free_adamw at half width needs optimizer.rounding stochastic, kahan or master: it would follow "
@@ -196,7 +197,7 @@ def _clip(config: OptimizerConfig, most: Array | float) -> optax.GradientTransfo
 def _clip_by_global_norm(most: Array | float) -> optax.GradientTransformation:
     """Gradients scaled down to a global norm of at most ``most``."""
 
-    def clip(grads: Any, params: Any = None) -> Any:
+    def clip(grads: Gradients, params: Params = None) -> Any:
         norm = global_norm(grads)
         return jax.tree.map(lambda g: jnp.where(norm < most, g, g / norm.astype(g.dtype) * most), grads)
 
@@ -209,7 +210,7 @@ def _clip_by_unit(most: Array | float) -> optax.GradientTransformation:
     A unit is a column of a matrix, the weights into one output; a vector is one as a whole.
     """
 
-    def clip(grads: Any, params: Any = None) -> Any:
+    def clip(grads: Gradients, params: Params = None) -> Any:
         def leaf(path: parameters.Names, grad: Array, param: Array) -> Array:
             rows = parameters.axes_of(path, param).rows
             norm, weight = (jnp.sqrt(jnp.sum(jnp.square(x), rows, keepdims=True)) for x in (grad, param))
@@ -265,13 +266,13 @@ def _muon(h: Hyper, nesterov: bool) -> optax.GradientTransformation:
     are as large as Adam's, so that one learning rate serves both (2502.16982, section 2.2).
     """
 
-    def matrices(params: Any) -> Any:
+    def matrices(params: Params) -> Any:
         return parameters.map_with_names(_muon_matrix, params)
 
-    def labels(params: Any) -> Any:
+    def labels(params: Params) -> Any:
         return parameters.map_with_names(lambda path, p: "muon" if _muon_matrix(path, p) else "adam", params)
 
-    def as_large_as_adam(updates: Any, params: Any = None) -> Any:
+    def as_large_as_adam(updates: Any, params: Params = None) -> Any:
         def leaf(path: parameters.Names, update: Array) -> Array:
             _, rows, columns = parameters.axes_of(path, update)
             size = max(math.prod(update.shape[i] for i in axes) for axes in (rows, columns))
@@ -312,11 +313,11 @@ def parameter_average(inner: optax.GradientTransformation, decay: Array | float)
     It is float32, and starts at the initial parameters; ``eval_params`` finds it in the state.
     """
 
-    def init(params: Any) -> ParameterAverage:
+    def init(params: Params) -> ParameterAverage:
         average = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
         return ParameterAverage(inner.init(params), average)
 
-    def update(grads: Any, state: ParameterAverage, params: Any = None) -> tuple[Any, ParameterAverage]:
+    def update(grads: Gradients, state: ParameterAverage, params: Params = None) -> tuple[Any, ParameterAverage]:
         updates, inner_state = inner.update(grads, state.inner, params)
         reached = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p.astype(jnp.float32), state.average, reached)
@@ -325,7 +326,7 @@ def parameter_average(inner: optax.GradientTransformation, decay: Array | float)
     return optax.GradientTransformation(init, update)
 
 
-def eval_params(opt_state: Any, params: Any) -> Any:
+def eval_params(opt_state: OptState, params: Params) -> Any:
     """The parameters to evaluate: the moving average, or what a schedule-free optimizer is after, else ``params``."""
     kinds = (ParameterAverage, contrib.ScheduleFreeState)
     for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)):
@@ -341,7 +342,7 @@ def target_share(every: int, updates: Array, tau: Array | float) -> Array:
     return jnp.where(updates % every == 0, 1.0, 0.0) if every else jnp.asarray(tau)
 
 
-def towards(target: Any, params: Any, share: Array | float) -> Any:
+def towards(target: Any, params: Params, share: Array | float) -> Any:
     """``target + share (params - target)`` in float32, in the target's dtypes."""
     moved = optax.incremental_update(precision.cast(params, "float32"), precision.cast(target, "float32"), share)
     return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, target)
@@ -350,14 +351,14 @@ def towards(target: Any, params: Any, share: Array | float) -> Any:
 class Step(NamedTuple):
     """What one gradient step leaves: parameters, optimizer state, the loss's extra output, and the gradients' norm."""
 
-    params: Any
-    opt_state: Any
+    params: Params
+    opt_state: OptState
     extra: Any
     grad_norm: Array
 
 
 def minimize(
-    tx: optax.GradientTransformation, loss: Callable[[Any], tuple[Array, Any]], params: Any, opt_state: Any
+    tx: optax.GradientTransformation, loss: Callable[[Any], tuple[Array, Any]], params: Params, opt_state: OptState
 ) -> Step:
     """One step down ``loss: params -> (float32 scalar, extra)``, scaled as the optimizer's state asks.
 
@@ -365,7 +366,7 @@ def minimize(
     """
     scale = rounding.loss_scale(opt_state)
 
-    def scaled(params: Any) -> tuple[Array, Any]:
+    def scaled(params: Params) -> tuple[Array, Any]:
         value, extra = loss(params)
         return value * scale, extra
 

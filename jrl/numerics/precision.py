@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.numerics import parameters
+from jrl.numerics.types import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
 FIELDS = ("params", "compute", "output")
@@ -94,7 +95,7 @@ def stays_float32(path: tuple[str, ...], paths: Container[tuple[str, ...]]) -> b
     return bool(path) and any(path[-1] in names and (*path[:-1], by) in paths for by, names in FLOAT32.items())
 
 
-def cast_params(params: Any, dtype: str) -> Any:
+def cast_params(params: Params, dtype: str) -> Any:
     """``cast`` of parameters, except for those that stay float32 under every policy."""
     paths = {parameters.names(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
 
@@ -129,7 +130,7 @@ def apply(policy: Policy | str, target: Any) -> Any:
 
 
 def _over_function(policy: Policy, function: Callable[..., Any]) -> Callable[..., Any]:
-    def run(params: Any, *inputs: Any, **options: Any) -> Any:
+    def run(params: Params, *inputs: Any, **options: Any) -> Any:
         outputs = function(cast_params(params, policy.compute), *cast(inputs, policy.compute), **options)
         return cast(outputs, policy.output)
 

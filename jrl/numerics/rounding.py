@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from jrl.numerics.precision import cast
+from jrl.numerics.types import Gradients, OptState, Params
 
 Array = jax.Array
 Transform: TypeAlias = optax.GradientTransformation
@@ -41,7 +42,7 @@ class _Compensated(NamedTuple):
 
 class _Master(NamedTuple):
     inner: Any
-    params: Any  # float32
+    params: Params  # float32
 
 
 class LossScale(NamedTuple):
@@ -55,7 +56,7 @@ class LossScale(NamedTuple):
 def in_float32(inner: Transform) -> Transform:
     """``inner`` on gradients and parameters in float32, whatever their dtype; parameters are rounded to nearest."""
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(grads: Gradients, state: Any, params: Params = None) -> tuple[Any, Any]:
         return inner.update(cast(grads, "float32"), state, cast(params, "float32"))
 
     return Transform(lambda params: inner.init(cast(params, "float32")), update)
@@ -68,12 +69,12 @@ def stochastic_rounding(inner: Transform = IDENTITY, key: Array | None = None) -
     state and split at every step. Raises ``ValueError`` for float16 parameters.
     """
 
-    def init(params: Any) -> _Rounded:
+    def init(params: Params) -> _Rounded:
         if any(p.dtype == jnp.float16 for p in jax.tree.leaves(params)):
             raise ValueError("stochastic rounding is for bfloat16 and float32 parameters; got float16")
         return _Rounded(inner.init(cast(params, "float32")), _own_key(key, 1))
 
-    def update(grads: Any, state: _Rounded, params: Any = None) -> tuple[Any, _Rounded]:
+    def update(grads: Gradients, state: _Rounded, params: Params = None) -> tuple[Any, _Rounded]:
         _need(params, "stochastic_rounding")
         wide = cast(params, "float32")
         updates, inner_state = inner.update(cast(grads, "float32"), state.inner, wide)
@@ -88,10 +89,10 @@ def stochastic_rounding(inner: Transform = IDENTITY, key: Array | None = None) -
 def kahan_summation(inner: Transform = IDENTITY) -> Transform:
     """Parameters whose rounding errors are carried in a second array of their dtype and added to the next step."""
 
-    def init(params: Any) -> _Compensated:
+    def init(params: Params) -> _Compensated:
         return _Compensated(inner.init(cast(params, "float32")), jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads: Any, state: _Compensated, params: Any = None) -> tuple[Any, _Compensated]:
+    def update(grads: Gradients, state: _Compensated, params: Params = None) -> tuple[Any, _Compensated]:
         _need(params, "kahan_summation")
         wide = cast(params, "float32")
         updates, inner_state = inner.update(cast(grads, "float32"), state.inner, wide)
@@ -109,12 +110,12 @@ def master_weights(inner: Transform = IDENTITY) -> Transform:
     A float32 parameter is its own copy, so that what moves it between steps lasts (the bias of a router: ``moe.balance``).
     """
 
-    def init(params: Any) -> _Master:
+    def init(params: Params) -> _Master:
         # A copy even where the parameters are float32 already: both may be donated to one program.
         master = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
         return _Master(inner.init(master), master)
 
-    def update(grads: Any, state: _Master, params: Any = None) -> tuple[Any, _Master]:
+    def update(grads: Gradients, state: _Master, params: Params = None) -> tuple[Any, _Master]:
         _need(params, "master_weights")
         master = jax.tree.map(lambda m, p: p if p.dtype == jnp.float32 else m, state.params, params)
         updates, inner_state = inner.update(cast(grads, "float32"), state.inner, master)
@@ -141,11 +142,11 @@ def bfloat16_moments(inner: Transform, key: Array | None = None) -> Transform:
         rounded = round_tree(key, state, like)
         return jax.tree.map(lambda x, yes: x.astype("bfloat16") if yes else x, rounded, moment)
 
-    def init(params: Any) -> _Rounded:
+    def init(params: Params) -> _Rounded:
         key_state, key_init = jax.random.split(_own_key(key, 2))
         return _Rounded(narrow(key_init, inner.init(cast(params, "float32"))), key_state)
 
-    def update(grads: Any, state: _Rounded, params: Any = None) -> tuple[Any, _Rounded]:
+    def update(grads: Gradients, state: _Rounded, params: Params = None) -> tuple[Any, _Rounded]:
         key, key_now = jax.random.split(state.key)
         wide = cast(state.inner, "float32")
         updates, inner_state = inner.update(cast(grads, "float32"), wide, cast(params, "float32"))
@@ -164,7 +165,7 @@ def dynamic_loss_scaling(
     Stateful transforms belong into ``inner``, so that they too skip the step: ``dynamic_loss_scaling(optax.adam(1e-3))``.
     """
 
-    def init(params: Any) -> LossScale:
+    def init(params: Params) -> LossScale:
         state = inner.init(params)
         # Gradients come in float32, so an optimizer of half-width parameters keeps wider state after its first update.
         grads = cast(jax.tree.map(jnp.zeros_like, params), "float32")
@@ -172,7 +173,7 @@ def dynamic_loss_scaling(
         state = jax.tree.map(lambda x, to: x if x.dtype == to.dtype else x.astype(to.dtype), state, later)
         return LossScale(state, jnp.float32(initial), jnp.int32(0))
 
-    def update(grads: Any, state: LossScale, params: Any = None) -> tuple[Any, LossScale]:
+    def update(grads: Gradients, state: LossScale, params: Params = None) -> tuple[Any, LossScale]:
         grads = jax.tree.map(lambda g: g / state.scale, cast(grads, "float32"))
         good = jnp.stack([jnp.bool_(True), *(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))]).all()
         finite = jax.tree.map(lambda g: jnp.where(good, g, 0.0), grads)
@@ -187,7 +188,7 @@ def dynamic_loss_scaling(
     return Transform(init, update)
 
 
-def loss_scale(opt_state: Any) -> Array | float:
+def loss_scale(opt_state: OptState) -> Array | float:
     """The factor that the loss wants before it is differentiated: of ``dynamic_loss_scaling`` in the state, else 1."""
     for node in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, LossScale)):
         if isinstance(node, LossScale):
@@ -228,6 +229,6 @@ def _own_key(key: Array | None, purpose: int) -> Array:
     return jax.random.fold_in(jax.random.key(0) if key is None else key, purpose)
 
 
-def _need(params: Any, name: str) -> None:
+def _need(params: Params, name: str) -> None:
     if params is None:
         raise ValueError(f"{name} needs the parameters: update(grads, state, params)")

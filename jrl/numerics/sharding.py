@@ -16,6 +16,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jrl.numerics import checks, parameters
+from jrl.numerics.types import Params
 
 # Megatron's cut (1909.08053): columns of the first matrix of a pair and rows of the second, so that a pair costs one sum.
 RULES: Mapping[str, str] = {"vocab": "model", "heads": "model", "kv_heads": "model", "ffn": "model", "experts": "model"}
@@ -31,7 +32,7 @@ def make_mesh(data: int = 1, model: int = 1, devices: list[Any] | None = None) -
     return jax.make_mesh((data, model), ("data", "model"), (AxisType.Auto, AxisType.Auto), devices=devices)
 
 
-def shardings(mesh: Mesh, axes: Any, params: Any, rules: Mapping[str, str] = RULES) -> Any:
+def shardings(mesh: Mesh, axes: Any, params: Params, rules: Mapping[str, str] = RULES) -> Any:
     """A sharding for each parameter, or its shape, by the names of its axes (``transformer.axes``).
 
     An axis is cut if a rule names it, the mesh axis is not taken by an earlier axis of the same parameter, and it divides evenly;
@@ -51,7 +52,7 @@ def shardings(mesh: Mesh, axes: Any, params: Any, rules: Mapping[str, str] = RUL
     return jax.tree.map(leaf, axes, params, is_leaf=lambda x: isinstance(x, tuple))
 
 
-def like(mesh: Mesh, params: Any, of_params: Any, state: Any) -> Any:
+def like(mesh: Mesh, params: Params, of_params: Params, state: Any) -> Any:
     """Shardings for a state that holds parameters, or what is shaped like them (an optimizer's moments): those lie as they do.
 
     ``of_params`` are the shardings of ``params``. All else is whole on every device.

@@ -32,7 +32,7 @@ class Compiled(NamedTuple):
     layout: Layout
     chunk: Any
     max_rows: int
-    start: program.Members
+    start: program.LoopState
     scorer: Scorer | None
     seconds: float
 
@@ -74,7 +74,7 @@ def build(
         real = jax.tree.map(lambda x: x[: chosen.num_members], states)
         states = layout.put(fitting, layout.pad(fitting, real))
     row = layout.put(fitting, np.zeros((fitting.num_slots, len(names)), np.float32))
-    begun = program.Members(states, row)
+    begun = program.LoopState(states, row)
     return Compiled(fitting, chunk, max_rows, begun, scorer, time.perf_counter() - begin)
 
 
@@ -89,7 +89,7 @@ def _compile_chunk(
     """Compile the chunk for states of these shapes, in smaller groups until it fits."""
     while True:
         row: Any = jax.ShapeDtypeStruct((1, num_metrics), jnp.float32)
-        members = layout.shapes(chosen, program.Members(states, row))
+        members = layout.shapes(chosen, program.LoopState(states, row))
         smallest = not automatic or chosen.group_size == 1
         try:
             lowered = jax.jit(layout.over_members(chosen, run), donate_argnums=0).lower(

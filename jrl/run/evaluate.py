@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.algorithm import Algorithm, State
+from jrl.numerics.types import Memory, Observation
 
 Array = jax.Array
 MAX_STEPS = 10_000  # for environments without a time limit
@@ -29,7 +30,7 @@ def evaluate(algo: Algorithm, state: State, key: Array, episodes: int, greedy: b
     limit = env.time_limit or MAX_STEPS
     key_reset, key_first, key_run = jax.random.split(key, 3)
 
-    def act(obs: Any, keys: Array, memory: Any = None) -> tuple[Array, Any]:
+    def act(obs: Observation, keys: Array, memory: Memory = None) -> tuple[Array, Any]:
         return jax.vmap(lambda o, k, m: algo.act(state, o, None if greedy else k, m))(obs, keys, memory)
 
     def play(carry: Any) -> Any:

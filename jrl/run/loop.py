@@ -209,7 +209,7 @@ class _Run:
 
     def _restore(self, checkpoints: Checkpoints, latest: int) -> None:
         """Restore the state of a checkpoint, and what ``_save`` noted beside it."""
-        held = program.Members(self.state, self.row)
+        held = program.LoopState(self.state, self.row)
         arrays, notes = checkpoints.restore(latest, layout.fetch(self.layout, held))
         live = checkpoint.restore_keys(arrays, held)
         self.state, self.row = layout.put(self.layout, layout.pad(self.layout, live))
@@ -239,7 +239,7 @@ class _Run:
         self.saved_at = time.perf_counter()
         if self.checkpoints is not None and self.log is not None:
             self.log.sync()
-            held = layout.fetch(self.layout, program.Members(self.state, self.row))
+            held = layout.fetch(self.layout, program.LoopState(self.state, self.row))
             self.checkpoints.save(self.done, held, {"in_row": self.in_row, "nan": dict(self.watch.found)})
 
     def close(self) -> None:
@@ -281,7 +281,7 @@ class _Run:
         """Run one chunk; the metrics of the one before it are collected while the device works."""
         n = self._chunk_length(eval_every)
         begin = time.perf_counter()
-        members = program.Members(self.state, self.row)
+        members = program.LoopState(self.state, self.row)
         (self.state, self.row), rows = self.built.chunk(members, jnp.int32(n), jnp.int32(self.in_row))
         self._take_in()
         jax.block_until_ready(rows)

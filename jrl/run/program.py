@@ -1,4 +1,4 @@
-"""The compiled programs of a run."""
+"""The functions that a run compiles: the whole of it, and a chunk of its updates."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ def train_fn(algo: Algorithm, env_steps: int) -> Callable[..., tuple[State, Metr
     return train
 
 
-class Members(NamedTuple):
+class LoopState(NamedTuple):
     """A group of members between two chunks: their states, and the sums of their metrics since the last whole row
     ``[members, metrics]``."""
 
@@ -57,7 +57,7 @@ def max_rows(num_members: int) -> int:
 
 def chunk(
     algo: Algorithm, names: Sequence[str], log_every: int, max_rows: int
-) -> Callable[[Members, Array, Array], tuple[Members, Rows]]:
+) -> Callable[[LoopState, Array, Array], tuple[LoopState, Rows]]:
     """``(members, n, before) -> (members, rows)``: ``n`` updates of a group of members, ``log_every`` of them summed into each row.
 
     ``names`` are those of the algorithm's metrics; ``before`` is how many updates are in the members' row already. Both numbers are
@@ -66,7 +66,7 @@ def chunk(
     update = jax.vmap(algo.update)
     losses = [name for name in names if name in algo.losses]
 
-    def run(members: Members, n: Array, before: Array) -> tuple[Members, Rows]:
+    def run(members: LoopState, n: Array, before: Array) -> tuple[LoopState, Rows]:
         def body(i: Array, carry: Any) -> Any:
             states, sums, bad = carry
             states, metrics = update(states)
@@ -83,6 +83,6 @@ def chunk(
         start = (members.states, sums, jnp.full(num_members, -1, jnp.int32))
         states, sums, bad = jax.lax.fori_loop(0, n, body, start)
         rows = Rows({name: sums[:, i].T for i, name in enumerate(names)}, bad)
-        return Members(states, sums[(before + n) // log_every].T), rows
+        return LoopState(states, sums[(before + n) // log_every].T), rows
 
     return run
