@@ -103,6 +103,7 @@ def test_graded_rewards_are_exact_too():
         np.testing.assert_allclose(found.mean, truth, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_it_leaves_a_table_and_a_picture(tmp_path, capsys):
     words = "--vocabulary 3 --length 2 --group-sizes 2 3 --samples 64 --methods rloo grpo --folder"
     es.main([*words.split(), str(tmp_path)])

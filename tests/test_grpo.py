@@ -30,7 +30,7 @@ def one_update(config, hyper=grpo.Hyper(close_weight=0.5), seeds=1):
         return jax.jit(algo.update)(state)
 
 
-@pytest.mark.thorough(2)
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("name", ["grpo", "gspo", "cispo", "reinforce++"])  # each loss and advantage there is
 def test_every_method_takes_a_step(name):
     config, hyper = grpo.method(name, TINY, grpo.Hyper(close_weight=0.5))

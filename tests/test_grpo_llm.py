@@ -73,6 +73,7 @@ def test_the_model_itself_over_two_devices_learns_as_on_one(model, tmp_path):
         np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_published_model_takes_steps_with_adapters(smollm2_file, tmp_path):
     (tmp_path / "say.py").write_text(language_model.PROBLEMS)
     problems = () if importlib.util.find_spec("reasoning_gym") else ("--dataset", tmp_path / "say.py")

@@ -137,6 +137,7 @@ def test_ppo_remembers_with_attention(kind):
     assert (metrics["approximate_kl"] >= 0).all()
 
 
+@pytest.mark.slow
 def test_truncated_episodes_are_valued_with_their_memory():
     """Reward 1 a step, truncated at 20, never terminated: V = 1 / (1 - gamma) = 10."""
 

@@ -141,6 +141,7 @@ def test_a_strong_decay_overflows_nothing():
     assert jnp.isfinite(g).all()
 
 
+@pytest.mark.slow
 def test_a_decay_that_fades_all_at_once_leaves_the_rest_exact():
     r, k, v, _, u = tokens(40)
     strong = jax.random.bernoulli(jax.random.key(9), 0.3, r.shape)

@@ -238,6 +238,7 @@ def test_the_biases_of_all_networks_move_and_not_by_padding(name):
     jax.tree.map(np.testing.assert_array_equal, first, other)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_balance_loss_teaches_the_routers_of_all_networks(name):
     algo = ALGORITHMS[name](TASK, SHAPES["softmax"])

@@ -45,6 +45,7 @@ def both(config, args, **options):
     return found
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize(
     "config, length, heads, kv_heads, dim, value_dim, segments",
     [
@@ -85,6 +86,7 @@ def _lanes(tokens):
     return tokens * 2 * nsa_tpu.LANES * 4
 
 
+@pytest.mark.slow
 def test_sums_in_parts_are_the_same(monkeypatch):
     args = arguments(128, 2, 1, 8, 8, SMALL)
     (_, grads), _ = both(SMALL, args)
@@ -161,7 +163,8 @@ def gib(program):
     return (used.temp_size_in_bytes + used.argument_size_in_bytes + used.output_size_in_bytes) / 2**30
 
 
-@pytest.mark.parametrize("chip", ["v5e", *(pytest.param(chip, marks=pytest.mark.slow) for chip in ("v6e", "v5p"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v6e", "v5p"])
 def test_the_kernels_compile_for_tpus(chip):
     assert gib(compiled(chip, shapes(8192))) < 16
 
@@ -178,6 +181,7 @@ def test_odd_sizes_compile(heads, kv_heads, dim, value_dim):
     compiled("v5e", shapes(1000, heads, kv_heads, dim, value_dim))
 
 
+@pytest.mark.slow
 def test_over_key_heads_nothing_is_communicated():
     program = compiled("v5e", shapes(2048, 16, 4, 64, 64), devices=4, spec="heads").as_text()
     messages = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter", "all-reduce")

@@ -71,7 +71,7 @@ def test_probe_discount():
     np.testing.assert_allclose(values(algo, states, [[0.0], [1.0]]), [[0.5, 1]] * 4, atol=0.05)
 
 
-@pytest.mark.thorough(3)
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize(
     "name, best", [("Probe-action", 1), ("Probe-policy", 1), ("Probe-mask", 1), ("Probe-multi", 2), ("Probe-credit", 1)]
 )
@@ -88,7 +88,7 @@ def test_probe_memory_needs_memory():
     )
 
 
-@pytest.mark.thorough(2)
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("gru", [0, 8])
 def test_truncation_is_not_termination(shared, gru):
@@ -198,7 +198,7 @@ def test_the_first_ratio_is_one(gru, key):
         assert abs(metrics["approximate_kl"]) < 1e-9 and metrics["clip_fraction"] == 0
 
 
-@pytest.mark.thorough(2)
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("gru", [0, 4])
 @pytest.mark.parametrize("limit", [3, 100])
 def test_advantages_use_the_value_before_each_reset(gru, limit, key, monkeypatch):

@@ -52,6 +52,7 @@ def test_probe_value_and_observation():
     np.testing.assert_allclose(q_of(algo, states, [[-1.0], [1.0]]).max(-1), [[-1, 1]] * 4, atol=0.1)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -116,6 +117,7 @@ def test_a_memory_learns_what_none_can():
     assert scores[16] > 0.9 and scores[0] < 0.6
 
 
+@pytest.mark.slow
 def test_epsilon_falls_over_the_run():
     _, _, metrics = trained("Probe-policy", TINY, HYPER._replace(epsilon_fraction=0.5), 20)
     np.testing.assert_allclose(metrics["epsilon"][0, ::5], [1, 0.55, 0.1, 0.1], atol=1e-5)

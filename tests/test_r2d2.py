@@ -45,10 +45,8 @@ def score(algo, states):
     return np.asarray(jax.vmap(lambda s: run.evaluate(algo, s, jax.random.key(1), 32).returns.mean())(states))
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{"rescale": True}, pytest.param({"burn_in": 0, "prioritized": False, "double": False}, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [{"rescale": True}, {"burn_in": 0, "prioritized": False, "double": False}])
 def test_it_learns_what_needs_a_memory(fields):
     algo, states, metrics = trained("Probe-memory", 1500, dataclasses.replace(FAST, **fields))
     assert np.median(score(algo, states)) > 0.95
@@ -89,6 +87,7 @@ def test_squash_by_hand_and_back():
     np.testing.assert_allclose(losses.unsquash(losses.squash(x)), x, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_replay_and_memories_bit_for_bit(tmp_path):
     algo = r2d2.make(envs.make("Probe-memory"), TINY, HYPER)
     kwargs = {"num_seeds": 2, "eval_episodes": 2, "progress": False, "run_dir": tmp_path / "a"}

@@ -185,6 +185,7 @@ def stacked_run(num_steps, frames, key, truncate=5, terminate=7):
     return envs.observation_spec(env), steps
 
 
+@pytest.mark.thorough(3)
 @pytest.mark.parametrize("prioritized", [False, True])
 @pytest.mark.parametrize("truncate, terminate", [(5, 7), (9, 4), (30, 30)])
 def test_frames_are_stored_once_and_stacked_as_the_wrapper_does(prioritized, truncate, terminate, key):
@@ -318,7 +319,7 @@ def test_nothing_copies_the_buffer(prioritized):
     assert used.alias_size_in_bytes >= seeds * memory.bytes
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("module, make", [(dqn, dqn.Config), (r2d2, r2d2.Config)])
 def test_a_whole_update_copies_neither_rows_nor_priorities(module, make):
     """Rows of a few numbers, where a copy of the priorities alone would show."""

@@ -61,7 +61,7 @@ def test_decoding_gives_the_logits_of_the_whole_sequence(kind, key):
     )
 
 
-@pytest.mark.thorough(2)
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("kind", ["dense", "window", "mla", "rwkv"])
 def test_packed_sequences_are_as_if_alone(kind, key):
     config = KINDS[kind]
@@ -124,6 +124,7 @@ def test_axes_name_every_parameter(kind, key):
     jax.tree.map(lambda p, n: None if p.ndim == len(n) else pytest.fail(f"{p.shape} {n}"), params, names)
 
 
+@pytest.mark.thorough(3)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "experts"])
 def test_a_prompt_at_once_is_its_tokens_one_by_one(kind, key):
     """Padded on the left, with what follows it."""
@@ -165,6 +166,7 @@ def test_remat_changes_no_gradient(key):
     close(loss(SMALL), loss(dataclasses.replace(SMALL, remat=True)), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_is_a_torso(key):
     config = nets.Config(torso="vit", patch=3, vit_dim=8, vit_layers=1, vit_heads=2, hidden=(8,))
     net = nets.actor_critic(config, jax.ShapeDtypeStruct((10, 10, 4), jnp.bool_), envs.Discrete(3))
