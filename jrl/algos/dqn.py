@@ -15,6 +15,7 @@ Each can be switched on by itself. ``RAINBOW`` is their documented composition. 
 observation. Until ``learning_starts`` steps are stored, gradient steps are computed but discarded: the program has no branch.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -81,15 +82,19 @@ class Hyper(NamedTuple):
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
-def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
-    """DQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``.
+def make(
+    env: Environment, config: Config = Config(), hyper: Hyper = Hyper(), *, network: nets.Network | None = None
+) -> Algorithm:
+    """DQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network`` takes the place of the one
+    that ``config`` describes.
 
     Raises ``ValueError`` for a setting that is wrong or does not fit the environment, or a replay larger than memory.
     """
     check(config, hyper)
     unstacked, defaults = strict(env), hyper
     env = strict(wrappers.frame_stack(unstacked, config.num_frames)) if config.num_frames > 1 else unstacked
-    network, memory = network_of(env, config), replay_of(env, config)
+    remake = functools.partial(make, unstacked, hyper=hyper, network=network)
+    network, memory = network_of(env, config, network), replay_of(env, config)
     num_actions = env.action_space.n  # type: ignore[union-attr]
     noisy = config.network.noisy
     per_update = config.num_envs * config.num_steps
@@ -244,7 +249,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         config=config,
         hyper=hyper,
         uses_length=True,
-        remake=lambda config: make(unstacked, config, hyper),
+        remake=remake,
         check_hyper=check_hyper,
     )
 
@@ -263,10 +268,16 @@ class State(NamedTuple):
     hyper: Hyper
 
 
-def network_of(env: Environment, config: Config) -> nets.Network:
-    """The network of action values."""
+def network_of(env: Environment, config: Config, own: nets.Network | None) -> nets.Network:
+    """The network of action values: ``own``, or the one that ``config`` describes."""
     atoms = 1 if config.distribution == "mean" else config.atoms
-    network = nets.action_values(config.network, observation_spec(env), env.action_space, atoms)
+    network = nets.value_network(own, config.network, observation_spec(env), env.action_space, atoms)
+    if own is not None and config.network.noisy:
+        raise ValueError("config.network.noisy has no effect on a network of your own: leave it False")
+    if network.remembers:
+        raise ValueError(
+            "config.network.gru and attention: DQN replays single transitions; R2D2 and PQN train recurrent networks"
+        )
     return precision.apply_to_network(config.precision, network)
 
 
@@ -288,10 +299,6 @@ def check(config: Config, hyper: Hyper) -> None:
     checks.instances("dqn.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     replay.check_learning_starts(config)
-    if config.network.remembers:
-        raise ValueError(
-            "config.network.gru and attention: DQN replays single transitions; R2D2 and PQN train recurrent networks"
-        )
     if config.munchausen and config.distribution != "mean":
         raise ValueError("config.munchausen needs config.distribution=mean")
     if config.distribution != "mean" and config.atoms < 2:

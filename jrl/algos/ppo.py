@@ -14,6 +14,7 @@ Truncated episodes bootstrap from the value of their last observation, and nothi
 policy starts each rollout from the memory it had, trains on whole sequences, and resets its memory at the start of each episode.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -74,12 +75,22 @@ class Hyper(NamedTuple):
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
-def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
-    """PPO in ``env``. ``hyper`` are the defaults of ``init``. Raises ``ValueError`` for a setting that is wrong or does not fit."""
+def make(
+    env: Environment, config: Config = Config(), hyper: Hyper = Hyper(), *, network: nets.Network | None = None
+) -> Algorithm:
+    """PPO in ``env``. ``hyper`` are the defaults of ``init``; ``network`` takes the place of the one that ``config`` describes.
+
+    Raises ``ValueError`` for a setting that is wrong or does not fit.
+    """
     check(config, hyper)
     env, defaults = strict(env), hyper
     obs_spec = observation_spec(env)
-    network = nets.actor_critic(config.network, obs_spec, env.action_space)
+    remake = functools.partial(make, env, hyper=hyper, network=network)
+    network = nets.policy_network(network, config.network, obs_spec, env.action_space)
+    rollout.check_minibatches(config, network.remembers)
+    array = obs_spec.obs if isinstance(obs_spec, MaskedObs) else obs_spec
+    if config.normalize_observations and not isinstance(array, jax.ShapeDtypeStruct):
+        raise ValueError("config.normalize_observations needs observations of one array; got a tree of them")
     network = precision.apply_to_network(config.precision, network)
     distribution = action_distribution(env.action_space, config.continuous)
 
@@ -156,7 +167,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         log_prob = distribution.log_prob(policy, action)
         kept = policy if config.loss == "penalty" else ()
         batch = Batch(obs, steps.first, action, log_prob, kept, outputs.value, advantage, target)
-        return batch if config.network.remembers else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
+        return batch if network.remembers else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
 
     def value_of(state: State, memories: Any) -> Any:
         """The value of observations after steps t of environments b, with the recurrent memory at that time."""
@@ -215,13 +226,12 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         hyper = hyper or defaults
         check_hyper(hyper)
         key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
-        shape = (obs_spec.obs if isinstance(obs_spec, MaskedObs) else obs_spec).shape
         length = num_updates if config.optimizer.uses_length else None
         learner = start_learning(config, hyper, network.init(key_params), key_optimizer, length)
         return State(
             **learner,
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
-            obs_stats=normalize.init(shape) if config.normalize_observations else None,
+            obs_stats=normalize.init(array.shape) if config.normalize_observations else None,
             reward_stats=normalize.init_rewards(config.num_envs) if config.normalize_rewards else None,
             kl_weight=learner["hyper"].kl_weight,
             key=key_run,
@@ -243,7 +253,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         config=config,
         hyper=hyper,
         uses_length=config.optimizer.uses_length,
-        remake=lambda config: make(env, config, hyper),
+        remake=remake,
         check_hyper=check_hyper,
     )
 
@@ -280,7 +290,6 @@ def check(config: Config, hyper: Hyper) -> None:
     """Raise ``ValueError`` for wrong settings, and where advantages would be standardized over one sample: they would all be 0."""
     checks.instances("ppo.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
-    rollout.check_minibatches(config)
     if config.dual_clip and config.loss == "penalty":
         raise ValueError("config.dual_clip needs config.loss=clip; got penalty")
     parts = {"minibatch": config.num_minibatches, "batch": 1, "none": 0}[config.standardize_advantages]

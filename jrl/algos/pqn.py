@@ -11,6 +11,7 @@ Truncated episodes bootstrap from their last observation. A recurrent network st
 and trains on whole sequences, as in the paper's PQN-RNN.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,16 +60,20 @@ class Hyper(NamedTuple):
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
-def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
-    """PQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``.
+def make(
+    env: Environment, config: Config = Config(), hyper: Hyper = Hyper(), *, network: nets.Network | None = None
+) -> Algorithm:
+    """PQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network`` takes the place of the one
+    that ``config`` describes.
 
     Raises ``ValueError`` for a setting that is wrong or does not fit the environment.
     """
     checks.instances("pqn.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
-    rollout.check_minibatches(config)
     env, defaults = strict(env), hyper
-    network = nets.action_values(config.network, observation_spec(env), env.action_space)
+    remake = functools.partial(make, env, hyper=hyper, network=network)
+    network = nets.value_network(network, config.network, observation_spec(env), env.action_space)
+    rollout.check_minibatches(config, network.remembers)
     network = precision.apply_to_network(config.precision, network)
 
     def update(state: State) -> tuple[State, Metrics]:
@@ -112,7 +117,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         reward = steps.reward * state.hyper.reward_scale
         target = over_envs(reward, discount_t, v_t, continue_t, state.hyper.q_lambda)
         batch = Batch(steps.obs, steps.first, steps.extras, target)
-        return batch if config.network.remembers else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
+        return batch if network.remembers else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
 
     def learn(state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
         """Epochs of minibatch steps, and their mean metrics."""
@@ -155,7 +160,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         config=config,
         hyper=hyper,
         uses_length=True,
-        remake=lambda config: make(env, config, hyper),
+        remake=remake,
         check_hyper=check_hyper,
     )
 

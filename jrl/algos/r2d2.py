@@ -14,6 +14,7 @@ A sequence runs on over the end of an episode: the memory starts anew there, and
 paper one actor acts in all environments, and sequences may begin at any row.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -74,14 +75,20 @@ class Hyper(NamedTuple):
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
-def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
-    """R2D2 in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``.
+def make(
+    env: Environment, config: Config = Config(), hyper: Hyper = Hyper(), *, network: nets.Network | None = None
+) -> Algorithm:
+    """R2D2 in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network`` takes the place of the one
+    that ``config`` describes.
 
     Raises ``ValueError`` for a setting that is wrong or does not fit the environment, or a replay larger than memory.
     """
     check(config, hyper)
     env, defaults = strict(env), hyper
-    network = nets.action_values(config.network, observation_spec(env), env.action_space)
+    remake = functools.partial(make, env, hyper=hyper, network=network)
+    network = nets.value_network(network, config.network, observation_spec(env), env.action_space)
+    if not network.remembers:
+        raise ValueError("config.network.gru must be at least 1: without a memory this is DQN; got 0")
     network = precision.apply_to_network(config.precision, network)
     num_rows = config.burn_in + config.length + 1  # the last only to bootstrap from
     memory = replay.make_sequences(
@@ -202,7 +209,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         config=config,
         hyper=hyper,
         uses_length=True,
-        remake=lambda config: make(env, config, hyper),
+        remake=remake,
         check_hyper=settings.check_hyper,
     )
 
@@ -226,8 +233,6 @@ def check(config: Config, hyper: Hyper) -> None:
     checks.instances("r2d2.make", config=(config, Config), hyper=(hyper, Hyper))
     settings.check_hyper(hyper)
     replay.check_learning_starts(config)
-    if not config.network.gru:
-        raise ValueError("config.network.gru must be at least 1: without a memory this is DQN; got 0")
     if config.network.attention.kind != "none":
         raise ValueError("config.network.attention: R2D2 would store its memory with each row; PPO and PQN train it")
     if config.network.noisy:

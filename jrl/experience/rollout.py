@@ -174,9 +174,8 @@ def minibatches(key: Array, num_rows: int, num_epochs: int, num_minibatches: int
     return orders.reshape(num_epochs * num_minibatches, -1)
 
 
-def check_minibatches(config: Any) -> None:
-    """Raise ``ValueError`` unless minibatches share out a rollout evenly, by whole environments for a network with a memory."""
-    of_envs = config.network.remembers
-    samples, what = (config.num_envs, "") if of_envs else (config.num_envs * config.num_steps, " * num_steps")
+def check_minibatches(config: Any, remembers: bool) -> None:
+    """Raise ``ValueError`` unless minibatches share out a rollout evenly, by whole environments for a network that remembers."""
+    samples, what = (config.num_envs, "") if remembers else (config.num_envs * config.num_steps, " * num_steps")
     if samples % config.num_minibatches:
         raise ValueError(f"config.num_minibatches must divide num_envs{what} = {samples}; got {config.num_minibatches}")

@@ -2,6 +2,19 @@
 
 from jrl.nets.action_values import ValueConfig, action_values, with_noise
 from jrl.nets.actor_critic import Config, actor_critic
-from jrl.nets.types import Network, step_one
+from jrl.nets.own import feed_forward, policy_network, value_network
+from jrl.nets.types import Network, Outputs, step_one
 
-__all__ = ["Config", "Network", "ValueConfig", "action_values", "actor_critic", "step_one", "with_noise"]
+__all__ = [
+    "Config",
+    "Network",
+    "Outputs",
+    "ValueConfig",
+    "action_values",
+    "actor_critic",
+    "feed_forward",
+    "policy_network",
+    "step_one",
+    "value_network",
+    "with_noise",
+]

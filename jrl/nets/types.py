@@ -39,6 +39,11 @@ class Network(NamedTuple):
     memory_at: Callable[[Any, Array, Array], Memory]
     heavy: bool = False
 
+    @property
+    def remembers(self) -> bool:
+        """Whether it has a memory."""
+        return bool(jax.tree.leaves(self.memory))
+
 
 def step_one(network: Network, params: Params, obs: Observation, memory: Memory | None = None) -> tuple[Memory, Any]:
     """``network.step`` on one observation, without axis ``B``; ``memory=None`` begins an episode."""

@@ -1,0 +1,70 @@
+"""Networks of a user's own, in place of those that settings describe: ``ppo.make(env, config, network=mine)``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrl.nets.action_values import ValueConfig, action_values
+from jrl.nets.actor_critic import Config, actor_critic
+from jrl.nets.types import Network, step_one
+from jrl.numerics import checks
+from jrl.numerics.types import Memory, Observation, Params
+
+Array = jax.Array
+VECTOR = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+
+def feed_forward(init: Callable[[Array], Params], apply: Callable[[Params, Observation], Any]) -> Network:
+    """A network without a memory, of ``init: key -> params`` and ``apply: (params, obs [B, ...]) -> answer [B, ...]``."""
+
+    def step(params: Params, memory: Memory, obs: Observation, first: Array) -> tuple[Memory, Any]:
+        return memory, apply(params, obs)
+
+    def unroll(params: Params, memory: Memory, obs: Observation, first: Array) -> tuple[Memory, Any]:
+        answers = apply(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), obs))
+        return (), jax.tree.map(lambda x: x.reshape(*first.shape, *x.shape[1:]), answers)
+
+    return Network(init, step, unroll, (), lambda memories, t, b: ())
+
+
+def policy_network(own: Network | None, config: Config, obs_spec: Any, action_space: Any) -> Network:
+    """The user's network if there is one, which must answer with ``Outputs`` for a policy over ``action_space``; else the one that
+    ``config`` describes. Raises ``ValueError`` for a network that answers otherwise."""
+    if own is None:
+        return actor_critic(config, obs_spec, action_space)
+    return _checked(own, obs_spec, actor_critic(Config(hidden=(1,)), VECTOR, action_space))
+
+
+def value_network(
+    own: Network | None, config: ValueConfig, obs_spec: Any, action_space: Any, atoms: int = 1
+) -> Network:
+    """The user's network if there is one, which must answer with values of the actions in ``action_space``; else the one that
+    ``config`` describes. Raises ``ValueError`` for a network that answers otherwise."""
+    if own is None:
+        return action_values(config, obs_spec, action_space, atoms)
+    return _checked(own, obs_spec, action_values(ValueConfig(hidden=(1,)), VECTOR, action_space, atoms))
+
+
+def _checked(own: Network, obs_spec: Any, example: Network) -> Network:
+    """The user's network, if it answers in the shapes of ``example``."""
+    checks.instances("make", network=(own, Network))
+
+    def answer(of: Network, obs: Observation) -> Any:
+        return step_one(of, of.init(jax.random.key(0)), obs)[1]
+
+    found = checks.traced("make", "network", lambda obs: answer(own, obs), obs_spec)
+    wanted = jax.eval_shape(lambda obs: answer(example, obs), VECTOR)
+    if _text(found) != _text(wanted):
+        raise ValueError(f"the network must answer one observation with {_text(wanted)}; got {_text(found)}")
+    return own
+
+
+def _text(tree: Any) -> str:
+    """The structure and the shapes of a tree of floating-point numbers."""
+
+    def leaf(x: Any) -> str:
+        return f"{'float' if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype}{list(x.shape)}"
+
+    return str(jax.tree.map(leaf, tree)).replace("'", "")
