@@ -7,7 +7,9 @@
 A run that is finished in the folder is not made again; one that was interrupted goes on.
 """
 
+import datetime
 import json
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import jax
 from jrl import envs, run
 from jrl.algos import dqn, ppo, pqn, presets, r2d2
 from jrl.algos.presets import Preset
-from jrl.numerics import checks
+from jrl.numerics import checks, host
 from jrl.run import cli, stats
 
 MODULES = {"ppo": ppo, "dqn": dqn, "r2d2": r2d2, "pqn": pqn}
@@ -93,6 +95,13 @@ def reached(scores: dict) -> str:
     return stats.text(scores) + (f", {cut} episodes cut off" if cut else "")
 
 
+def commit() -> str:
+    """The commit that is checked out, with a plus sign where files differ from it."""
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, cwd=here)
+    return done.stdout.strip() or "unknown"
+
+
 def main(argv: list[str]) -> None:
     args = cli.parse(Args, argv, doc=__doc__)
     found = chosen(args)
@@ -106,6 +115,7 @@ def main(argv: list[str]) -> None:
         greedy, sampled = (reached(scores) for scores in (s["eval"], s["eval"]["sampled"]))
         row = (algo.upper(), env, f"{s['env_steps']:,}", s["num_seeds"], greedy, sampled, OTHERS.get(name, ""))
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    print(f"\nCommit {commit()}, {datetime.date.today()}, {host.description()}, {host.num_cores()} CPU cores.")
 
 
 if __name__ == "__main__":
