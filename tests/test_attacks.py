@@ -42,7 +42,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from attacks import tampering
-chosen = {"ppo": 24, "shards": 14, "experts": 10, "gguf": 12}
+chosen = {"ppo": 12, "shards": 7, "experts": 5, "gguf": 6}
 for number, case in enumerate(tampering.cases(1, 2000)):
     if chosen.get(case.kind, 0):
         chosen[case.kind] -= 1

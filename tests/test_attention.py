@@ -240,6 +240,7 @@ def test_compression_of_single_tokens_is_dense_attention():
     close(out, attention.attend(q, streams.k_compress, streams.v_compress), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_window_as_long_as_the_sequence_is_dense_attention():
     params, q, streams, _ = sparse(1, 20, 4, 2, 8, 8, SMALL)
     config = dataclasses.replace(SMALL, window=20)
@@ -280,6 +281,7 @@ def test_sparse_attention_does_not_see_the_future():
     close(nsa_attend(params, *jax.tree.map(first, (q, streams, gates)), SMALL), whole[:, :30], 1e-5)
 
 
+@pytest.mark.slow
 def test_before_the_first_block_is_over_compression_answers_0():
     params, q, streams, _ = sparse(1, 10, 2, 1, 4, 4, SMALL)
     out = nsa_attend(params, q, streams, gate(q.shape[:3], 0), SMALL)

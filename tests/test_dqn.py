@@ -105,6 +105,7 @@ def test_nothing_is_learned_before_learning_starts():
     assert metrics["loss"] > 0
 
 
+@pytest.mark.slow
 def test_without_a_length_prioritized_replay_stays_finite_and_exact():
     algo = dqn.make(envs.make("Probe-policy"), dataclasses.replace(TINY, prioritized=True), HYPER)
     _, metrics = jax.jit(lambda s: jax.lax.scan(lambda s, _: algo.update(s), s, length=150))(
@@ -152,6 +153,7 @@ def test_rows_without_a_transition_take_no_part(fields, prioritized):
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 def test_returns_beyond_the_support_show_at_its_edge():
     """C51's support begins at 0, and every return is -1: all mass of the targets lies on the first atom."""
     fields = {"distribution": "categorical", "atoms": 11}

@@ -142,6 +142,7 @@ def test_what_stands_behind_the_end_does_not_matter(answered):
     close(answered(TINY)[1].params, answered(TINY, change=spoiled)[1].params)
 
 
+@pytest.mark.slow
 def test_a_frozen_base_serves_as_the_reference(answered):
     before, after, metrics = answered(replace(TINY, lora_rank=2, kl="exact"))
     close(before.frozen, after.frozen)

@@ -55,6 +55,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_numbers(model, tmp_path):
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_with_the_settings_it_had(model, tmp_path):
     assert train(model, tmp_path, "--steps", 1, "--config.oversample", 2).returncode == 0
     (row,) = rows_of(tmp_path)

@@ -45,7 +45,7 @@ def both(config, args, **options):
     return found
 
 
-@pytest.mark.thorough(2)
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize(
     "config, length, heads, kv_heads, dim, value_dim, segments",
     [
@@ -97,6 +97,7 @@ def test_sums_in_parts_are_the_same(monkeypatch):
         np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(y).max()) + 1e-5)
 
 
+@pytest.mark.slow
 def test_half_width_and_vmap():
     args = arguments(140, 4, 1, 16, 16, SMALL, batch=2)
     exact = jax.jit(lambda *a: nsa.attend(*a, SMALL))(*args)

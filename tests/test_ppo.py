@@ -61,6 +61,7 @@ def test_probe_value():
     np.testing.assert_allclose(values(algo, states, [[0.0]]), 1, atol=0.05)
 
 
+@pytest.mark.slow
 def test_probe_value_from_observation():
     algo, states = trained("Probe-observation")
     np.testing.assert_allclose(values(algo, states, [[-1.0], [1.0]]), [[-1, 1]] * 4, atol=0.1)
@@ -242,6 +243,7 @@ def close(a, b, rtol=1e-4, atol=1e-5):
     jax.tree.map(leaf, a, b)
 
 
+@pytest.mark.slow
 def test_a_vmapped_seed_is_its_solo_run(key):
     algo = ppo.make(envs.make("CartPole-v1"), TINY)
     train = run.train_fn(algo, 3 * algo.env_steps_per_update)
@@ -273,6 +275,7 @@ def test_over_devices_changes_nothing(key):
     close(jax.jit(over_devices(algo, mesh).update)(state), jax.jit(algo.update)(state))
 
 
+@pytest.mark.slow
 def test_evaluation_within_a_run_leaves_training_alone(key):
     algo = ppo.make(envs.make("CartPole-v1"), TINY)
 

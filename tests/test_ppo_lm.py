@@ -27,6 +27,7 @@ def test_it_learns_what_is_rewarded():
     assert np.isfinite(np.asarray(result.metrics["value_loss"])).all()
 
 
+@pytest.mark.slow
 def test_a_kl_in_the_reward_holds_the_policy_back():
     free, held = (
         ppo_lm.make(TASK, CONFIG, ppo_lm.Hyper(learning_rate=0.01, format_weight=1.0, kl_weight=beta))

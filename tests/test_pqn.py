@@ -69,6 +69,7 @@ def test_probe_policy(fields):
     np.testing.assert_allclose(metrics["root_loss"] ** 2, metrics["loss"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_masked_actions_are_never_taken():
     algo, states, _ = trained("Probe-mask")
     np.testing.assert_allclose(score(algo, states), 1, atol=0.1)

@@ -98,11 +98,16 @@ def test_a_checkpoint_holds_replay_and_memories_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(data(a), data(b))
 
 
-def test_sweeps_and_keys():
+@pytest.mark.slow
+def test_hyperparameters_are_swept():
     algo = r2d2.make(envs.make("Probe-policy"), TINY, HYPER)
     grid = run.sweep.grid(algo.hyper, {"gamma": [0.9, 0.99], "priority_max": [0.0, 0.9]})
     result = run.train(algo, jax.random.key(0), 40, num_seeds=2, hypers=grid, eval_episodes=0, progress=False)
     assert result.metrics["loss"].shape == (4, 2, 10)
+
+
+def test_keys_are_used_once():
+    algo = r2d2.make(envs.make("Probe-policy"), TINY, HYPER)
     with jax.debug_key_reuse(True):
         jax.jit(algo.update)(jax.jit(algo.init)(jax.random.key(0)))
 

@@ -541,6 +541,7 @@ def test_what_an_environment_is_made_of_is_recorded():
     assert recorded(limited) == garnet | {"wrappers": ["sticky_actions(probability=0.5)", "time_limit(steps=7)"]}
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_in_another_environment(tmp_path):
     path, folder = tmp_path / "mine.py", tmp_path / "run"
     path.write_text(ENV_FILE)

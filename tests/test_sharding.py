@@ -49,6 +49,7 @@ def programs(key, data, model):
     return jax.jit(algo.update), jax.jit(algo.update, out_shardings=(where, None)), state, where, mesh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data, model", [(2, 1), (1, 2)])
 def test_an_update_compiles_for_devices(data, model, key):
     _, program, state, where, mesh = programs(key, data, model)
