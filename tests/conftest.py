@@ -18,7 +18,7 @@ os.environ["JRL_CPU_DEVICES"] = "2"
 # Compiling dominates, and many tests compile the same programs, small ones too: share them, also with the processes that tests start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache/jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# A quarter to a third of the time in the compiler, and these tiny programs hardly run longer.
+# A sixth to a third of the time in the compiler, and these tiny programs hardly run longer.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] += " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 # On a busy machine two devices may wait longer for each other than the 40 s after which XLA gives up and aborts.
