@@ -93,7 +93,10 @@ def test_a_module_of_flax_learns_from_a_dictionary_of_observations():
         (lambda: ppo.make(ENV, network=Module()), "network must be a jrl.nets.types.Network; got"),
         (lambda: dqn.make(ENV, network=RECURRENT), "DQN replays single transitions"),
         (lambda: r2d2.make(ENV, network=VALUES), "without a memory this is DQN"),
-        (lambda: dqn.make(ENV, dqn.RAINBOW, network=VALUES), "noisy|must answer"),
+        (
+            lambda: dqn.make(ENV, dqn.Config(network=nets.ValueConfig(noisy=True)), network=VALUES),
+            "config.network.noisy has no effect on a network of your own",
+        ),
         (
             lambda: pqn.make(ENV, pqn.Config(num_envs=3, num_minibatches=2), network=RECURRENT),
             "config.num_minibatches must divide num_envs = 3; got 2",

@@ -38,7 +38,6 @@ TINY = ppo.Config(
 )
 PER_UPDATE = 16
 ROOT = Path(__file__).parents[1]
-KEPT = {}  # by compiled_once
 
 
 @functools.cache
@@ -46,8 +45,14 @@ def make(env="CartPole-v1", **fields):
     return ppo.make(envs.make(env), dataclasses.replace(TINY, **fields))
 
 
+@pytest.fixture(scope="module")
+def kept():
+    """What was compiled, until the end of this file."""
+    return {}
+
+
 @pytest.fixture(autouse=True)
-def compiled_once(monkeypatch):
+def compiled_once(kept, monkeypatch):
     """Tests that train the same algorithm share what was traced and compiled for it."""
     check, chunk, compile_chunk = loop.check, program.chunk, compiled._compile_chunk
 
@@ -55,9 +60,9 @@ def compiled_once(monkeypatch):
         return algo.init, algo.update, algo.act, algo.losses, algo.learned, str(algo.hyper)
 
     def once(key, make, *args):
-        if key not in KEPT:
-            KEPT[key] = make(*args)
-        return KEPT[key]
+        if key not in kept:
+            kept[key] = make(*args)
+        return kept[key]
 
     def compile_once(run, states, *more):
         *options, scorer_of = more
@@ -187,8 +192,9 @@ def test_sweep_cells_are_their_solo_runs(tmp_path):
     grid = run.sweep.grid(algo.hyper, {"learning_rate": [1e-3, 1e-2], "optimizer.b1": [0.9]})
     assert list(grid) == ["learning_rate=0.001, optimizer.b1=0.9", "learning_rate=0.01, optimizer.b1=0.9"]
     result = train(algo, 3, hypers=grid, run_dir=tmp_path / "run", eval_episodes=2)
-    alone = train(ppo.make(algo.env, algo.config, list(grid.values())[1]), 3)
-    assert_close(jax.tree.map(lambda x: x[1], result.state), alone.state)
+    for i, hyper in enumerate(grid.values()):
+        alone = train(ppo.make(algo.env, algo.config, hyper), 3)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], result.state), alone.state)
     assert result.metrics["loss"].shape == (2, 2, 3)
     assert set(result.summary["cells"]) == set(grid) and result.summary["best_cell"] in grid
     rows = list(csv.DictReader((tmp_path / "run/sweep.csv").open()))
