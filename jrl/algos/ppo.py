@@ -15,7 +15,6 @@ policy starts each rollout from the memory it had, trains on whole sequences, an
 """
 
 import functools
-from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,55 +23,17 @@ import numpy as np
 
 from jrl import nets
 from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
+from jrl.algos.ppo_settings import Config, Hyper, check
 from jrl.envs.strict import strict
 from jrl.envs.types import Box, Discrete, Environment, MaskedObs, MultiDiscrete, Space, observation_spec
 from jrl.equations import distributions, losses, returns
 from jrl.equations.distributions import Distribution
 from jrl.experience import normalize, rollout
-from jrl.numerics import checks, loops, optim, precision
-from jrl.numerics.settings import AboveZero, AtLeastOne, NonNegative, Positive, Precision, Settings, Unit, check_hyper
+from jrl.numerics import loops, optim, precision
+from jrl.numerics.settings import check_hyper
 from jrl.numerics.types import Memory, Observation, OptState, Params
 
 Array = jax.Array
-
-
-@dataclass(frozen=True)
-class Config(Settings):
-    """Static settings, which shape the compiled program."""
-
-    num_envs: Positive = 4  # Environments that each seed steps in parallel.
-    num_steps: Positive = 128  # Steps of each environment per update.
-    num_epochs: Positive = 4  # Passes over the rollout of an update.
-    num_minibatches: Positive = 4  # Gradient steps per pass; divides num_envs * num_steps (recurrent: num_envs).
-    loss: Literal["clip", "penalty"] = "clip"  # PPO-Clip, or PPO-Penalty with an adaptive KL weight (preset "penalty").
-    dual_clip: bool = False  # Bound the loss of negative advantages by hyper.dual_clip.
-    value_clip: bool = True  # Clip value updates by hyper.value_clip_eps.
-    kl_stop: bool = False  # Discard the remaining minibatches once the KL exceeds 1.5 * hyper.target_kl.
-    standardize_advantages: Literal["minibatch", "batch", "none"] = "minibatch"  # Samples it is done over.
-    normalize_observations: bool = False  # By their running mean and standard deviation.
-    normalize_rewards: bool = False  # By the running standard deviation of the discounted return.
-    continuous: Literal["normal", "tanh_normal"] = "normal"  # Policy for continuous actions, in units of the bounds.
-    network: nets.Config = field(default_factory=nets.Config)  # Shape of the network.
-    optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)  # What the optimizer is made of.
-    # float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
-    precision: Precision = "float32"
-
-
-class Hyper(NamedTuple):
-    """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
-
-    learning_rate: NonNegative = 2.5e-4  # Initial learning rate; config.optimizer.schedule lets it fall.
-    gamma: Unit = 0.99  # Discount of the return.
-    gae_lambda: Unit = 0.95  # Lambda of the advantage estimate.
-    clip_eps: NonNegative = 0.2  # The ratio is trusted between 1 - eps and 1 + eps.
-    value_clip_eps: NonNegative = 0.2  # Range of a value update, in units of return.
-    entropy_weight: NonNegative = 0.01  # Weight of the entropy bonus.
-    value_weight: NonNegative = 0.5  # Weight of the value loss.
-    max_grad_norm: AboveZero = 0.5  # Largest global norm of a gradient, or the bound of config.optimizer.clip.
-    dual_clip: AtLeastOne = 3.0  # Bound on the ratio where the advantage is negative.
-    target_kl: AboveZero = 0.01  # KL to which the penalty steers; kl_stop stops at 1.5 times it.
-    kl_weight: NonNegative = 1.0  # Initial weight of the KL penalty, which is adapted within a factor of 100.
-    optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
 def make(
@@ -284,20 +245,6 @@ class Batch(NamedTuple):
     value: Array
     advantage: Array
     target: Array
-
-
-def check(config: Config, hyper: Hyper) -> None:
-    """Raise ``ValueError`` for wrong settings, and where advantages would be standardized over one sample: they would all be 0."""
-    checks.instances("ppo.make", config=(config, Config), hyper=(hyper, Hyper))
-    check_hyper(hyper)
-    if config.dual_clip and config.loss == "penalty":
-        raise ValueError("config.dual_clip needs config.loss=clip; got penalty")
-    parts = {"minibatch": config.num_minibatches, "batch": 1, "none": 0}[config.standardize_advantages]
-    if config.num_envs * config.num_steps == parts:
-        raise ValueError(
-            f"config.standardize_advantages={config.standardize_advantages} needs two samples or more; got "
-            f"num_envs * num_steps / num_minibatches = 1"
-        )
 
 
 def action_distribution(space: Space, continuous: Literal["normal", "tanh_normal"] = "normal") -> Distribution:
