@@ -81,16 +81,16 @@ def check(algo: Algorithm) -> tuple[State, Metrics]:
     if not hasattr(algo.hyper, "_fields"):
         raise ValueError(f"{algo.name}: hyper must be a NamedTuple of numbers; got {algo.hyper!r}")
     state = checks.traced(algo.name, "init", lambda key: algo.init(key, algo.hyper, 1), key)
-    answer = checks.traced(algo.name, "update", algo.update, state)
-    if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], dict):
+    returned = checks.traced(algo.name, "update", algo.update, state)
+    if not isinstance(returned, tuple) or len(returned) != 2 or not isinstance(returned[1], dict):
         raise ValueError(
-            f"{algo.name}: update must return (state, metrics), metrics a dict; got {type(answer).__name__}"
+            f"{algo.name}: update must return (state, metrics), metrics a dict; got {type(returned).__name__}"
         )
-    _same_state(algo.name, state, answer[0])
-    for name, metric in answer[1].items():
+    _same_state(algo.name, state, returned[0])
+    for name, metric in returned[1].items():
         if getattr(metric, "shape", None) != () or not jnp.issubdtype(metric.dtype, jnp.number):
             raise ValueError(f"{algo.name}: the metric {name!r} must be a scalar number; got {metric}")
-    return state, answer[1]
+    return state, returned[1]
 
 
 def check_act(algo: Algorithm, state: State) -> None:

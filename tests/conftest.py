@@ -29,7 +29,7 @@ import pytest
 
 import jrl  # noqa: F401  (lays out the CPU devices before the first use of JAX)
 
-BUDGET = 30.0  # seconds, of a test that is not marked as slow
+BUDGET = 20.0  # seconds, of a test that is not marked as slow
 
 
 @pytest.hookimpl(tryfirst=True)

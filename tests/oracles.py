@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -18,20 +19,16 @@ def dense(q, k, v, causal=True, window=None, segment_ids=None, scale=None):
     """``[B, T, H, Dv]`` for ``[B, T, H, D]``, ``[B, S, K, D]``, ``[B, S, K, Dv]``."""
     batch, length, heads, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
-    out = []
-    for b in range(batch):
-        seen = np.zeros((length, k.shape[1]), bool)
-        for t in range(length):
-            for s in range(k.shape[1]):
-                near = (s <= t or not causal) and (window is None or t - s < window)
-                seen[t, s] = near and (segment_ids is None or segment_ids[b][t] == segment_ids[b][s])
-        kv = [h // (heads // k.shape[2]) for h in range(heads)]
-        out.append(
-            jnp.stack(
-                [masked_mean(q[b, :, h], k[b, :, kv[h]], v[b, :, kv[h]], seen, scale)[0] for h in range(heads)], 1
-            )
-        )
-    return jnp.stack(out)
+    seen = np.zeros((batch, length, k.shape[1]), bool)
+    for b, t, s in np.ndindex(seen.shape):
+        near = (s <= t or not causal) and (window is None or t - s < window)
+        seen[b, t, s] = near and (segment_ids is None or segment_ids[b][t] == segment_ids[b][s])
+    mine = np.arange(heads) // (heads // k.shape[2])  # the key head of each head
+
+    def row(q, k, v, seen):
+        return jax.vmap(lambda q, k, v: masked_mean(q, k, v, seen, scale)[0], in_axes=1, out_axes=1)(q, k, v)
+
+    return jax.vmap(row)(q, k[:, :, mine], v[:, :, mine], seen)
 
 
 def nsa(phi, q, streams, gates, config, segment_ids=None, known=None):

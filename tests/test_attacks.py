@@ -20,7 +20,7 @@ for name in inputs.SMALL:  # or they could not be forked, nor a wrong platform b
     processes.script(name)
     print("no device is used yet" if processes.no_device_used() else f"importing {name} uses a device")
 
-for number, case in enumerate(inputs.some(23)):
+for number, case in enumerate(inputs.some(16)):
     folder = Path(str(number)).absolute()
     folder.mkdir()
     broke, _ = inputs.attempt(case, folder)
@@ -34,7 +34,7 @@ def test_bad_inputs_are_refused_with_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) >= 40 and set(lines) == {"refused", "no device is used yet"}, done.stdout
+    assert len(lines) >= 30 and set(lines) == {"refused", "no device is used yet"}, done.stdout
 
 
 TAMPERING = """
@@ -42,7 +42,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from attacks import tampering
-chosen = {"ppo": 12, "shards": 7, "experts": 5, "gguf": 6}
+chosen = {"ppo": 7, "shards": 5, "experts": 4, "gguf": 4}
 for number, case in enumerate(tampering.cases(1, 2000)):
     if chosen.get(case.kind, 0):
         chosen[case.kind] -= 1

@@ -51,29 +51,36 @@ def test_latent_attention_and_its_gradients(config):
 def test_absorbed_decoding_is_a_row_of_latent_attention(start):
     params = mla.init(jax.random.key(0), LATENT, 8, 3)
     x = jax.random.normal(jax.random.key(1), (2, 15, 8))
-    at = jnp.broadcast_to(jnp.arange(15)[None], (2, 15))
-    whole = mla.attend(params, x, LATENT, segment_ids=(at >= start).astype(jnp.int32))
+    at = np.broadcast_to(np.arange(15)[None], (2, 15))
+    attend, latents, queries = (jax.jit(f, static_argnames="config") for f in (mla.attend, mla.latents, mla.queries))
+    whole = np.asarray(attend(params, x, config=LATENT, segment_ids=(at >= start).astype(np.int32)))
     cache = mla.init_cache(LATENT, 2, 15)
-    latent, key = mla.latents(params, x, at, LATENT)
-    nope, turned = mla.queries(params, x, at, LATENT)
+    latent, key = jax.device_get(latents(params, x, at, config=LATENT))
+    nope, turned = jax.device_get(queries(params, x, at, config=LATENT))
 
     @jax.jit
-    def step(cache, t):
-        cache = mla.write(cache, latent[:, t], key[:, t], t)
-        return cache, mla.decode_step(params, nope[:, t], turned[:, t], cache, t, LATENT, start=start)
+    def step(cache, t, latent, key, nope, turned):
+        cache = mla.write(cache, latent, key, t)
+        return cache, mla.decode_step(params, nope, turned, cache, t, LATENT, start=start)
 
     for t in range(15):
-        cache, row = step(cache, jnp.int32(t))
+        cache, row = step(cache, jnp.int32(t), *(x[:, t] for x in (latent, key, nope, turned)))
         if t >= start:
             close(row, whole[:, t], 2e-5)
     assert cache.latent.shape == (2, 15, 6) and cache.key.shape == (2, 15, 2)
 
 
+mix = jax.jit(rwkv.mix, static_argnames="chunk")  # one program where operations one by one would be dozens
+
+
 def tokens(length, batch=2, heads=2, dim=3, value_dim=4, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 5)
-    r, k, w = (jax.random.normal(key, (batch, length, heads, dim), float) for key in keys[:3])
-    v = jax.random.normal(keys[3], (batch, length, heads, value_dim), float)
-    return r, k, v, -jnp.exp(w), jax.random.normal(keys[4], (heads, dim), float)
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(jax.dtypes.canonicalize_dtype(float))
+
+    r, k, w = (normal(batch, length, heads, dim) for _ in range(3))
+    return r, k, normal(batch, length, heads, value_dim), -np.exp(w), normal(heads, dim)
 
 
 def by_hand(r, k, v, log_w, u, first):
@@ -111,16 +118,16 @@ def test_rwkv_in_chunks_and_its_gradients(chunk):
 
 def test_the_recurrence_is_the_sequence_and_the_state_carries_on():
     r, k, v, log_w, u = tokens(20)
-    first = jnp.zeros((2, 20), bool).at[1, 13].set(True)
-    whole, end = rwkv.mix(r, k, v, log_w, u, first=first, chunk=8)
+    first = np.arange(20)[None] == np.array([[20], [13]])
+    whole, end = jax.device_get(mix(r, k, v, log_w, u, first=first, chunk=8))
 
     def step(state, x):
         y, state = rwkv.recur(*x[:4], u, state, x[4])
         return state, y
 
-    rows = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (r, k, v, log_w, first))
+    rows = jax.tree.map(lambda x: np.moveaxis(x, 1, 0), (r, k, v, log_w, first))
     state, y = jax.lax.scan(step, jnp.zeros((2, 2, 3, 4)), rows)
-    close((jnp.moveaxis(y, 0, 1), state), (whole, end), 2e-5)
+    close((np.moveaxis(y, 0, 1), state), (whole, end), 2e-5)
 
     def head(x):
         return x[:, :7]
@@ -128,16 +135,16 @@ def test_the_recurrence_is_the_sequence_and_the_state_carries_on():
     def tail(x):
         return x[:, 7:]
 
-    _, middle = rwkv.mix(*map(head, (r, k, v, log_w)), u, first=head(first))
-    rest, _ = rwkv.mix(*map(tail, (r, k, v, log_w)), u, middle, tail(first))
+    _, middle = mix(*map(head, (r, k, v, log_w)), u, first=head(first))
+    rest, _ = mix(*map(tail, (r, k, v, log_w)), u, middle, tail(first))
     close(rest, whole[:, 7:], 2e-5)
 
 
 def test_a_strong_decay_overflows_nothing():
     r, k, v, log_w, u = tokens(40)
-    y, state = rwkv.mix(r, k, v, 200 * log_w, u)
-    assert jnp.isfinite(y).all() and jnp.isfinite(state).all()
-    g = jax.grad(lambda w: rwkv.mix(r, k, v, w, u)[0].sum())(200 * log_w)
+    y, state = mix(r, k, v, 200 * log_w, u)
+    assert np.isfinite(y).all() and np.isfinite(state).all()
+    g = jax.grad(lambda w: mix(r, k, v, w, u)[0].sum())(200 * log_w)
     assert jnp.isfinite(g).all()
 
 

@@ -20,10 +20,16 @@ KINDS = {
 }
 
 
+apply = jax.jit(moe.apply, static_argnums=2)  # one program where operations one by one would be dozens
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
 def start(config, dim=4):
     shapes = {name: shape for name, (shape, _) in moe.shapes(config, dim).items()}
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return {name: jax.random.normal(k, s) for k, (name, s) in zip(keys, shapes.items(), strict=True)}
+    return {name: normal(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
 
 
 def swiglu(x, gate, up, down):
@@ -55,35 +61,36 @@ def by_hand(params, x, config):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_token_goes_through_its_experts(kind):
     config = KINDS[kind]
-    params, x = start(config), jax.random.normal(jax.random.key(1), (17, 4))
-    y, load = jax.jit(lambda p, x: moe.apply(p, x, config))(params, x)
+    params, x = start(config), normal(11, 17, 4)
+    y, load = apply(params, x, config)
     np.testing.assert_allclose(y, by_hand(params, x, config), rtol=2e-4, atol=2e-5)
     assert load.chosen.dtype == jnp.int32 and load.chosen.sum() == 17 * config.chosen
-    shaped, _ = moe.apply(params, x[:16].reshape(2, 8, 4), config)
+    shaped, _ = apply(params, x[:16].reshape(2, 8, 4), config)
     np.testing.assert_allclose(shaped.reshape(16, 4), y[:16], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_reach_router_and_experts_but_not_the_bias(kind):
     config = KINDS[kind]
-    params, x = start(config), jax.random.normal(jax.random.key(1), (9, 4))
-    grads = jax.grad(lambda p: jnp.sum(jnp.sin(moe.apply(p, x, config)[0])))(params)
-    step = 1e-2
+    params, x = start(config), normal(11, 9, 4)
+
+    @jax.jit
+    def total(p):
+        return jnp.sum(jnp.sin(moe.apply(p, x, config)[0]))
+
+    grads, step = jax.device_get(jax.jit(jax.grad(total))(params)), 1e-2
     for name in ("router", "down"):
-        direction = jax.random.normal(jax.random.key(3), params[name].shape)
-        moved = [
-            jnp.sum(jnp.sin(moe.apply(params | {name: params[name] + s * direction}, x, config)[0]))
-            for s in (step, -step)
-        ]
+        direction = normal(3, *params[name].shape)
+        moved = [total(params | {name: params[name] + np.float32(s) * direction}) for s in (step, -step)]
         np.testing.assert_allclose(
-            (moved[0] - moved[1]) / (2 * step), jnp.sum(grads[name] * direction), rtol=0.05, atol=0.05
+            (moved[0] - moved[1]) / (2 * step), np.sum(grads[name] * direction), rtol=0.05, atol=0.05
         )
     if "bias" in grads:
         assert (grads["bias"] == 0).all()
 
 
 def test_a_vmap_over_tokens_alone_gives_what_leading_axes_give():
-    params, x = start(SMALL), jax.random.normal(jax.random.key(1), (3, 2, 7, 4))
+    params, x = start(SMALL), normal(11, 3, 2, 7, 4)
 
     def loss(params, x):
         return jnp.sum(jnp.sin(moe.apply(params, x, SMALL)[0]))
@@ -99,7 +106,7 @@ def test_a_vmap_over_tokens_alone_gives_what_leading_axes_give():
 
 def test_it_works_under_vmap_over_seeds():
     """Each seed has its own parameters."""
-    x = jax.random.normal(jax.random.key(1), (3, 7, 4))
+    x = normal(11, 3, 7, 4)
     seeds = jax.tree.map(lambda w: jnp.stack([w, 2 * w, -w]), start(SMALL))
 
     def loss(params, x):
@@ -113,13 +120,12 @@ def test_it_works_under_vmap_over_seeds():
 
 def test_the_bias_evens_the_load():
     config = dataclasses.replace(SMALL, scores="sigmoid")
-    params, x = start(config), jax.random.normal(jax.random.key(1), (512, 4)) + 1.0
-    apply = jax.jit(lambda p, x: moe.apply(p, x, config))
-    loads = []
+    params, x = start(config), normal(11, 512, 4) + 1.0
+    balance, loads = jax.jit(moe.balance), []
     for _ in range(200):
-        _, load = apply(params, x)
-        params["bias"] = moe.balance(params["bias"], load.chosen, 0.02)
-        loads.append(float(load.chosen.max() / load.chosen.sum()))
+        _, load = apply(params, x, config)
+        params["bias"] = balance(params["bias"], load.chosen, 0.02)
+        loads.append(np.max(load.chosen) / np.sum(load.chosen))
     assert loads[-1] < 0.25 < loads[0]  # an even share is 1/6
 
 
@@ -132,10 +138,10 @@ def test_the_bias_moves_by_the_rate_towards_an_even_load_and_rests_there():
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_that_do_not_count_are_no_load(kind):
     config = KINDS[kind]
-    params, x = start(config), jax.random.normal(jax.random.key(1), (2, 9, 4))
+    params, x = start(config), normal(11, 2, 9, 4)
     counted = np.arange(9) >= np.array([[0], [6]])  # a row is padded on its left
-    y, load = moe.apply(params, x, config, counted)
-    whole, real = moe.apply(params, x, config)[0], moe.apply(params, x[counted], config)[1]
+    y, load = apply(params, x, config, counted)
+    whole, real = apply(params, x, config)[0], apply(params, x[counted], config)[1]
     np.testing.assert_array_equal(y, whole)
     np.testing.assert_array_equal(load.chosen, real.chosen)
     np.testing.assert_allclose(load.probability, real.probability, rtol=1e-5)
@@ -163,16 +169,16 @@ def load_balancing_loss_func(logits, k, mask):
 
 
 def test_the_balance_loss_is_that_of_transformers_in_any_number_of_parts():
-    params, x = start(SMALL), jax.random.normal(jax.random.key(1), (12, 4))
+    params, x = start(SMALL), normal(11, 12, 4)
     mask = np.arange(12) % 5 != 0
-    parts = [moe.apply(params, x[i : i + 4], SMALL, mask[i : i + 4])[1] for i in (0, 4, 8)]
+    parts = [apply(params, x[i : i + 4], SMALL, mask[i : i + 4])[1] for i in (0, 4, 8)]
     load = jax.tree.map(lambda *part: sum(part), *parts)
     wanted = load_balancing_loss_func(np.asarray(x @ params["router"]), 2, mask)
     np.testing.assert_allclose(moe.balance_loss(load, SMALL), wanted, rtol=1e-5)
 
 
 def test_the_balance_loss_evens_the_load():
-    params, x = start(SMALL), jax.random.normal(jax.random.key(1), (256, 4)) + 1.0
+    params, x = start(SMALL), normal(11, 256, 4) + 1.0
 
     @jax.jit
     def step(router):

@@ -79,15 +79,15 @@ def test_a_module_of_flax_learns_from_a_dictionary_of_observations():
     [
         (
             lambda: ppo.make(ENV, network=VALUES),
-            r"the network must answer one observation with Outputs\(policy=float\[2\], value=float\[\]\); got float\[2\]",
+            r"the network must return Outputs\(policy=float\[2\], value=float\[\]\) for one observation; got float\[2\]",
         ),
         (
             lambda: dqn.make(ENV, network=POLICY),
-            r"the network must answer one observation with float\[2\]; got Outputs",
+            r"the network must return float\[2\] for one observation; got Outputs",
         ),
         (
             lambda: dqn.make(ENV, dqn.Config(distribution="quantile", atoms=5), network=VALUES),
-            r"must answer one observation with float\[2, 5\]; got float\[2\]",
+            r"must return float\[2, 5\] for one observation; got float\[2\]",
         ),
         (lambda: ppo.make(envs.make("Acrobot-v1"), network=POLICY), "network cannot be traced"),
         (lambda: ppo.make(ENV, network=Module()), "network must be a jrl.nets.types.Network; got"),

@@ -54,14 +54,14 @@ def test_it_learns_what_needs_a_memory(fields):
 
 
 def test_truncation_bootstraps():
-    """Reward 1 a step, truncated at 20, never terminated: V = 1 / (1 - gamma) = 10; a merged ``done`` gives about half."""
+    """Reward 1 a step, truncated at 8, never terminated: V = 1 / (1 - gamma) = 5; a merged ``done`` gives 2.9 on average."""
 
     def step(key, t, action):
-        return (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 20)
+        return (jnp.ones(1), t + 1, 1.0, False, t + 1 >= 8)
 
-    env = envs.strict(envs.Environment("Forever", lambda key: (jnp.ones(1), jnp.int32(0)), step, envs.Discrete(2), 20))
-    _, _, metrics = trained(env, 1500, FAST, HYPER._replace(gamma=0.9), 2)
-    np.testing.assert_allclose(metrics["q"][:, -100:].mean(1), 10, atol=0.7)
+    env = envs.strict(envs.Environment("Forever", lambda key: (jnp.ones(1), jnp.int32(0)), step, envs.Discrete(2), 8))
+    _, _, metrics = trained(env, 500, FAST, HYPER._replace(gamma=0.8), 2)
+    np.testing.assert_allclose(metrics["q"][:, -50:].mean(1), 5, atol=0.35)
 
 
 def test_burn_in_refreshes_a_stale_memory_and_takes_no_gradient(key):

@@ -14,33 +14,46 @@ from jrl.run.memory import state_bytes
 SPEC = jax.ShapeDtypeStruct((2,), jnp.uint8)
 
 
+def jitted(store):
+    """A replay whose functions are compiled as a whole, where operations one by one would be dozens of programs."""
+    return store._replace(**{name: jax.jit(getattr(store, name)) for name in ("init", "add", "sample", "update")})
+
+
+def make(*args, **kwargs):
+    return jitted(replay.make(*args, **kwargs))
+
+
+def make_sequences(*args, **kwargs):
+    return jitted(replay.make_sequences(*args, **kwargs))
+
+
 def step(obs, action=0, reward=0.0, terminated=False, truncated=False, next_obs=0):
     """One step of one environment, whose observations are (number, number)."""
 
     def see(x):
-        return jnp.full((1, 2), x, jnp.uint8)
+        return np.full((1, 2), x, np.uint8)
 
     return replay.Step(
         see(obs),
-        jnp.array([action]),
-        jnp.array([reward]),
-        jnp.array([terminated]),
-        jnp.array([truncated]),
+        np.array([action], np.int32),
+        np.array([reward], np.float32),
+        np.array([terminated]),
+        np.array([truncated]),
         see(next_obs),
     )
 
 
 def filled(steps, capacity=16, **kwargs):
-    memory = replay.make(SPEC, 1, capacity, kwargs.pop("batch_size", 256), **kwargs)
-    buffer = memory.init()
+    store = make(SPEC, 1, capacity, kwargs.pop("batch_size", 256), **kwargs)
+    buffer = store.init()
     for s in steps:
-        buffer = jax.jit(memory.add)(buffer, s)
-    return memory, buffer
+        buffer = store.add(buffer, s)
+    return store, buffer
 
 
-def drawn(memory, buffer, gamma=0.5):
+def drawn(store, buffer, gamma=0.5):
     """Transitions by the number of their first observation: (reward, discount, next observation)."""
-    batch = memory.sample(buffer, jax.random.key(0), gamma)
+    batch = jax.device_get(store.sample(buffer, jax.random.key(0), gamma))
     seen = {}
     for i in np.flatnonzero(batch.weight > 0):
         seen[int(batch.obs[i, 0])] = (float(batch.reward[i]), float(batch.discount[i]), int(batch.next_obs[i, 0]))
@@ -88,25 +101,25 @@ def test_three_step_transitions_stop_where_episodes_do(prioritized):
 
 def test_both_flags_terminate_and_old_rows_are_overwritten():
     steps = [step(i, reward=float(i), truncated=i % 3 == 2, terminated=i % 3 == 2, next_obs=i + 1) for i in range(40)]
-    memory, buffer = filled(steps, capacity=8)
-    assert int(memory.size(buffer)) == 8 and buffer.obs.dtype == jnp.uint8
-    seen = drawn(memory, buffer)
+    store, buffer = filled(steps, capacity=8)
+    assert int(store.size(buffer)) == 8 and buffer.obs.dtype == jnp.uint8
+    seen = drawn(store, buffer)
     assert set(seen) == set(range(32, 39))
     assert seen[35] == (35, 0, 36) and seen[36] == (36, 0.5, 37)
 
 
 def test_environments_are_drawn_alike_and_keep_apart():
-    memory = replay.make(SPEC, 3, 30, 3000)
+    store = make(SPEC, 3, 30, 3000)
 
     def see(x):
-        return jnp.stack([jnp.full(2, x + 100 * e, jnp.uint8) for e in range(3)])
+        return np.stack([np.full(2, x + 100 * e, np.uint8) for e in range(3)])
 
-    buffer = memory.init()
-    no = jnp.zeros(3, bool)
+    buffer = store.init()
+    no = np.zeros(3, bool)
     for i in range(6):
-        truncated = jnp.array([False, i == 2, False])
-        buffer = memory.add(buffer, replay.Step(see(i), jnp.arange(3), jnp.zeros(3), no, truncated, see(50)))
-    batch = memory.sample(buffer, jax.random.key(0), 0.9)
+        truncated = np.array([False, i == 2, False])
+        buffer = store.add(buffer, replay.Step(see(i), np.arange(3), np.zeros(3), no, truncated, see(50)))
+    batch = jax.device_get(store.sample(buffer, jax.random.key(0), 0.9))
     env = np.asarray(batch.obs[:, 0]) // 100
     assert (np.asarray(batch.next_obs[:, 0]) // 100 == env).all()
     np.testing.assert_allclose(np.bincount(env, minlength=3) / 3000, 1 / 3, atol=0.04)
@@ -131,34 +144,34 @@ def test_the_tree_sums_and_finds():
 
 
 def test_draws_follow_priorities_and_weights_undo_them():
-    memory, buffer = filled([step(i, next_obs=i + 1) for i in range(9)], prioritized=True, batch_size=8000)
+    store, buffer = filled([step(i, next_obs=i + 1) for i in range(9)], prioritized=True, batch_size=8000)
     rows = jnp.arange(8)
     priority = jnp.array([1.0, 2, 3, 4, 5, 6, 7, 8])
-    buffer = memory.update(buffer, rows, priority)
-    buffer = memory.update(buffer, jnp.array([8, replay.NOWHERE]), jnp.array([0.0, 99.0]))
+    buffer = store.update(buffer, rows, priority)
+    buffer = store.update(buffer, jnp.array([8, replay.NOWHERE]), jnp.array([0.0, 99.0]))
     assert buffer.largest == 8
-    batch = memory.sample(buffer, jax.random.key(0), 0.9, 1.0)
+    batch = jax.device_get(store.sample(buffer, jax.random.key(0), 0.9, 1.0))
     share = np.bincount(np.asarray(batch.obs[:, 0]), minlength=8)[:8] / 8000
     np.testing.assert_allclose(share, np.asarray(priority) / 36, atol=0.002)
     # (1 / (N P))^beta over its largest: with beta = 1 inverse to the priority.
     for i in range(8000):
         if i % 500 == 0:
             np.testing.assert_allclose(batch.weight[i], 1 / (1 + int(batch.obs[i, 0])), rtol=1e-4)
-    half = memory.sample(buffer, jax.random.key(0), 0.9, 0.5)
+    half = store.sample(buffer, jax.random.key(0), 0.9, 0.5)
     np.testing.assert_allclose(half.weight[-1], (1 / 8) ** 0.5, rtol=1e-4)
 
 
 def test_new_rows_get_the_largest_priority():
-    memory, buffer = filled(HISTORY[:3], prioritized=True)
-    buffer = memory.update(buffer, jnp.array([1]), jnp.array([7.0]))
-    buffer = memory.add(buffer, HISTORY[3])
+    store, buffer = filled(HISTORY[:3], prioritized=True)
+    buffer = store.update(buffer, jnp.array([1]), jnp.array([7.0]))
+    buffer = store.add(buffer, HISTORY[3])
     leaves = buffer.tree.shape[0] // 2
     assert buffer.tree[leaves : leaves + 4].tolist() == [1, 7, 7, 0]  # the newest waits for what follows it
 
 
 def test_a_ring_that_wraps_draws_no_row_that_is_gone():
-    memory, buffer = filled([step(i, next_obs=i + 1) for i in range(29)], capacity=8, prioritized=True)
-    assert set(drawn(memory, buffer)) == set(range(21, 28))
+    store, buffer = filled([step(i, next_obs=i + 1) for i in range(29)], capacity=8, prioritized=True)
+    assert set(drawn(store, buffer)) == set(range(21, 28))
     leaves = buffer.tree.shape[0] // 2
     assert (buffer.tree[leaves:] > 0).sum() == 7 and buffer.tree[1] == 7
 
@@ -190,20 +203,20 @@ def stacked_run(num_steps, frames, key, truncate=5, terminate=7):
 @pytest.mark.parametrize("truncate, terminate", [(5, 7), (9, 4), (30, 30)])
 def test_frames_are_stored_once_and_stacked_as_the_wrapper_does(prioritized, truncate, terminate, key):
     spec, steps = stacked_run(40, 4, key, truncate, terminate)
-    whole = replay.make(spec, 3, 60, 500, 3, prioritized)
-    once = replay.make(spec, 3, 60, 500, 3, prioritized, num_frames=4)
+    whole = make(spec, 3, 60, 500, 3, prioritized)
+    once = make(spec, 3, 60, 500, 3, prioritized, num_frames=4)
     assert once.init().obs.shape == (3, 20, 2, 1) and whole.init().obs.shape == (3, 20, 2, 4)
     batches = []
-    for memory in (whole, once):
+    for store in (whole, once):
 
-        def add(b, s, memory=memory):
-            return (memory.add(b, s), None)
+        def add(b, s, store=store):
+            return (store.add(b, s), None)
 
         seen = replay.Step(
             steps.obs, jnp.zeros((40, 3), jnp.int32), steps.reward, steps.terminated, steps.truncated, steps.next_obs
         )
-        buffer, _ = jax.lax.scan(add, memory.init(), seen)
-        batches.append((buffer, memory.sample(buffer, key, 0.9)))
+        buffer, _ = jax.lax.scan(add, store.init(), seen)
+        batches.append(jax.device_get((buffer, store.sample(buffer, key, 0.9))))
     (full, _), (buffer, batch) = batches
     at = np.asarray(batch.rows) // 20, np.asarray(batch.rows) % 20
     drawable = np.asarray(batch.weight) > 0
@@ -220,16 +233,16 @@ def test_frames_are_stored_once_and_stacked_as_the_wrapper_does(prioritized, tru
 
 
 def test_a_ring_that_is_just_full_stacks_no_frame_of_the_other_end():
-    memory = replay.make(jax.ShapeDtypeStruct((3,), jnp.uint8), 1, 10, 300, num_frames=3)
-    buffer = memory.init()
-    no, zero = jnp.zeros(1, bool), jnp.zeros(1)
+    store = make(jax.ShapeDtypeStruct((3,), jnp.uint8), 1, 10, 300, num_frames=3)
+    buffer = store.init()
+    no, zero = np.zeros(1, bool), np.zeros(1)
     for i in range(10):
 
         def see(x):
-            return jnp.clip(jnp.array([[x - 2, x - 1, x]]), 0).astype(jnp.uint8)
+            return np.maximum([[x - 2, x - 1, x]], 0).astype(np.uint8)
 
-        buffer = memory.add(buffer, replay.Step(see(i), zero.astype(int), zero, no, no, see(i + 1)))
-    batch = memory.sample(buffer, jax.random.key(0), 0.9)
+        buffer = store.add(buffer, replay.Step(see(i), zero.astype(int), zero, no, no, see(i + 1)))
+    batch = jax.device_get(store.sample(buffer, jax.random.key(0), 0.9))
     for row in np.asarray(batch.obs)[np.asarray(batch.weight) > 0]:
         assert row.tolist() == [row[2] - 2, row[2] - 1, row[2]]
 
@@ -244,11 +257,11 @@ def test_stacks_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("prioritized", [False, True])
 def test_sequences_are_rows_in_order(prioritized):
-    memory = replay.make_sequences(SPEC, 1, 16, 400, 4, prioritized)
-    buffer = memory.init()
+    store = make_sequences(SPEC, 1, 16, 400, 4, prioritized)
+    buffer = store.init()
     for s in HISTORY:
-        buffer = memory.add(buffer, s)
-    seq = memory.sample(buffer, jax.random.key(0))
+        buffer = store.add(buffer, s)
+    seq = jax.device_get(store.sample(buffer, jax.random.key(0)))
     drawn = {tuple(seq.obs[:, i, 0].tolist()): i for i in np.flatnonzero(seq.weight > 0)}
     assert set(drawn) == {
         (0, 1, 2, 10),
@@ -265,19 +278,19 @@ def test_sequences_are_rows_in_order(prioritized):
     assert seq.first[:, i].tolist() == [True, False, False, True]
     assert seq.kind[:, i].tolist() == [replay.MID, replay.MID, replay.TERMINATED, replay.MID]
     if prioritized:
-        changed = memory.update(buffer, seq.rows, jnp.where(seq.rows == 3, 50.0, 1.0))
-        again = memory.sample(changed, jax.random.key(1))
+        changed = store.update(buffer, seq.rows, jnp.where(seq.rows == 3, 50.0, 1.0))
+        again = jax.device_get(store.sample(changed, jax.random.key(1)))
         np.testing.assert_allclose((again.rows == 3).mean(), 50 / 55, atol=0.01)
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
 @pytest.mark.parametrize("ends", [{11}, {3}, {4}, {3, 11}])
 def test_a_ring_of_sequences_that_wrapped_knows_where_episodes_begin(prioritized, ends):
-    memory = replay.make_sequences(SPEC, 1, 8, 300, 3, prioritized)
-    buffer = memory.init()
+    store = make_sequences(SPEC, 1, 8, 300, 3, prioritized)
+    buffer = store.init()
     for i in range(12):
-        buffer = memory.add(buffer, step(i, terminated=i in ends, next_obs=i + 1))
-    seq = memory.sample(buffer, jax.random.key(0))
+        buffer = store.add(buffer, step(i, terminated=i in ends, next_obs=i + 1))
+    seq = jax.device_get(store.sample(buffer, jax.random.key(0)))
     rows = np.flatnonzero(np.asarray(seq.weight) > 0)
     assert {int(seq.obs[0, i, 0]) for i in rows} == {5, 6, 7, 8, 9}
     for i in rows:
@@ -285,8 +298,8 @@ def test_a_ring_of_sequences_that_wrapped_knows_where_episodes_begin(prioritized
 
 
 def test_a_priority_that_is_no_number_spoils_nothing():
-    memory, buffer = filled(HISTORY[:4], prioritized=True)
-    buffer = memory.update(buffer, jnp.array([0, 1]), jnp.array([jnp.nan, jnp.inf]))
+    store, buffer = filled(HISTORY[:4], prioritized=True)
+    buffer = store.update(buffer, jnp.array([0, 1]), jnp.array([jnp.nan, jnp.inf]))
     assert jnp.isfinite(buffer.tree).all() and buffer.largest == 1
 
 
@@ -297,26 +310,26 @@ def test_a_priority_that_is_no_number_spoils_nothing():
 def test_nothing_copies_the_buffer(prioritized):
     """Adding and sampling in a scan, over seeds, needs less than a tenth of the buffer besides it."""
     spec = jax.ShapeDtypeStruct((10, 10, 4), jnp.bool_)
-    memory = replay.make(spec, 4, 20_000, 32, 3, prioritized)
+    store = make(spec, 4, 20_000, 32, 3, prioritized)
 
     def run(buffer, key):
         def body(buffer, key):
             obs = jnp.ones((4, 10, 10, 4), bool)
             no = jnp.zeros(4, bool)
-            buffer = memory.add(buffer, replay.Step(obs, jnp.zeros(4, jnp.int32), jnp.ones(4), no, ~no, obs))
-            batch = memory.sample(buffer, key, 0.9)
-            return memory.update(buffer, batch.rows, batch.reward), batch.reward.sum() + batch.obs.sum()
+            buffer = store.add(buffer, replay.Step(obs, jnp.zeros(4, jnp.int32), jnp.ones(4), no, ~no, obs))
+            batch = store.sample(buffer, key, 0.9)
+            return store.update(buffer, batch.rows, batch.reward), batch.reward.sum() + batch.obs.sum()
 
         return jax.lax.scan(body, buffer, jax.random.split(key, 10))
 
     seeds = 3
-    buffers = jax.eval_shape(jax.vmap(lambda _: memory.init()), jnp.zeros(seeds))
+    buffers = jax.eval_shape(jax.vmap(lambda _: store.init()), jnp.zeros(seeds))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
     compiled = jax.jit(jax.vmap(run), donate_argnums=0).lower(buffers, keys).compile()
     used = compiled.memory_analysis()
-    assert memory.bytes > 400 * 20_000
-    assert used.temp_size_in_bytes < 0.1 * seeds * memory.bytes
-    assert used.alias_size_in_bytes >= seeds * memory.bytes
+    assert store.bytes > 400 * 20_000
+    assert used.temp_size_in_bytes < 0.1 * seeds * store.bytes
+    assert used.alias_size_in_bytes >= seeds * store.bytes
 
 
 @pytest.mark.slow
@@ -348,6 +361,6 @@ def test_too_small_and_too_large_are_refused():
 
 
 def test_the_count_of_rows_does_not_grow_for_ever():
-    memory, buffer = filled([step(i, next_obs=i + 1) for i in range(40)], capacity=16, batch_size=64)
-    assert buffer.written.item() < 32 and memory.size(buffer) == 16
-    assert set(drawn(memory, buffer)) == set(range(24, 39))
+    store, buffer = filled([step(i, next_obs=i + 1) for i in range(40)], capacity=16, batch_size=64)
+    assert buffer.written.item() < 32 and store.size(buffer) == 16
+    assert set(drawn(store, buffer)) == set(range(24, 39))

@@ -49,7 +49,7 @@ def make(
     unstacked, defaults = strict(env), hyper
     env = strict(wrappers.frame_stack(unstacked, config.num_frames)) if config.num_frames > 1 else unstacked
     remake = functools.partial(make, unstacked, hyper=hyper, network=network)
-    network, memory = network_of(env, config, network), replay_of(env, config)
+    network, store = network_of(env, config, network), replay_of(env, config)
     num_actions = env.action_space.n  # type: ignore[union-attr]
     noisy = config.network.noisy
     per_update = config.num_envs * config.num_steps
@@ -65,7 +65,7 @@ def make(
             env, state.actors, actor(state), (noise, weight_keys), key_envs, config.num_steps
         )
         rows = replay.Step(steps.obs, steps.extras, steps.reward, steps.terminated, steps.truncated, steps.next_obs)
-        buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, rows)
+        buffer, _ = jax.lax.scan(lambda b, s: (store.add(b, s), None), state.buffer, rows)
         state = state._replace(actors=actors, buffer=buffer, key=key)
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
         state, metrics = algorithm.learn_from_replay(learn, state, keys[4:], ready, config.target_every)
@@ -75,14 +75,14 @@ def make(
         """One minibatch; priorities stay as they are until ``ready``."""
         h = state.hyper
         key_batch, key_online, key_target, key_select = jax.random.split(key, 4) if noisy else (key, None, None, None)
-        batch = memory.sample(state.buffer, key_batch, h.gamma, algorithm.importance_exponent(state))
-        answer = outputs(state.target_params, batch.next_obs, key_target)
+        batch = store.sample(state.buffer, key_batch, h.gamma, algorithm.importance_exponent(state))
+        next_outputs = outputs(state.target_params, batch.next_obs, key_target)
         if config.double:
             chooser = values(outputs(state.params, batch.next_obs, key_select), batch.next_obs, h)
         else:
-            chooser = values(answer, batch.next_obs, h)
+            chooser = values(next_outputs, batch.next_obs, h)
         used = batch.weight > 0  # unused rows may give NaN, and 0 times NaN is NaN
-        target = losses.masked(targets(state, batch, answer, jnp.argmax(chooser, axis=-1)), used)
+        target = losses.masked(targets(state, batch, next_outputs, jnp.argmax(chooser, axis=-1)), used)
         number = jnp.maximum(used.sum(), 1)
 
         def loss(params: Params) -> tuple[Array, tuple[Metrics, Array]]:
@@ -95,20 +95,22 @@ def make(
         step = optim.minimize(algorithm.current_optimizer(config, state), loss, state.params, state.opt_state)
         metrics, priority = step.extra
         rows = jnp.where(ready, batch.rows, replay.NOWHERE)
-        buffer = memory.update(state.buffer, rows, priority**h.priority_exponent)
+        buffer = store.update(state.buffer, rows, priority**h.priority_exponent)
         state = state._replace(params=step.params, opt_state=step.opt_state, buffer=buffer)
         if config.distribution == "categorical":  # much mass at an edge: returns lie beyond the support
             metrics |= {"mass_at_v_min": target[:, 0].sum() / number, "mass_at_v_max": target[:, -1].sum() / number}
         return state, metrics | {"grad_norm": step.grad_norm}
 
-    def targets(state: State, batch: replay.Batch, answer: Array, best: Array) -> Array:
+    def targets(state: State, batch: replay.Batch, next_outputs: Array, best: Array) -> Array:
         """Targets of the values of the actions taken ``[N]``, or of their distributions: probabilities or quantiles ``[N, atoms]``."""
         h = state.hyper
-        following = pick(answer, best)
+        following = pick(next_outputs, best)
         if config.munchausen:
-            legal = mask(answer, batch.next_obs)
+            legal = mask(next_outputs, batch.next_obs)
             log_pi = jax.nn.log_softmax(legal / h.temperature)
-            soft = jnp.sum(jnp.where(jnp.isneginf(legal), 0.0, jnp.exp(log_pi) * (answer - h.temperature * log_pi)), -1)
+            soft = jnp.sum(
+                jnp.where(jnp.isneginf(legal), 0.0, jnp.exp(log_pi) * (next_outputs - h.temperature * log_pi)), -1
+            )
             before = mask(outputs(state.target_params, batch.obs, None), batch.obs)
             taken = pick(jax.nn.log_softmax(before / h.temperature), batch.action)
             bonus = h.munchausen_weight * jnp.clip(h.temperature * taken, -1.0, 0.0)
@@ -142,18 +144,18 @@ def make(
                 return error, each, jnp.maximum(each - entropy, 0.0)
 
     def outputs(params: Params, obs: Observation, key: Array | None) -> Array:
-        """The network's answer ``[N, A]`` or ``[N, A, atoms]``, noisy with a key."""
+        """The network's output ``[N, A]`` or ``[N, A, atoms]``, noisy with a key."""
         params = nets.with_noise(params, key) if noisy and key is not None else params
         return network.step(params, (), obs, jnp.zeros(jax.tree.leaves(obs)[0].shape[0], bool))[1]
 
-    def values(answer: Array, obs: Observation, hyper: Hyper) -> Array:
+    def values(output: Array, obs: Observation, hyper: Hyper) -> Array:
         """Expected returns ``[N, A]``, minus infinity where an action is illegal."""
         match config.distribution:
             case "categorical":
-                answer = jnp.sum(jax.nn.softmax(answer) * support(hyper), axis=-1)
+                output = jnp.sum(jax.nn.softmax(output) * support(hyper), axis=-1)
             case "quantile":
-                answer = answer.mean(-1)
-        return mask(answer, obs)
+                output = output.mean(-1)
+        return mask(output, obs)
 
     def support(hyper: Hyper) -> Array:
         between = jnp.linspace(0, 1, config.atoms, dtype=jnp.float32)[None, None]
@@ -183,7 +185,7 @@ def make(
             **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates),
             target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
             actors=rollout.start(env, key_envs, config.num_envs, ()),
-            buffer=memory.init(),
+            buffer=store.init(),
             key=key_run,
         )
 

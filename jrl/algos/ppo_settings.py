@@ -53,8 +53,8 @@ def check(config: Config, hyper: Hyper) -> None:
     check_hyper(hyper)
     if config.dual_clip and config.loss == "penalty":
         raise ValueError("config.dual_clip needs config.loss=clip; got penalty")
-    parts = {"minibatch": config.num_minibatches, "batch": 1, "none": 0}[config.standardize_advantages]
-    if config.num_envs * config.num_steps == parts:
+    num_parts = {"minibatch": config.num_minibatches, "batch": 1, "none": 0}[config.standardize_advantages]
+    if config.num_envs * config.num_steps == num_parts:
         raise ValueError(
             f"config.standardize_advantages={config.standardize_advantages} needs two samples or more; got "
             f"num_envs * num_steps / num_minibatches = 1"

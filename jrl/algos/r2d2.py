@@ -50,7 +50,7 @@ def make(
         raise ValueError("config.network.gru must be at least 1: without a memory this is DQN; got 0")
     network = precision.apply_to_network(config.precision, network)
     num_rows = config.burn_in + config.length + 1  # the last only to bootstrap from
-    memory = replay.make_sequences(
+    store = replay.make_sequences(
         (observation_spec(env), jax.eval_shape(lambda: network.memory)),
         config.num_envs,
         config.capacity,
@@ -71,7 +71,7 @@ def make(
         row = replay.Step(
             (steps.obs, before), action, steps.reward, steps.terminated, steps.truncated, (steps.next_obs, after)
         )
-        buffer, _ = jax.lax.scan(lambda b, s: (memory.add(b, s), None), state.buffer, row)
+        buffer, _ = jax.lax.scan(lambda b, s: (store.add(b, s), None), state.buffer, row)
         state = state._replace(actors=actors, buffer=buffer, key=key)
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
         state, metrics = algorithm.learn_from_replay(learn, state, keys[3:], ready, config.target_every)
@@ -80,7 +80,7 @@ def make(
     def learn(state: State, key: Array, ready: Array) -> tuple[State, Metrics]:
         """One minibatch of sequences; priorities stay as they are until ``ready``."""
         h = state.hyper
-        seq = memory.sample(state.buffer, key, algorithm.importance_exponent(state))
+        seq = store.sample(state.buffer, key, algorithm.importance_exponent(state))
         obs, stored = seq.obs
         before, after = jax.tree.map(lambda x: x[0], stored), slice(config.burn_in, None)
         part = jax.tree.map(lambda x: x[after], (obs, seq.first))
@@ -101,7 +101,7 @@ def make(
         mean = error.sum(0) / jnp.maximum(learnable.sum(0), 1)
         priority = h.priority_max * error.max(0) + (1 - h.priority_max) * mean
         starts_at = jnp.where(ready, seq.rows, replay.NOWHERE)
-        buffer = memory.update(state.buffer, starts_at, priority**h.priority_exponent)
+        buffer = store.update(state.buffer, starts_at, priority**h.priority_exponent)
         state = state._replace(params=step.params, opt_state=step.opt_state, buffer=buffer)
         return state, metrics | {"grad_norm": step.grad_norm}
 
@@ -149,7 +149,7 @@ def make(
             **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates),
             target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
-            buffer=memory.init(),
+            buffer=store.init(),
             key=key_run,
         )
 

@@ -259,19 +259,19 @@ def _tree_backup(config: Config, h: Hyper, q: Array, window: _Window, t: Transit
         return jnp.concatenate([old[1:], new[None]])
 
     w = jax.tree.map(push, window, _Window(t, jnp.bool_(True)))
-    parts = w.transitions
+    steps = w.transitions
     error = jnp.float32(0)
     for i in range(config.n):  # the book's order: the oldest first, each with the weights left by the one before
-        pi = jax.vmap(lambda x, legal, q=q: epsilon_greedy(q @ x, h.epsilon, legal))(parts.x_t, parts.legal_t)
-        g = expected(q @ parts.x_t[-1], pi[-1])
-        g = parts.r_t[-1] + parts.discount_t[-1] * g
+        pi = jax.vmap(lambda x, legal, q=q: epsilon_greedy(q @ x, h.epsilon, legal))(steps.x_t, steps.legal_t)
+        g = expected(q @ steps.x_t[-1], pi[-1])
+        g = steps.r_t[-1] + steps.discount_t[-1] * g
         for k in reversed(range(i, config.n - 1)):
             # What was not taken is expected by its value, what was taken by what came of it.
-            values, taken = q @ parts.x_t[k], parts.a_tm1[k + 1]
-            g = parts.r_t[k] + parts.discount_t[k] * (expected(values * (1 - taken), pi[k]) + (pi[k] @ taken) * g)
-        delta = g - parts.a_tm1[i] @ q @ parts.x_tm1[i]
+            values, taken = q @ steps.x_t[k], steps.a_tm1[k + 1]
+            g = steps.r_t[k] + steps.discount_t[k] * (expected(values * (1 - taken), pi[k]) + (pi[k] @ taken) * g)
+        delta = g - steps.a_tm1[i] @ q @ steps.x_tm1[i]
         due = w.there[i] & (t.ended | (i == 0))
-        q = q + jnp.where(due, h.learning_rate * delta, 0.0) * jnp.outer(parts.a_tm1[i], parts.x_tm1[i])
+        q = q + jnp.where(due, h.learning_rate * delta, 0.0) * jnp.outer(steps.a_tm1[i], steps.x_tm1[i])
         error = jnp.where(due, delta, error)
     return q, w._replace(there=w.there & ~t.ended), error
 

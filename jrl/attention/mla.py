@@ -6,7 +6,7 @@
     o_t = softmax(q_t k^T / sqrt(d_nope + d_rope)) v                                                                (eq. 18)
 
 A whole sequence is attended with keys and values written out. A decode step reads the latents alone, with ``W_uk`` absorbed
-into the query and ``W_uv`` into the answer: ``q (c W_uk)^T = (q W_uk^T) c^T`` and ``p (c W_uv) = (p c) W_uv``.
+into the query and ``W_uv`` into the output: ``q (c W_uk)^T = (q W_uk^T) c^T`` and ``p (c W_uv) = (p c) W_uv``.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Native sparse attention (Yuan et al. 2025, arXiv 2502.11089), with memory linear in the sequence.
 
-Query t sees its past three times, and gates put the answers together (eq. 5): ``o = g_cmp o_cmp + g_slc o_slc + g_win o_win``.
+Query t sees its past three times, and gates add up the outputs (eq. 5): ``o = g_cmp o_cmp + g_slc o_slc + g_win o_win``.
 
     compression   block i is tokens [i d, i d + l), as one key and one value phi(block)                         (eq. 7)
                   seen when it is over: i d + l - 1 <= t
@@ -13,7 +13,7 @@ Equation 9 is written here for blocks counted from 0, where the paper's ``-m-n``
 gradient through the choice; ties go to the lowest index. Each branch may have its own keys and values, as in the paper.
 
 With ``segment_ids`` (episodes, packed sequences, padding) nothing is seen beyond the segment, and blocks count from its first token:
-a segment gives the same answers alone, behind padding, and anywhere in a packed row. Segments must be contiguous. ``nsa_blocks``
+a segment gives the same outputs alone, behind padding, and anywhere in a packed row. Segments must be contiguous. ``nsa_blocks``
 says how.
 """
 
@@ -162,7 +162,7 @@ def mix(
 ) -> Array:
     """``attend`` for queries ``[B, T, H, D]`` that stand at ``t`` among the keys and see them from ``start`` on, both int ``[B, T]``.
 
-    ``o_win [B, T, H, Dv]`` is the window branch's answer. Blocks count from ``origin`` int ``[B, S]``, the index of the first token
+    ``o_win [B, T, H, Dv]`` is the window branch's output. Blocks count from ``origin`` int ``[B, S]``, the index of the first token
     of each key's segment, or from the first key if it is not given. No query may see further back than its own segment.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -185,7 +185,7 @@ def segment_starts(segment_ids: Array) -> Array:
 
 
 def _compress_and_choose(params, q, streams, blocks, t, start, config, scale, chunk, kernels, interpret):
-    """The compression branch's answer ``[B, T, H, Dv]`` and the blocks that each query selects ``[B, K, T, n]``."""
+    """The compression branch's output ``[B, T, H, Dv]`` and the blocks that each query selects ``[B, K, T, n]``."""
     (length, num_keys), kv_heads = (q.shape[1], streams.k_compress.shape[1]), streams.k_compress.shape[2]
     num_blocks = blocks.token.shape[1]
     if not config.num_compressed(num_keys):

@@ -225,7 +225,7 @@ def compressed_attention(
     scale: float,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """The compression branch's answer ``[B, K, G, T, Dv]`` and the blocks chosen ``[B, K, T, n]``, as ``nsa.select`` gives them.
+    """The compression branch's output ``[B, K, G, T, Dv]`` and the blocks chosen ``[B, K, T, n]``, as ``nsa.select`` gives them.
 
     For q ``[B, K, G, T, D]`` and compressed keys and values ``[B, K, N, D]``, T a multiple of ROWS and N of ``columns``. ``first``
     ``[B, N]`` has the index of the first token of each compressed block; ``queries`` are the index of each query, of the first token
@@ -245,7 +245,7 @@ def _save_compressed(q, k, v, first, queries, num_blocks, config, scale, interpr
     return compressed_attention(*saved, num_blocks, config, scale, interpret), saved
 
 
-def _compressed_backward(num_blocks, config, scale, interpret, saved, d_answers):
+def _compressed_backward(num_blocks, config, scale, interpret, saved, d_outputs):
     q, k, v, first, queries = saved
     body = functools.partial(_compress_backward, config=config, scale=scale)
 
@@ -254,7 +254,7 @@ def _compressed_backward(num_blocks, config, scale, interpret, saved, d_answers)
 
     specs = (_heads(q.shape[2], q.shape[-1]), _head(k.shape[2:]), _head(v.shape[2:]))
     shapes = (_like(q, q.shape[-1]), wide(k), wide(v))
-    dq, dk, dv = _over_compressed(body, q, k, v, first, queries[:2], specs, shapes, interpret, [], d_answers[0])
+    dq, dk, dv = _over_compressed(body, q, k, v, first, queries[:2], specs, shapes, interpret, [], d_outputs[0])
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 

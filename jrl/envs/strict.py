@@ -34,10 +34,10 @@ def strict(env: Any) -> Environment:
     before = None
     while jax.tree.leaves((obs, state)) != before:  # a promoted number may promote the ones that follow from it
         before = jax.tree.leaves((obs, state))
-        answer = _five(env, checks.traced(env.name, "step", env.step, key, _shapes(state), action))
-        obs, state = _joined(env.name, "observation", obs, answer[0]), _joined(env.name, "state", state, answer[1])
+        returned = _five(env, checks.traced(env.name, "step", env.step, key, _shapes(state), action))
+        obs, state = _joined(env.name, "observation", obs, returned[0]), _joined(env.name, "state", state, returned[1])
     _check_observation(env, obs)
-    _check_scalars(env.name, *answer[2:])
+    _check_scalars(env.name, *returned[2:])
 
     def reset(key: Array) -> tuple[Any, State]:
         return _cast(env.reset(key), (obs, state))
@@ -92,22 +92,22 @@ def _record(env: Any) -> Environment:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _pair(env: Environment, answer: Any) -> tuple[Any, State]:
-    if not isinstance(answer, tuple) or len(answer) != 2:
-        raise ValueError(f"{env.name}: reset must return (obs, state); got {_described(answer)}")
-    return answer
+def _pair(env: Environment, returned: Any) -> tuple[Any, State]:
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        raise ValueError(f"{env.name}: reset must return (obs, state); got {_described(returned)}")
+    return returned
 
 
-def _five(env: Environment, answer: Any) -> Any:
-    looks_foreign = isinstance(answer, tuple) and len(answer) >= 4 and isinstance(answer[-1], dict)
+def _five(env: Environment, returned: Any) -> Any:
+    looks_foreign = isinstance(returned, tuple) and len(returned) >= 4 and isinstance(returned[-1], dict)
     hint = "; gymnax's order (obs, state, reward, done, info) does not tell terminated from truncated" * looks_foreign
-    if not isinstance(answer, tuple) or len(answer) != 5 or looks_foreign:
-        raise ValueError(f"{env.name}: step must return {ORDER}; got {_described(answer)}{hint}")
-    return answer
+    if not isinstance(returned, tuple) or len(returned) != 5 or looks_foreign:
+        raise ValueError(f"{env.name}: step must return {ORDER}; got {_described(returned)}{hint}")
+    return returned
 
 
-def _described(answer: Any) -> str:
-    return f"{len(answer)} values" if isinstance(answer, tuple) else _kind(answer)
+def _described(returned: Any) -> str:
+    return f"{len(returned)} values" if isinstance(returned, tuple) else _kind(returned)
 
 
 def _kind(x: Any) -> str:

@@ -152,12 +152,12 @@ def make(
         """Rewards summed, discount, and the row to bootstrap from."""
         reward, discount = jnp.zeros(batch_size, jnp.float32), jnp.ones(batch_size, jnp.float32)
         going = jnp.ones(batch_size, bool)
-        newest, end = (buffer.written[env] - 1) % store.length, row
+        newest, end = store.wrap(buffer.written[env] - 1), row
         for _ in range(n_step):
             kind = buffer.kind[env, end]
             reward = jnp.where(going, reward + discount * buffer.reward[env, end], reward)
             discount = jnp.where(going, discount * gamma * (kind != TERMINATED), discount)
-            end = jnp.where(going, (end + 1) % store.length, end)
+            end = jnp.where(going, store.wrap(end + 1), end)
             going = going & (kind == MID) & (end != newest)
         return reward, discount, end
 
@@ -176,7 +176,7 @@ def make_sequences(
     def sample(buffer: Buffer, key: Array, beta: Array | float = 1.0) -> Sequences:
         env, start, weight = store.draw(buffer, key, beta)
         envs = env[None]
-        rows = (start[None] + jnp.arange(length)[:, None]) % store.length
+        rows = store.wrap(start[None] + jnp.arange(length)[:, None])
         return Sequences(
             obs=store.observe(buffer, envs, rows),
             first=store.starts(buffer, envs, rows),
@@ -209,6 +209,11 @@ class _Store:
                 f"replay: capacity must be at least {rows * self.num_envs}, {why} rows for each environment; got {capacity}"
             )
 
+    def wrap(self, row: Array) -> Array:
+        """The place in its ring of a row that may be up to a ring's length before it. ``%`` would round towards minus infinity, in six
+        operations that XLA repeats in all that uses them: a prioritized update takes nearly twice as long to compile."""
+        return jax.lax.rem(row + self.length, jnp.full_like(row, self.length))
+
     def init(self) -> Buffer:
         shape = (self.num_envs, self.length)
         return Buffer(
@@ -227,7 +232,7 @@ class _Store:
         cut = step.truncated & ~step.terminated
         envs, nowhere = jnp.arange(self.num_envs), jnp.full(self.num_envs, self.num_envs)
         rows = jnp.concatenate([envs, jnp.where(cut, envs, nowhere)])
-        at = jnp.concatenate([buffer.written, buffer.written + 1]) % self.length
+        at = self.wrap(jnp.concatenate([buffer.written, buffer.written + 1]))
 
         def put(store: Array, x: Array, final: Array) -> Array:
             return store.at[rows, at].set(jnp.concatenate([x, final]), mode="drop")
@@ -253,15 +258,16 @@ class _Store:
     def _open_and_close(self, buffer: Buffer, rows: Array, before: Array) -> Array:
         """The tree after one row more than ``before`` was written in the environments of ``rows``: the row that now has followers
         enough can be drawn, the one that lost what must be there before it no more."""
-        envs, at = jnp.arange(self.num_envs), before % self.length
-        opened, closed = (at - (self.needs - 1)) % self.length, (at + self.before) % self.length
+        envs, at = jnp.arange(self.num_envs), self.wrap(before)
+        opened, closed = self.wrap(at - (self.needs - 1)), self.wrap(at + self.before)
         drawable = (before + 1 >= self.needs) & (buffer.kind[envs, opened] != FINAL)
+        priority = jnp.where(drawable, buffer.largest, jnp.float32(0))
 
         def leaf(row):
             return jnp.where(rows < self.num_envs, envs * self.length + row, self.leaves)
 
-        tree = set_leaves(buffer.tree, leaf(closed), jnp.zeros(self.num_envs, jnp.float32))
-        return set_leaves(tree, leaf(opened), jnp.where(drawable, buffer.largest, 0.0))
+        leaves = jnp.concatenate([leaf(closed), leaf(opened)])
+        return set_leaves(buffer.tree, leaves, jnp.concatenate([jnp.zeros_like(priority), priority]))
 
     def draw(self, buffer: Buffer, key: Array, beta: Array | float) -> tuple[Array, Array, Array]:
         """Environment, row and importance weight ``[N]``; the weight is 0 where the row cannot be drawn."""
@@ -272,7 +278,10 @@ class _Store:
             part = jnp.arange(self.batch_size, dtype=jnp.float32)
             mass = (part + jax.random.uniform(key, (self.batch_size,), jnp.float32)) / self.batch_size
             leaf = find_leaves(buffer.tree, mass * buffer.tree[1])
-            env, row = jnp.minimum(leaf // self.length, self.num_envs - 1), leaf % self.length
+            env, row = (
+                jnp.minimum(jax.lax.div(leaf, jnp.full_like(leaf, self.length)), self.num_envs - 1),
+                self.wrap(leaf),
+            )
             share = buffer.tree[self.leaves + leaf] / jnp.maximum(buffer.tree[1], 1e-20)
             weight = (jnp.maximum(stored.sum(), 1) * jnp.maximum(share, 1e-20)) ** -beta
         else:
@@ -280,9 +289,9 @@ class _Store:
             env = _choose(uniform[0], 0, self.num_envs)
             youngest = self.needs - 1
             age = _choose(uniform[1], youngest, jnp.maximum(oldest[env], youngest) + 1)
-            row = (buffer.written[env] - 1 - age) % self.length
+            row = self.wrap(buffer.written[env] - 1 - age)
             weight = jnp.ones(self.batch_size, jnp.float32)
-        age = (buffer.written[env] - 1 - row) % self.length
+        age = self.wrap(buffer.written[env] - 1 - row)
         usable = (buffer.kind[env, row] != FINAL) & (age >= self.needs - 1) & (age <= oldest[env])
         weight = jnp.where(usable, weight, 0.0)
         return env, row, weight / jnp.maximum(weight.max(), 1e-20)
@@ -292,7 +301,7 @@ class _Store:
 
     def starts(self, buffer: Buffer, env: Array, row: Array) -> Array:
         """Whether an episode begins at the row."""
-        before = buffer.kind[env, (row - 1) % self.length]
+        before = buffer.kind[env, self.wrap(row - 1)]
         return (before == TERMINATED) | (before == FINAL)
 
     def observe(self, buffer: Buffer, env: Array, row: Array) -> Any:
@@ -301,7 +310,7 @@ class _Store:
             return jax.tree.map(lambda store: store[env, row], buffer.obs)
         rows = [row]
         for _ in range(self.num_frames - 1):
-            rows.append(jnp.where(self.starts(buffer, env, rows[-1]), rows[-1], (rows[-1] - 1) % self.length))
+            rows.append(jnp.where(self.starts(buffer, env, rows[-1]), rows[-1], self.wrap(rows[-1] - 1)))
         return jnp.concatenate([buffer.obs[env, r] for r in reversed(rows)], axis=-1)
 
     def update(self, buffer: Buffer, rows: Array, priority: Array) -> Buffer:
@@ -341,10 +350,10 @@ def set_leaves(tree: Array, leaf: Array, value: Array) -> Array:
     Where a leaf is set twice, one of the values stays.
     """
     leaves = tree.shape[0] // 2
-    node = jnp.where(leaf < leaves, leaves + leaf, tree.shape[0])
-    tree = tree.at[node].set(value, mode="drop")
-    for _ in range(int(math.log2(leaves))):
-        node = jnp.where(node < tree.shape[0], node // 2, tree.shape[0])
+    there = leaf < leaves
+    tree = tree.at[jnp.where(there, leaves + leaf, tree.shape[0])].set(value, mode="drop")
+    for level in range(1, int(math.log2(leaves)) + 1):
+        node = jnp.where(there, (leaves + leaf) >> level, tree.shape[0])
         child = jnp.minimum(2 * node, tree.shape[0] - 2)
         tree = tree.at[node].set(tree[child] + tree[child + 1], mode="drop")
     return tree

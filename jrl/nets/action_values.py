@@ -43,7 +43,7 @@ class ValueConfig(TorsoConfig):
     # Value and advantages apart, each with a layer of the last hidden width, put together around the advantages' mean (1511.06581, eq. 9).
     dueling: bool = False
     # Heads, and dueling streams, whose weights carry learned, factorized noise (1706.10295, eq. 9-11): exploration that is learned. It is
-    # there where with_noise gave a key; without one they answer with their means.
+    # there where with_noise gave a key; without one their means are used.
     noisy: bool = False
 
 

@@ -115,7 +115,7 @@ def policy_width(space: Space) -> int:
 
 
 def policy_params(space: Space, out: Array, log_std: Array | None, mask: Array | None) -> Any:
-    """The parameters of the distribution over actions, of the head's answer."""
+    """The parameters of the distribution over actions, of the head's output."""
     if isinstance(space, Box):
         assert log_std is not None
         return NormalParams(out, jnp.broadcast_to(log_std, out.shape).astype(out.dtype))

@@ -135,9 +135,9 @@ def apply(params: Params, x: Array, config: Config, counted: Array | None = None
         return params[name].astype(x.dtype)
 
     inner = jax.nn.silu(by_group(rows, p("gate"), sizes)) * by_group(rows, p("up"), sizes)
-    answers = by_group(inner, p("down"), sizes)
-    answers = answers * weight.ravel()[order][:, None].astype(x.dtype)
-    out = jnp.zeros_like(tokens).at[order // config.chosen].add(answers)
+    outputs = by_group(inner, p("down"), sizes)
+    outputs = outputs * weight.ravel()[order][:, None].astype(x.dtype)
+    out = jnp.zeros_like(tokens).at[order // config.chosen].add(outputs)
     if config.shared:
         out = out + (jax.nn.silu(tokens @ p("shared_gate")) * (tokens @ p("shared_up"))) @ p("shared_down")
     return out.reshape(x.shape), _load(chosen, logits, counted)
@@ -156,8 +156,8 @@ def _under_vmap(product: Callable[..., Array]) -> Callable[..., Array]:
     @one.def_vmap
     def rule(size: int, mapped: list[bool], *args: Array) -> tuple[Array, bool]:
         every = [x if m else jnp.broadcast_to(x[None], (size, *x.shape)) for x, m in zip(args, mapped, strict=True)]
-        answer = one(*(x.reshape(-1, *x.shape[2:]) for x in every))
-        return answer.reshape(size, -1, *answer.shape[1:]), True
+        output = one(*(x.reshape(-1, *x.shape[2:]) for x in every))
+        return output.reshape(size, -1, *output.shape[1:]), True
 
     return one
 

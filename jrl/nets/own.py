@@ -17,21 +17,21 @@ VECTOR = jax.ShapeDtypeStruct((1,), jnp.float32)
 
 
 def feed_forward(init: Callable[[Array], Params], apply: Callable[[Params, Observation], Any]) -> Network:
-    """A network without a memory, of ``init: key -> params`` and ``apply: (params, obs [B, ...]) -> answer [B, ...]``."""
+    """A network without a memory, of ``init: key -> params`` and ``apply: (params, obs [B, ...]) -> output [B, ...]``."""
 
     def step(params: Params, memory: Memory, obs: Observation, first: Array) -> tuple[Memory, Any]:
         return memory, apply(params, obs)
 
     def unroll(params: Params, memory: Memory, obs: Observation, first: Array) -> tuple[Memory, Any]:
-        answers = apply(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), obs))
-        return (), jax.tree.map(lambda x: x.reshape(*first.shape, *x.shape[1:]), answers)
+        outputs = apply(params, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), obs))
+        return (), jax.tree.map(lambda x: x.reshape(*first.shape, *x.shape[1:]), outputs)
 
     return Network(init, step, unroll, (), lambda memories, t, b: ())
 
 
 def policy_network(own: Network | None, config: Config, obs_spec: Any, action_space: Any) -> Network:
-    """The user's network if there is one, which must answer with ``Outputs`` for a policy over ``action_space``; else the one that
-    ``config`` describes. Raises ``ValueError`` for a network that answers otherwise."""
+    """The user's network if there is one, which must return ``Outputs`` for a policy over ``action_space``; else the one that
+    ``config`` describes. Raises ``ValueError`` for a network that returns anything else."""
     if own is None:
         return actor_critic(config, obs_spec, action_space)
     return _checked(own, obs_spec, actor_critic(Config(hidden=(1,)), VECTOR, action_space))
@@ -40,24 +40,24 @@ def policy_network(own: Network | None, config: Config, obs_spec: Any, action_sp
 def value_network(
     own: Network | None, config: ValueConfig, obs_spec: Any, action_space: Any, atoms: int = 1
 ) -> Network:
-    """The user's network if there is one, which must answer with values of the actions in ``action_space``; else the one that
-    ``config`` describes. Raises ``ValueError`` for a network that answers otherwise."""
+    """The user's network if there is one, which must return values of the actions in ``action_space``; else the one that
+    ``config`` describes. Raises ``ValueError`` for a network that returns anything else."""
     if own is None:
         return action_values(config, obs_spec, action_space, atoms)
     return _checked(own, obs_spec, action_values(ValueConfig(hidden=(1,)), VECTOR, action_space, atoms))
 
 
 def _checked(own: Network, obs_spec: Any, example: Network) -> Network:
-    """The user's network, if it answers in the shapes of ``example``."""
+    """The user's network, if its output has the shapes of ``example``."""
     checks.instances("make", network=(own, Network))
 
-    def answer(of: Network, obs: Observation) -> Any:
+    def output(of: Network, obs: Observation) -> Any:
         return step_one(of, of.init(jax.random.key(0)), obs)[1]
 
-    found = checks.traced("make", "network", lambda obs: answer(own, obs), obs_spec)
-    wanted = jax.eval_shape(lambda obs: answer(example, obs), VECTOR)
+    found = checks.traced("make", "network", lambda obs: output(own, obs), obs_spec)
+    wanted = jax.eval_shape(lambda obs: output(example, obs), VECTOR)
     if _text(found) != _text(wanted):
-        raise ValueError(f"the network must answer one observation with {_text(wanted)}; got {_text(found)}")
+        raise ValueError(f"the network must return {_text(wanted)} for one observation; got {_text(found)}")
     return own
 
 

@@ -1,4 +1,4 @@
-"""What networks have in common: a torso over the observation, an optional GRU, and heads that answer in float32."""
+"""What networks have in common: a torso over the observation, an optional GRU, and heads whose outputs are float32."""
 
 import math
 from dataclasses import dataclass, field

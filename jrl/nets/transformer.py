@@ -271,8 +271,8 @@ def blocks_and_loads(
         y = rms_norm(x, layer["attention_norm"], config.norm_eps)
         mixed = MIXERS[config.attention].sequence(layer, y, tokens, config)
         x = x + out(layer, mixed)
-        answer, load = ffn_and_load(layer, x, config, counted)
-        return x + answer, load
+        output, load = ffn_and_load(layer, x, config, counted)
+        return x + output, load
 
     for name, shape in stacks(config).items():
         layer = partial(run, config=shape)

@@ -19,13 +19,13 @@ class Outputs(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A network as pure functions; ``B`` is any batch size. It answers with ``Outputs``, or with action values ``[B, A]``.
+    """A network as pure functions; ``B`` is any batch size. Its output is ``Outputs``, or action values ``[B, A]``.
 
     Attributes:
         init: ``key -> params``.
-        step: ``(params, memory [B], obs [B], first bool [B]) -> (memory, answer [B])``. Where ``first`` is true an
+        step: ``(params, memory [B], obs [B], first bool [B]) -> (memory, output [B])``. Where ``first`` is true an
             episode begins, and the memory is forgotten before it is used.
-        unroll: ``(params, memory [B], obs [T, B], first [T, B]) -> (memories [T, B], answers [T, B])``; the same numbers as T steps.
+        unroll: ``(params, memory [B], obs [T, B], first [T, B]) -> (memories [T, B], outputs [T, B])``; the same numbers as T steps.
             ``memories`` is for ``memory_at``.
         memory: the empty memory of one agent; ``()`` for feed-forward networks.
         memory_at: ``(memories, t int [N], b int [N]) -> memory [N]``: those after observations t of rows b.

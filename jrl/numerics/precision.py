@@ -108,7 +108,7 @@ def cast_params(params: Params, dtype: str) -> Any:
 def apply(policy: Policy | str, target: Any) -> Any:
     """The target under a policy: a network, a function ``(params, *inputs) -> outputs``, or a whole algorithm.
 
-    A network (``jrl.nets.Network``) then keeps its parameters, computes and answers in the policy's dtypes, except that the
+    A network (``jrl.nets.Network``) then keeps its parameters, computes and returns in the policy's dtypes, except that the
     parameters of ``FLOAT32`` stay float32; recurrent memory stays in the output dtype between steps. Applied twice, the inner policy
     says how to compute and the outer one what goes in and comes out. An algorithm (``jrl.algorithm.Algorithm``, vmapped or not) is made anew with
     ``config.precision`` replaced. Raises ``ValueError`` for a wrong string, ``TypeError`` for anything else.
