@@ -5,7 +5,7 @@ it, load it, go on, and every number is the one an uninterrupted run gives.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ Array = jax.Array
 State = Any
 Hyper = Any
 Metrics = dict[str, Array]
+# A user's own: any optax transformation, or a function of the hyperparameters and of the learning rate now, which gives one.
+Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Hyper, Array], optax.GradientTransformation]
 
 # Metrics that are means over the episodes that ended, ``metrics["episodes"]`` of them; NaN where none did.
 PER_EPISODE = ("episode_return", "episode_length")
@@ -113,33 +115,44 @@ def _same_state(algo: str, before: State, after: State) -> None:
             )
 
 
-def optimizer(config: Any, hyper: Any, factor: Array | float, key: Array | None = None) -> optax.GradientTransformation:
+def optimizer(
+    config: Any, hyper: Any, factor: Array | float, key: Array | None = None, own: Optimizer | None = None
+) -> optax.GradientTransformation:
     """An algorithm's optimizer at ``factor`` times its learning rate, with loss scaling where it uses float16.
 
-    ``config`` has the fields ``optimizer`` and ``precision``; ``hyper`` has ``optimizer``, ``learning_rate``, ``max_grad_norm``.
+    ``config`` has the fields ``optimizer`` and ``precision``; ``hyper`` has ``optimizer``, ``learning_rate``, ``max_grad_norm``. ``own``
+    takes the place of the optimizer that they describe. Raises ``ValueError`` if it is none.
     """
-    tx = optim.make(config.optimizer, hyper.optimizer, hyper.learning_rate * factor, hyper.max_grad_norm, key)
+    if own is None:
+        tx = optim.make(config.optimizer, hyper.optimizer, hyper.learning_rate * factor, hyper.max_grad_norm, key)
+    else:
+        tx = optim.own(own, hyper, hyper.learning_rate * factor)
     policy = precision.parse(config.precision)
     half = "float16" in (policy.params, policy.compute, policy.output)
     return rounding.dynamic_loss_scaling(tx) if half else tx
 
 
-def current_optimizer(config: Any, state: Any) -> optax.GradientTransformation:
-    """The algorithm's optimizer at the learning rate that the schedule gives now."""
-    return optimizer(config, state.hyper, learning_rate_factor(config, state))
+def current_optimizer(config: Any, state: Any, own: Optimizer | None = None) -> optax.GradientTransformation:
+    """The algorithm's optimizer, or the user's ``own``, at the learning rate that the schedule gives now."""
+    return optimizer(config, state.hyper, learning_rate_factor(config, state), own=own)
 
 
 def start_learning(
-    config: Any, hyper: Any, params: Params, key: Array, num_updates: Array | int | None
+    config: Any,
+    hyper: Any,
+    params: Params,
+    key: Array,
+    num_updates: Array | int | None,
+    own: Optimizer | None = None,
 ) -> dict[str, Any]:
     """The state fields that all learners have in common: hyperparameters in float32, parameters, optimizer and counters.
 
-    ``num_updates`` is the length of the run, which schedules follow; ``None`` if it is unknown.
+    ``num_updates`` is the length of the run, which schedules follow; ``None`` if it is unknown. ``own`` is the user's optimizer.
     """
     hyper = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), hyper)
     return {
         "params": params,
-        "opt_state": optimizer(config, hyper, 1.0, key).init(params),
+        "opt_state": optimizer(config, hyper, 1.0, key, own).init(params),
         "updates": jnp.int32(0),
         "num_updates": jnp.asarray(0 if num_updates is None else num_updates, jnp.int32),
         "hyper": hyper,

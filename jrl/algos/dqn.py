@@ -38,18 +38,24 @@ Array = jax.Array
 
 
 def make(
-    env: Environment, config: Config = Config(), hyper: Hyper = Hyper(), *, network: nets.Network | None = None
+    env: Environment,
+    config: Config = Config(),
+    hyper: Hyper = Hyper(),
+    *,
+    network: nets.Network | None = None,
+    optimizer: algorithm.Optimizer | None = None,
+    start: Any = None,
 ) -> Algorithm:
-    """DQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network`` takes the place of the one
-    that ``config`` describes.
+    """DQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network`` and ``optimizer`` take the place
+    of those that ``config`` describes; ``start``, the state of one trained seed, gives the parameters to begin with.
 
     Raises ``ValueError`` for a setting that is wrong or does not fit the environment, or a replay larger than memory.
     """
     check(config, hyper)
     unstacked, defaults = strict(env), hyper
     env = strict(wrappers.frame_stack(unstacked, config.num_frames)) if config.num_frames > 1 else unstacked
-    remake = functools.partial(make, unstacked, hyper=hyper, network=network)
-    network, store = network_of(env, config, network), replay_of(env, config)
+    remake = functools.partial(make, unstacked, hyper=hyper, network=network, optimizer=optimizer, start=start)
+    network, store = network_of(env, config, network, start), replay_of(env, config)
     num_actions = env.action_space.n  # type: ignore[union-attr]
     noisy = config.network.noisy
     per_update = config.num_envs * config.num_steps
@@ -92,7 +98,9 @@ def make(
             mean_square = jnp.sum(used * error**2) / number
             return total, ({"loss": mean_square, "objective": total}, priority)
 
-        step = optim.minimize(algorithm.current_optimizer(config, state), loss, state.params, state.opt_state)
+        step = optim.minimize(
+            algorithm.current_optimizer(config, state, optimizer), loss, state.params, state.opt_state
+        )
         metrics, priority = step.extra
         rows = jnp.where(ready, batch.rows, replay.NOWHERE)
         buffer = store.update(state.buffer, rows, priority**h.priority_exponent)
@@ -182,7 +190,7 @@ def make(
         key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
         params = network.init(key_params)
         return State(
-            **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates),
+            **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer),
             target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
             actors=rollout.start(env, key_envs, config.num_envs, ()),
             buffer=store.init(),
@@ -225,8 +233,8 @@ class State(NamedTuple):
     hyper: Hyper
 
 
-def network_of(env: Environment, config: Config, own: nets.Network | None) -> nets.Network:
-    """The network of action values: ``own``, or the one that ``config`` describes."""
+def network_of(env: Environment, config: Config, own: nets.Network | None, start: Any) -> nets.Network:
+    """The network of action values: ``own``, or the one that ``config`` describes, with the parameters of ``start`` if there is one."""
     atoms = 1 if config.distribution == "mean" else config.atoms
     network = nets.value_network(own, config.network, observation_spec(env), env.action_space, atoms)
     if own is not None and config.network.noisy:
@@ -235,7 +243,7 @@ def network_of(env: Environment, config: Config, own: nets.Network | None) -> ne
         raise ValueError(
             "config.network.gru and attention: DQN replays single transitions; R2D2 and PQN train recurrent networks"
         )
-    return precision.apply_to_network(config.precision, network)
+    return precision.apply_to_network(config.precision, nets.starting_from(network, start))
 
 
 def replay_of(env: Environment, config: Config) -> replay.Replay:

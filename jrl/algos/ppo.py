@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import nets
-from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
+from jrl import algorithm, nets
+from jrl.algorithm import Algorithm, Metrics
 from jrl.algos.ppo_settings import Config, Hyper, check
 from jrl.envs.strict import strict
 from jrl.envs.types import Box, Discrete, Environment, MaskedObs, MultiDiscrete, Space, observation_spec
@@ -37,17 +37,24 @@ Array = jax.Array
 
 
 def make(
-    env: Environment, config: Config = Config(), hyper: Hyper = Hyper(), *, network: nets.Network | None = None
+    env: Environment,
+    config: Config = Config(),
+    hyper: Hyper = Hyper(),
+    *,
+    network: nets.Network | None = None,
+    optimizer: algorithm.Optimizer | None = None,
+    start: Any = None,
 ) -> Algorithm:
-    """PPO in ``env``. ``hyper`` are the defaults of ``init``; ``network`` takes the place of the one that ``config`` describes.
+    """PPO in ``env``. ``hyper`` are the defaults of ``init``; ``network`` and ``optimizer`` take the place of those that ``config``
+    describes; ``start``, the state of one trained seed, gives the parameters and the statistics of observations to begin with.
 
     Raises ``ValueError`` for a setting that is wrong or does not fit.
     """
-    check(config, hyper)
+    check(config, hyper, start)
     env, defaults = strict(env), hyper
     obs_spec = observation_spec(env)
-    remake = functools.partial(make, env, hyper=hyper, network=network)
-    network = nets.policy_network(network, config.network, obs_spec, env.action_space)
+    remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, start=start)
+    network = nets.starting_from(nets.policy_network(network, config.network, obs_spec, env.action_space), start)
     rollout.check_minibatches(config, network.remembers)
     array = obs_spec.obs if isinstance(obs_spec, MaskedObs) else obs_spec
     if config.normalize_observations and not isinstance(array, jax.ShapeDtypeStruct):
@@ -142,7 +149,7 @@ def make(
 
     def learn(state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
         """Epochs of minibatch steps, and their mean metrics."""
-        tx = current_optimizer(config, state)
+        tx = algorithm.current_optimizer(config, state, optimizer)
         order = rollout.minibatches(key, batch.first.shape[1], config.num_epochs, config.num_minibatches)
         memory = state.actors.memory
 
@@ -188,11 +195,11 @@ def make(
         check_hyper(hyper)
         key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
         length = num_updates if config.optimizer.uses_length else None
-        learner = start_learning(config, hyper, network.init(key_params), key_optimizer, length)
+        learner = algorithm.start_learning(config, hyper, network.init(key_params), key_optimizer, length, optimizer)
         return State(
             **learner,
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
-            obs_stats=normalize.init(array.shape) if config.normalize_observations else None,
+            obs_stats=normalize.starting_from(array.shape, start) if config.normalize_observations else None,
             reward_stats=normalize.init_rewards(config.num_envs) if config.normalize_rewards else None,
             kl_weight=learner["hyper"].kl_weight,
             key=key_run,

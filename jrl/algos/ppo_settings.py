@@ -1,7 +1,7 @@
 """The settings of PPO."""
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jrl import nets
 from jrl.numerics import checks, optim
@@ -47,12 +47,15 @@ class Hyper(NamedTuple):
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
-def check(config: Config, hyper: Hyper) -> None:
-    """Raise ``ValueError`` for wrong settings, and where advantages would be standardized over one sample: they would all be 0."""
+def check(config: Config, hyper: Hyper, start: Any) -> None:
+    """Raise ``ValueError`` for wrong settings, where advantages would be standardized over one sample (they would all be 0), and for a
+    trained state to start from that knew normalized observations alone."""
     checks.instances("ppo.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     if config.dual_clip and config.loss == "penalty":
         raise ValueError("config.dual_clip needs config.loss=clip; got penalty")
+    if getattr(start, "obs_stats", None) is not None and not config.normalize_observations:
+        raise ValueError("start was trained on normalized observations: config.normalize_observations must be True")
     num_parts = {"minibatch": config.num_minibatches, "batch": 1, "none": 0}[config.standardize_advantages]
     if config.num_envs * config.num_steps == num_parts:
         raise ValueError(

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import nets
-from jrl.algorithm import Algorithm, Metrics, current_optimizer, exploration, start_learning
+from jrl import algorithm, nets
+from jrl.algorithm import Algorithm, Metrics, exploration
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
 from jrl.equations import returns
@@ -61,18 +61,25 @@ class Hyper(NamedTuple):
 
 
 def make(
-    env: Environment, config: Config = Config(), hyper: Hyper = Hyper(), *, network: nets.Network | None = None
+    env: Environment,
+    config: Config = Config(),
+    hyper: Hyper = Hyper(),
+    *,
+    network: nets.Network | None = None,
+    optimizer: algorithm.Optimizer | None = None,
+    start: Any = None,
 ) -> Algorithm:
-    """PQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network`` takes the place of the one
-    that ``config`` describes.
+    """PQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network`` and ``optimizer`` take the place
+    of those that ``config`` describes; ``start``, the state of one trained seed, gives the parameters to begin with.
 
     Raises ``ValueError`` for a setting that is wrong or does not fit the environment.
     """
     checks.instances("pqn.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     env, defaults = strict(env), hyper
-    remake = functools.partial(make, env, hyper=hyper, network=network)
+    remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, start=start)
     network = nets.value_network(network, config.network, observation_spec(env), env.action_space)
+    network = nets.starting_from(network, start)
     rollout.check_minibatches(config, network.remembers)
     network = precision.apply_to_network(config.precision, network)
 
@@ -121,7 +128,7 @@ def make(
 
     def learn(state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
         """Epochs of minibatch steps, and their mean metrics."""
-        tx = current_optimizer(config, state)
+        tx = algorithm.current_optimizer(config, state, optimizer)
         order = rollout.minibatches(key, batch.first.shape[1], config.num_epochs, config.num_minibatches)
 
         def minibatch(carry: tuple[Any, Any], rows: Array) -> tuple[tuple[Any, Any], Metrics]:
@@ -140,7 +147,7 @@ def make(
         check_hyper(hyper)
         key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
         return State(
-            **start_learning(config, hyper, network.init(key_params), key_optimizer, num_updates),
+            **algorithm.start_learning(config, hyper, network.init(key_params), key_optimizer, num_updates, optimizer),
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
             key=key_run,
         )

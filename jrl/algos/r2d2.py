@@ -35,17 +35,24 @@ Array = jax.Array
 
 
 def make(
-    env: Environment, config: Config = Config(), hyper: Hyper = Hyper(), *, network: nets.Network | None = None
+    env: Environment,
+    config: Config = Config(),
+    hyper: Hyper = Hyper(),
+    *,
+    network: nets.Network | None = None,
+    optimizer: algorithm.Optimizer | None = None,
+    start: Any = None,
 ) -> Algorithm:
-    """R2D2 in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network`` takes the place of the one
-    that ``config`` describes.
+    """R2D2 in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network`` and ``optimizer`` take the place
+    of those that ``config`` describes; ``start``, the state of one trained seed, gives the parameters to begin with.
 
     Raises ``ValueError`` for a setting that is wrong or does not fit the environment, or a replay larger than memory.
     """
     check(config, hyper)
     env, defaults = strict(env), hyper
-    remake = functools.partial(make, env, hyper=hyper, network=network)
+    remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, start=start)
     network = nets.value_network(network, config.network, observation_spec(env), env.action_space)
+    network = nets.starting_from(network, start)
     if not network.remembers:
         raise ValueError("config.network.gru must be at least 1: without a memory this is DQN; got 0")
     network = precision.apply_to_network(config.precision, network)
@@ -96,7 +103,9 @@ def make(
             total = 0.5 * jnp.sum(seq.weight * error**2) / count
             return total, ({"loss": jnp.sum(error**2) / count, "objective": total, "q": taken.mean()}, jnp.abs(error))
 
-        step = optim.minimize(algorithm.current_optimizer(config, state), loss, state.params, state.opt_state)
+        step = optim.minimize(
+            algorithm.current_optimizer(config, state, optimizer), loss, state.params, state.opt_state
+        )
         metrics, error = step.extra
         mean = error.sum(0) / jnp.maximum(learnable.sum(0), 1)
         priority = h.priority_max * error.max(0) + (1 - h.priority_max) * mean
@@ -146,7 +155,7 @@ def make(
         key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
         params = network.init(key_params)
         return State(
-            **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates),
+            **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer),
             target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
             buffer=store.init(),

@@ -31,6 +31,12 @@ def init(shape: tuple[int, ...]) -> Stats:
     return Stats(jnp.float32(0), jnp.zeros(shape, jnp.float32), jnp.ones(shape, jnp.float32))
 
 
+def starting_from(shape: tuple[int, ...], trained: Any) -> Stats:
+    """The statistics of ``trained``, the state of a run for one seed, if it has some of this shape; else those of nothing yet."""
+    found = getattr(trained, "obs_stats", None)
+    return init(shape) if found is None or found.mean.shape != shape else jax.tree.map(jnp.asarray, found)
+
+
 def update(stats: Stats, batch: Array) -> Stats:
     """Take in a batch ``[..., *shape]`` (Chan et al. 1983, the parallel variance update)."""
     axes = tuple(range(batch.ndim - stats.mean.ndim))

@@ -2,7 +2,7 @@
 
 from jrl.nets.action_values import ValueConfig, action_values, with_noise
 from jrl.nets.actor_critic import Config, actor_critic
-from jrl.nets.own import feed_forward, policy_network, value_network
+from jrl.nets.own import feed_forward, policy_network, starting_from, value_network
 from jrl.nets.types import Network, Outputs, step_one
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "actor_critic",
     "feed_forward",
     "policy_network",
+    "starting_from",
     "step_one",
     "value_network",
     "with_noise",

@@ -1,4 +1,4 @@
-"""Networks of a user's own, in place of those that settings describe: ``ppo.make(env, config, network=mine)``."""
+"""Networks of a user's own, and trained ones, in place of those that settings describe: ``ppo.make(env, config, network=mine)``."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jrl.nets.action_values import ValueConfig, action_values
 from jrl.nets.actor_critic import Config, actor_critic
 from jrl.nets.types import Network, step_one
-from jrl.numerics import checks
+from jrl.numerics import checks, optim
 from jrl.numerics.types import Memory, Observation, Params
 
 Array = jax.Array
@@ -45,6 +45,25 @@ def value_network(
     if own is None:
         return action_values(config, obs_spec, action_space, atoms)
     return _checked(own, obs_spec, action_values(ValueConfig(hidden=(1,)), VECTOR, action_space, atoms))
+
+
+def starting_from(network: Network, trained: Any) -> Network:
+    """The network whose parameters begin as those that ``trained``, the state of a run for one seed, acts with; ``None`` changes nothing.
+
+    Raises ``ValueError`` where they are not of this network.
+    """
+    if trained is None:
+        return network
+    checks.fields("start", trained, "params", "opt_state")
+    given, wanted = trained.params, jax.eval_shape(network.init, jax.random.key(0))
+    if _text(given) != _text(wanted):
+        raise ValueError(f"start: parameters of the network must be {_text(wanted)}; got {_text(given)}")
+
+    def init(key: Array) -> Params:
+        learned = optim.eval_params(trained.opt_state, given)
+        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), learned, wanted)
+
+    return network._replace(init=init)
 
 
 def _checked(own: Network, obs_spec: Any, example: Network) -> Network:

@@ -52,6 +52,13 @@ def instances(function: str, **arguments: tuple[Any, type]) -> None:
             )
 
 
+def fields(name: str, value: Any, *wanted: str) -> None:
+    """Raise ``ValueError`` unless ``value`` has all these fields."""
+    missing = [field for field in wanted if not hasattr(value, field)]
+    if missing:
+        raise ValueError(f"{name} must have {', '.join(wanted)}; got {repr(value)[:40]}, a {type(value).__name__}")
+
+
 def traced(owner: str, name: str, function: Callable, *args: Any) -> Any:
     """Shapes of what a user's function returns. Raises ``ValueError`` naming its owner and its name for whatever it raises."""
     try:

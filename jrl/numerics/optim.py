@@ -326,6 +326,20 @@ def parameter_average(inner: optax.GradientTransformation, decay: Array | float)
     return optax.GradientTransformation(init, update)
 
 
+def own(optimizer: Any, hyper: Any, learning_rate: Array | float) -> optax.GradientTransformation:
+    """A user's optimizer: an optax transformation, or what a function of the hyperparameters and the learning rate gives. Raises
+    ``ValueError`` for anything else."""
+    made = optimizer if isinstance(optimizer, optax.GradientTransformation) else None
+    if made is None and callable(optimizer):
+        made = optimizer(hyper, learning_rate)
+    if not isinstance(made, optax.GradientTransformation):
+        raise ValueError(
+            "optimizer must be an optax transformation, or a function (hyper, learning_rate) that gives one; "
+            f"got {repr(optimizer)[:60]}" + ("" if made is None else f", which gives {repr(made)[:60]}")
+        )
+    return made
+
+
 def eval_params(opt_state: OptState, params: Params) -> Any:
     """The parameters to evaluate: the moving average, or what a schedule-free optimizer is after, else ``params``."""
     kinds = (ParameterAverage, contrib.ScheduleFreeState)

@@ -3,7 +3,20 @@
 from jrl.run import stats, sweep
 from jrl.run.checkpoint import RunError
 from jrl.run.evaluate import evaluate, record
+from jrl.run.load import Loaded, export_parameters, load
 from jrl.run.loop import Result, train
 from jrl.run.program import train_fn
 
-__all__ = ["Result", "RunError", "evaluate", "record", "stats", "sweep", "train", "train_fn"]
+__all__ = [
+    "Loaded",
+    "Result",
+    "RunError",
+    "evaluate",
+    "export_parameters",
+    "load",
+    "record",
+    "stats",
+    "sweep",
+    "train",
+    "train_fn",
+]

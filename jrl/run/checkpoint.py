@@ -29,30 +29,81 @@ class RunError(Exception):
     """Something about a run that its user can put right; its text is one clear line."""
 
 
-class Checkpoints:
-    """The checkpoints in a folder, named by the number of updates done. Saves run in the background, one at a time.
+class Reader:
+    """The checkpoints in a folder, named by the number of updates done. Reading changes nothing there."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        import orbax.checkpoint as ocp  # takes seconds to import
+
+        _raise_without_logging()
+        self._ocp, self.folder = ocp, folder.absolute()
+        options = options or {"create": False}
+        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(**options))
+
+    def latest(self) -> int | None:
+        """Updates done at the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def manifest(self, updates: int) -> dict[str, Any]:
+        """What a checkpoint says of itself: ``updates``, ``config``, ``arrays``, ``notes`` and ``files``. Raises ``RunError`` if it is damaged."""
+        path = self.folder / str(updates)
+        try:
+            args = self._ocp.args.Composite(manifest=self._ocp.args.JsonRestore())
+            manifest = unsealed(self._manager.restore(updates, args=args)["manifest"])
+            for name, kind in (
+                ("updates", int),
+                ("config", dict),
+                ("arrays", dict),
+                ("notes", object),
+                ("files", dict),
+            ):
+                if not isinstance(manifest[name], kind):
+                    raise TypeError(f"{name} is {type(manifest[name]).__name__}")
+        except Exception as error:
+            raise RunError(f"checkpoint {path} is damaged: its manifest cannot be read ({_line(error)})") from error
+        if manifest["updates"] != updates:
+            raise RunError(f"checkpoint {path} is of update {manifest['updates']}: its folder was renamed")
+        return manifest
+
+    def read(self, manifest: dict[str, Any], template: Any) -> Any:
+        """The state of a manifest's checkpoint in the structure of ``template``, host arrays.
+
+        Raises ``RunError`` naming the checkpoint and the difference: missing or foreign arrays, other shapes or dtypes, damaged data.
+        """
+        wanted, arrays, updates = named_leaves(template), manifest["arrays"], manifest["updates"]
+        path = self.folder / str(updates)
+        _same_arrays(arrays, wanted, path)
+        try:
+            args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(wanted))
+            leaves = self._manager.restore(updates, args=args)["state"]
+        except Exception as error:
+            raise RunError(f"checkpoint {path} is damaged: its arrays cannot be read ({_line(error)})") from error
+        for name in wanted:
+            if name not in leaves or _describe(np.asarray(leaves[name])) != arrays[name]:
+                raise RunError(f"checkpoint {path} is damaged: the data of {name} do not match their checksum")
+        return jax.tree.unflatten(jax.tree.structure(template), [np.asarray(leaves[name]) for name in wanted])
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self._manager.close()
+
+
+class Checkpoints(Reader):
+    """The checkpoints of a run that is in progress. Saves run in the background, one at a time.
 
     ``tables`` are patterns of files beside the folder, to which a run only appends: what they held at a save, they have to begin with
     when that checkpoint is restored.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], tables: Sequence[str] = ()) -> None:
-        import orbax.checkpoint as ocp  # takes seconds to import
-
-        _raise_without_logging()
-        self._ocp = ocp
         self._config = json.loads(json.dumps(config))  # as a checkpoint gives it back
-        self.folder, self._tables = folder.absolute(), tables
+        self._tables = tables
         self._files: dict[str, list[int]] = {}  # size and checksum of the tables' files at the last save
-        for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):  # of a process that was killed
+        for unfinished in folder.glob("*.orbax-checkpoint-tmp*"):  # of a process that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
-        self._manager = ocp.CheckpointManager(self.folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
-
-    def latest(self) -> int | None:
-        """Updates done at the newest complete checkpoint, or None."""
-        return self._manager.latest_step()
+        super().__init__(folder, max_to_keep=2)
 
     def save(self, updates: int, state: Any, notes: Any = None) -> None:
         """Begin to save host arrays (of ``layout.fetch``), which the caller leaves alone, and notes, which are JSON; waits for the
@@ -83,49 +134,15 @@ class Checkpoints:
     def restore(self, updates: int, template: Any) -> tuple[Any, Any]:
         """The state at ``updates`` in the structure of ``template``, host arrays, and the notes saved with it.
 
-        Raises ``RunError`` naming the checkpoint and the difference: another configuration, missing or foreign arrays,
-        other shapes or dtypes, damaged data, or tables of metrics that are not those of the save.
+        Raises ``RunError`` for what ``read`` refuses, for another configuration, and for tables of metrics that are not those of the save.
         """
-        path = self.folder / str(updates)
-        wanted, manifest = named_leaves(template), self._manifest(updates)
-        arrays = manifest["arrays"]
+        path, manifest = self.folder / str(updates), self.manifest(updates)
         same_config(manifest["config"], self._config, path)
-        if manifest["updates"] != updates:
-            raise RunError(f"checkpoint {path} is of update {manifest['updates']}: its folder was renamed")
-        _same_arrays(arrays, wanted, path)
         for name, size_and_sum in manifest["files"].items():
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise RunError(f"checkpoint {path} is damaged: {name} does not lie beside it")
             _same_beginning(self.folder.parent / name, size_and_sum, updates)
-        try:
-            args = self._ocp.args.Composite(state=self._ocp.args.StandardRestore(wanted))
-            leaves = self._manager.restore(updates, args=args)["state"]
-        except Exception as error:
-            raise RunError(f"checkpoint {path} is damaged: its arrays cannot be read ({_line(error)})") from error
-        for name in wanted:
-            if name not in leaves or _describe(np.asarray(leaves[name])) != arrays[name]:
-                raise RunError(f"checkpoint {path} is damaged: the data of {name} do not match their checksum")
-        state = jax.tree.unflatten(jax.tree.structure(template), [np.asarray(leaves[name]) for name in wanted])
-        return state, manifest["notes"]
-
-    def _manifest(self, updates: int) -> dict[str, Any]:
-        """What a checkpoint says of itself: ``updates``, ``config``, ``arrays``, ``notes`` and ``files``. Raises ``RunError`` if it is damaged."""
-        path = self.folder / str(updates)
-        try:
-            args = self._ocp.args.Composite(manifest=self._ocp.args.JsonRestore())
-            manifest = unsealed(self._manager.restore(updates, args=args)["manifest"])
-            for name, kind in (
-                ("updates", int),
-                ("config", dict),
-                ("arrays", dict),
-                ("notes", object),
-                ("files", dict),
-            ):
-                if not isinstance(manifest[name], kind):
-                    raise TypeError(f"{name} is {type(manifest[name]).__name__}")
-            return manifest
-        except Exception as error:
-            raise RunError(f"checkpoint {path} is damaged: its manifest cannot be read ({_line(error)})") from error
+        return self.read(manifest, template), manifest["notes"]
 
     def wait(self) -> None:
         """Until what was begun is on disk. Raises ``RunError`` on a full disk."""
@@ -137,8 +154,7 @@ class Checkpoints:
     def close(self) -> None:
         """End its threads; a save that failed was reported when it was waited for."""
         self._thread.shutdown()
-        with contextlib.suppress(Exception):
-            self._manager.close()
+        super().close()
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -177,11 +193,11 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def restore_keys(host: Any, live: Any) -> Any:
-    """Host arrays with key data wrapped into typed keys wherever ``live`` has them."""
+    """Host arrays with key data wrapped into typed keys wherever ``live``, arrays or their shapes, has them."""
 
     def leaf(x: np.ndarray, like: Any) -> Any:
         if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(like))
+            return jax.random.wrap_key_data(jnp.asarray(x), impl=jax.random.key_impl(jnp.empty((), like.dtype)))
         return x
 
     return jax.tree.map(leaf, host, live)

@@ -19,10 +19,11 @@ import tyro
 from jrl import envs
 from jrl.algorithm import Algorithm
 from jrl.numerics import host
-from jrl.run import interrupt
+from jrl.run import folders, interrupt
 from jrl.run import sweep as sweeps
 from jrl.run.checkpoint import RunError
 from jrl.run.evaluate import MAX_STEPS
+from jrl.run.load import load
 from jrl.run.loop import Result, train
 from jrl.run.stats import seeds
 
@@ -51,6 +52,7 @@ class Options:
     seeds_at_once: int | None = None  # Seeds computed at once; default: as many as are fast and fit the memory.
     devices: int | None = None  # Number of devices to use; default: all.
     gif: bool = False  # Draw the best seed's final policy.
+    start: Path | None = None  # Folder of a run: every seed starts from the parameters and statistics of its best one.
 
 
 def preset_of(argv: list[str], options: type[Options] = Options) -> tuple[str, str]:
@@ -143,7 +145,15 @@ def experiment(
     defaults: Any = options(env_steps=chosen.env_steps, config=chosen.config, hyper=chosen.hyper)  # type: ignore[call-arg]
     args = parse(options, argv, defaults, doc)
     config = args.config if args.precision is None else replace(args.config, precision=args.precision)  # type: ignore[attr-defined]
-    return run(args, make(environment(args), config, args.hyper))  # type: ignore[attr-defined]
+    env = environment(args)
+    trained = {} if args.start is None else {"start": trained_state(args.start, env)}
+    return run(args, make(env, config, args.hyper, **trained))  # type: ignore[attr-defined]
+
+
+def trained_state(folder: Path, env: envs.Environment) -> Any:
+    """The state of the best seed of the run in a folder. ``env`` is its environment where that is a file, which is not run unasked."""
+    of_a_file = "env_params.file" in folders.saved_settings(folder)
+    return load(folder, env=env if of_a_file else None).member()
 
 
 def run(options: Options, algo: Algorithm) -> Result:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from jrl.algorithm import Algorithm
+from jrl.envs.types import Environment
 from jrl.run import disk
 from jrl.run.checkpoint import RunError, disk_errors, flat, same_config, sealed, unsealed
 
@@ -22,20 +23,26 @@ def settings(
     algo: Algorithm, key: jax.Array, env_steps: int, num_seeds: int, cells: Mapping[str, Any], every: int
 ) -> dict[str, Any]:
     """What must be equal for a run to be resumed, as flat JSON values."""
-    tree = {
-        "algorithm": algo.name,
-        "env": algo.env.name,
-        "env_params": dict(algo.env.settings),
+    run = {
         "num_seeds": num_seeds,
         "key": jax.random.key_data(key).tolist(),
         "log_every": every,
         "cells": list(cells),
-        "config": _as_dict(algo.config),
         "hyper": {cell: _as_dict(hyper) for cell, hyper in cells.items()},
     }
     if algo.uses_length:
-        tree["env_steps"] = env_steps
-    return plain(tree)
+        run["env_steps"] = env_steps
+    return made_of(algo) | plain(run)
+
+
+def made_of(algo: Algorithm) -> dict[str, Any]:
+    """What an algorithm is made of, as flat JSON values."""
+    return plain({"algorithm": algo.name}) | made_of_env(algo.env) | plain({"config": _as_dict(algo.config)})
+
+
+def made_of_env(env: Environment) -> dict[str, Any]:
+    """What an environment is made of, as flat JSON values."""
+    return plain({"env": env.name, "env_params": dict(env.settings)})
 
 
 def plain(tree: dict[str, Any]) -> dict[str, Any]:
@@ -60,6 +67,14 @@ def _plain(value: Any) -> Any:
 def saved_setting(folder: Path, name: str) -> Any:
     """One setting of the run in a folder, or None where there is none. Raises ``RunError`` if its ``config.json`` is damaged."""
     return _settings_in(folder / "config.json").get(name)
+
+
+def saved_settings(folder: Path) -> dict[str, Any]:
+    """All settings of the run in a folder, flat. Raises ``RunError`` where there is no run, or its ``config.json`` is damaged."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise RunError(f"{folder} is not the folder of a run: it has no config.json")
+    return _settings_in(path)
 
 
 def _settings_in(path: Path) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""A run read back from its folder: the algorithm, its trained state, its settings. Nothing in the folder changes."""
+
+import importlib
+import json
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from jrl import envs
+from jrl.algorithm import Algorithm, State, check
+from jrl.envs.types import Environment
+from jrl.numerics import checks
+from jrl.run import folders, memory, report
+from jrl.run.checkpoint import Reader, RunError, disk_errors, named_leaves, restore_keys, same_config
+from jrl.run.program import LoopState
+
+T = TypeVar("T")
+MADE_OF = ("algorithm", "env", "env_params", "config")  # settings of an algorithm, not of a run
+KNOWN = ("ppo", "dqn", "pqn", "r2d2", "td")  # algorithms of an environment, which a folder's settings say all about
+
+
+class Loaded(NamedTuple):
+    """What a run's newest checkpoint and the files beside it hold.
+
+    Attributes:
+        algo: the algorithm for a single seed, with the hyperparameters of the first cell.
+        state: host arrays ``[seeds, ...]``, or ``[cells, seeds, ...]`` in a sweep.
+        settings: all settings by name, as in ``config.json``.
+        cells: labels of the cells; ``[""]`` unless the run is a sweep.
+        env_steps: environment steps that each seed has done.
+        best: the member ``(cell, seed)`` of the highest return in the last evaluation, the first one if there was none.
+    """
+
+    algo: Algorithm
+    state: State
+    settings: dict[str, Any]
+    cells: list[str]
+    env_steps: int
+    best: tuple[str, int]
+
+    def member(self, seed: int | None = None, cell: str | None = None) -> State:
+        """The state of one seed, on the device; by default of the best one, within ``cell`` if one is given.
+
+        Raises ``ValueError`` for a seed or a cell that is not there.
+        """
+        if cell is not None and cell not in self.cells:
+            raise ValueError(f"cell must be one of {', '.join(self.cells)}; got {cell!r}")
+        cell = self.best[0] if cell is None else cell
+        if seed is None:
+            seed = self.best[1] if cell == self.best[0] else 0
+        num_seeds = self.settings["num_seeds"]
+        if seed not in range(num_seeds):
+            raise ValueError(f"seed must be an integer between 0 and {num_seeds - 1}; got {seed}")
+        place = (seed,) if self.cells == [""] else (self.cells.index(cell), seed)
+        return jax.tree.map(lambda x: jnp.asarray(x[place]), self.state)
+
+
+def load(folder: str | Path, *, env: Environment | None = None, algo: Algorithm | None = None) -> Loaded:
+    """The run in a folder, at its newest checkpoint. It may still be in progress.
+
+    Args:
+        folder: of ``run.train`` or of an experiment.
+        env: its environment, where a name does not say it: one from a file (which is not run unasked), a wrapped or an unregistered one.
+        algo: its algorithm, where the settings do not say it: one of your own, or one with a network or an optimizer of your own.
+
+    Raises ``RunError`` for a folder without a checkpoint, a damaged one, or one of another algorithm or environment.
+    """
+    folder = Path(folder)
+    settings = folders.saved_settings(folder)
+    try:
+        cells, num_seeds = list(settings["cells"]), settings["num_seeds"]
+        checks.positive_int("num_seeds", num_seeds)
+        algo = algo or _remade(settings, env or _environment(settings, folder))
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise RunError(f"{folder / 'config.json'} does not say how to make its run again: {error}") from error
+    saved = {name: x for name, x in settings.items() if name.partition(".")[0] in MADE_OF}
+    same_config(saved, folders.made_of(algo), folder)
+    state, metrics = check(algo)
+    memory.refuse_states(state, num_seeds * len(cells), 1)
+    shape = (num_seeds,) if cells == [""] else (len(cells), num_seeds)
+    arrays, updates = _newest(folder, settings, state, len(metrics), num_seeds * len(cells))
+    arrays = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), arrays)
+    best = _best(folder, cells, num_seeds)
+    return Loaded(algo, restore_keys(arrays, state), settings, cells, updates * algo.env_steps_per_update, best)
+
+
+def export_parameters(state: State, path: str | Path) -> None:
+    """Write the parameters of a state as safetensors, each by its path in the tree, such as ``policy.kernel``.
+
+    Raises ``RunError`` for a path that cannot be written.
+    """
+    arrays = {name: np.ascontiguousarray(x) for name, x in named_leaves(state.params).items()}
+    with disk_errors(Path(path)):
+        Path(path).write_bytes(safetensors.numpy.save(arrays))
+
+
+def _newest(folder: Path, settings: dict[str, Any], state: State, metrics: int, members: int) -> tuple[Any, int]:
+    """The arrays ``[members, ...]`` of the newest checkpoint, keys as their data, and the updates done."""
+    place = folder / "checkpoints"
+    if not place.is_dir():
+        raise RunError(f"{folder} has no checkpoint yet")
+    reader = Reader(place)
+    try:
+        updates = reader.latest()
+        if updates is None:
+            raise RunError(f"{folder} has no checkpoint yet")
+        manifest = reader.manifest(updates)
+        same_config(manifest["config"], json.loads(json.dumps(settings)), place / str(updates))
+        row: Any = np.empty((members, metrics), np.float32)
+        template = LoopState(jax.tree.map(lambda x: _empty(x, members), state), row)
+        return reader.read(manifest, template).states, updates
+    finally:
+        reader.close()
+
+
+def _empty(x: Any, members: int) -> np.ndarray:
+    """Room for a leaf of every member; of a key for its data."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.eval_shape(jax.random.key_data, x)
+    return np.empty((members, *x.shape), x.dtype)
+
+
+def _best(folder: Path, cells: list[str], num_seeds: int) -> tuple[str, int]:
+    evaluations = folders.read_json(folder / "evaluations.json", [])
+    try:
+        best = report.best_member(evaluations[-1]["cells"]) if evaluations else 0
+        return cells[best // num_seeds], best % num_seeds
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise RunError(f"{folder / 'evaluations.json'} is damaged: it is not of this run") from None
+
+
+def _environment(settings: dict[str, Any], folder: Path) -> Environment:
+    params = _part(settings, "env_params.")
+    if "env_params.file" in settings:
+        raise RunError(
+            f"{folder} is a run of {settings['env_params.file']}, which is not run unasked: give the environment, "
+            f'as in run.load(..., env=envs.make("{settings["env_params.file"]}"))'
+        )
+    name = settings["env"].partition("(")[0]  # of gymnax, parameters that were given are a part of the name
+    plain = envs.make(name)
+    usual = folders.made_of_env(plain)
+    changed = {path.partition(".")[2]: _as_python(x) for path, x in params.items() if x != usual.get(path)}
+    return (envs.make(name, **changed) if changed else plain)._replace(name=settings["env"])
+
+
+def _remade(settings: dict[str, Any], env: Environment) -> Algorithm:
+    name = settings["algorithm"]
+    if name not in KNOWN:
+        raise ValueError(f"{name!r} is none of {', '.join(KNOWN)}; give the algorithm, as in run.load(..., algo=mine)")
+    module = importlib.import_module(f"jrl.algos.{name}")
+    cell = settings["cells"][0]
+    config = _filled(module.Config(), settings, "config.")
+    return module.make(env, config, _filled(module.Hyper(), settings, f"hyper.{cell}."))
+
+
+def _filled(example: T, settings: dict[str, Any], prefix: str) -> T:
+    """Settings of the kind of ``example``, with the values that are listed flat."""
+    names = example._fields if hasattr(example, "_fields") else vars(example)
+    found = {}
+    for name in names:
+        value, path = getattr(example, name), prefix + name
+        if is_dataclass(value) or hasattr(value, "_fields"):
+            found[name] = _filled(value, settings, path + ".")
+        else:
+            found[name] = _of_kind(path, settings[path], value)
+    return example._replace(**found) if hasattr(example, "_fields") else replace(example, **found)  # type: ignore[attr-defined, type-var]
+
+
+def _of_kind(name: str, value: Any, example: Any) -> Any:
+    """A value of JSON as Python has it. Raises ``ValueError`` unless it is of the kind of ``example``."""
+    value = _as_python(value)
+    numbers = isinstance(value, int | float) and isinstance(example, float) and not isinstance(value, bool)
+    if example is not None and type(value) is not type(example) and not numbers:
+        raise ValueError(f"{name} is {type(value).__name__}, not {type(example).__name__}")
+    return value
+
+
+def _as_python(value: Any) -> Any:
+    return tuple(_as_python(x) for x in value) if isinstance(value, list) else value
+
+
+def _part(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name: x for name, x in settings.items() if name.startswith(prefix)}

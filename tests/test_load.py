@@ -1,0 +1,248 @@
+"""A run read back from its folder: the same state, nothing touched, and what can be done with it."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+
+from jrl import envs, nets, run
+from jrl.algos import dqn, ppo, pqn
+from jrl.run.checkpoint import sealed
+
+RANK_PROMOTION = "allow"  # gymnax promotes ranks
+
+TINY = ppo.Config(num_envs=2, num_steps=8, num_epochs=1, num_minibatches=2, network=nets.Config(hidden=(8,)))
+FILE = """
+import jax.numpy as jnp
+from jrl.envs import Discrete
+action_space = Discrete(2)
+time_limit = 3
+print("run")
+def reset(key):
+    return jnp.zeros(1), 0
+def step(key, state, action):
+    return jnp.zeros(1), state + 1, action, False, state + 1 >= 3
+"""
+
+
+def train(algo, folder, **more):
+    kwargs = {"num_seeds": 3, "eval_episodes": 2, "progress": False} | more
+    return run.train(algo, jax.random.key(0), 4 * algo.env_steps_per_update, run_dir=folder, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder, and what ``run.train`` returned; its settings are not the defaults."""
+    folder = tmp_path_factory.mktemp("load") / "run"
+    env = envs.make("CartPole-v1", max_steps_in_episode=50, gravity=10.0)
+    algo = ppo.make(env, TINY, ppo.Hyper(learning_rate=1e-3, optimizer=ppo.optim.Hyper(b1=0.8)))
+    return folder, algo, train(algo, folder)
+
+
+def on_host(tree):
+    return jax.tree.map(
+        lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x), tree
+    )
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, on_host(a), on_host(b))
+
+
+def contents(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in folder.rglob("*")}
+
+
+def test_the_algorithm_and_the_state_are_those_of_the_run_and_the_folder_is_as_it_was(trained):
+    folder, algo, result = trained
+    before = contents(folder)
+    loaded = run.load(folder)
+    assert contents(folder) == before
+    same(loaded.state, result.state)
+    assert (loaded.algo.config, loaded.algo.hyper, loaded.algo.env.name) == (algo.config, algo.hyper, algo.env.name)
+    assert loaded.env_steps == 64 and loaded.cells == [""] and loaded.settings["config.num_steps"] == 8
+    scores = json.loads((folder / "summary.json").read_text())["eval"]["per_seed"]
+    assert loaded.best == ("", int(np.argmax(scores)))
+    state, key = loaded.member(1), jax.random.key(2)
+    same(state, jax.tree.map(lambda x: x[1], result.state))
+    best = jax.jit(lambda s: run.evaluate(loaded.algo, s, jax.random.key(20_000_003), 2).returns.mean())
+    assert float(best(loaded.member())) == pytest.approx(max(scores))  # the evaluation of the run again
+    obs = algo.env.reset(key)[0]
+    assert loaded.algo.act(state, obs)[0] == algo.act(state, obs)[0]
+
+
+def test_parameters_are_exported_by_their_paths(trained, tmp_path):
+    state = run.load(trained[0]).member(0)
+    run.export_parameters(state, tmp_path / "p.safetensors")
+    arrays = safetensors.numpy.load_file(tmp_path / "p.safetensors")
+    np.testing.assert_array_equal(arrays["params.policy.out.kernel"], state.params["params"]["policy"]["out"]["kernel"])
+    assert sum(x.size for x in arrays.values()) == sum(x.size for x in jax.tree.leaves(state.params))
+    with pytest.raises(run.RunError, match=r"cannot write .*No such file or directory"):
+        run.export_parameters(state, tmp_path / "absent" / "p.safetensors")
+
+
+def test_a_sweep_is_loaded_by_cells(tmp_path):
+    algo = ppo.make(envs.make("Probe-action"), TINY)
+    grid = run.sweep.grid(algo.hyper, {"learning_rate": [1e-3, 1e-2]})
+    result = train(algo, tmp_path / "run", hypers=grid, num_seeds=2)
+    loaded = run.load(tmp_path / "run")
+    assert loaded.cells == list(grid) and loaded.algo.hyper == grid["learning_rate=0.001"]
+    same(loaded.member(1, "learning_rate=0.01"), jax.tree.map(lambda x: x[1, 1], result.state))
+    with pytest.raises(ValueError, match=r"cell must be one of learning_rate=0.001, learning_rate=0.01; got 'a'"):
+        loaded.member(0, "a")
+    with pytest.raises(ValueError, match="seed must be an integer between 0 and 1; got 2"):
+        loaded.member(2)
+
+
+def test_a_file_of_an_environment_is_not_run_unasked(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(FILE)
+    env = envs.make(tmp_path / "mine.py")
+    train(ppo.make(env, TINY), tmp_path / "run")
+    capsys.readouterr()
+    with pytest.raises(run.RunError, match=r"is a run of mine.py, which is not run unasked: give the environment"):
+        run.load(tmp_path / "run")
+    assert capsys.readouterr().out == ""
+    assert run.load(tmp_path / "run", env=env).env_steps == 64
+    (tmp_path / "mine.py").write_text(FILE + "\nx = 1\n")
+    with pytest.raises(run.RunError, match=r"is a run of mine.py as it was: the file has changed since"):
+        run.load(tmp_path / "run", env=envs.make(tmp_path / "mine.py"))
+
+
+def test_an_algorithm_of_one_s_own_is_given(trained, tmp_path):
+    own = trained[1]._replace(name="mine")
+    train(own, tmp_path / "run")
+    with pytest.raises(run.RunError, match=r"'mine' is none of ppo, dqn, .*; give the algorithm, as in run.load"):
+        run.load(tmp_path / "run")
+    same(run.load(tmp_path / "run", algo=own).state, trained[2].state)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"config.num_envs": "many"}, "config.num_envs is str, not int"),
+        ({"config.num_envs": 3}, "of another configuration: config.num_envs was 2, is 3"),
+        ({"config.network.hidden": 8}, "config.network.hidden is int, not tuple"),
+        ({"config.loss": None}, "config.loss is NoneType, not str"),
+        ({"config.loss": "clap"}, "config.loss must be one of clip, penalty; got 'clap'"),
+        ({"env": "Pong"}, "unknown environment 'Pong'"),
+        ({"cells": 3}, "does not say how to make its run again"),
+        ({"cells": []}, "does not say how to make its run again"),
+        ({"num_seeds": 10**9}, "are larger than"),
+        ({"num_seeds": -1}, "num_seeds must be an integer of at least 1; got -1"),
+        ({"algorithm": "os"}, "'os' is none of ppo"),
+    ],
+)
+def test_a_configuration_that_was_changed_is_refused_in_a_line(changes, message, trained, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(sealed({"settings": run.load(trained[0]).settings | changes})))
+    (tmp_path / "checkpoints").symlink_to(trained[0] / "checkpoints")
+    with pytest.raises((run.RunError, ValueError), match=message) as refused:
+        run.load(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_folder_without_a_run_or_a_checkpoint_is_refused(trained, tmp_path):
+    with pytest.raises(run.RunError, match=r"is not the folder of a run: it has no config.json"):
+        run.load(tmp_path)
+    (tmp_path / "config.json").write_bytes((trained[0] / "config.json").read_bytes())
+    with pytest.raises(run.RunError, match="has no checkpoint yet"):
+        run.load(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(run.RunError, match="has no checkpoint yet"):
+        run.load(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+# Going on from it
+
+
+@pytest.mark.parametrize("module", [ppo, dqn, pqn])
+def test_a_run_starts_from_a_trained_state(module, trained, key):
+    config = {
+        ppo: TINY,
+        dqn: dqn.Config(
+            num_envs=2, learning_starts=0, batch_size=4, capacity=100, network=nets.ValueConfig(hidden=(8,))
+        ),
+        pqn: pqn.Config(num_envs=2, num_steps=8, num_minibatches=2, network=nets.ValueConfig(hidden=(8,))),
+    }[module]
+    env = envs.make("Probe-action")
+    first = module.make(env, config)
+    state = jax.jit(first.update)(jax.jit(first.init)(key))[0]
+    second = module.make(env, config, module.Hyper(learning_rate=0.5), start=state)
+    begun = jax.jit(second.init)(jax.random.key(7))
+    same(begun.params, state.params)
+    if module is dqn:
+        same(begun.target_params, state.params)
+    assert begun.updates == 0 and begun.hyper.learning_rate == 0.5
+    jax.eval_shape(second.update, begun)
+
+
+def test_statistics_of_observations_go_on_and_averages_are_what_is_gone_on_from(key):
+    optimizer = ppo.optim.OptimizerConfig("adam", ema=True)
+    config = ppo.Config(num_envs=2, num_steps=8, num_minibatches=2, normalize_observations=True, optimizer=optimizer)
+    env = envs.make("Probe-value")
+    first = ppo.make(env, config)
+    state = jax.jit(first.update)(jax.jit(first.init)(key))[0]
+    begun = jax.jit(ppo.make(env, config, start=state).init)(key)
+    same(begun.obs_stats, state.obs_stats)
+    same(begun.params, ppo.optim.eval_params(state.opt_state, state.params))
+    with pytest.raises(ValueError, match=r"normalized observations: config.normalize_observations must be True"):
+        ppo.make(env, TINY, start=state)
+    with pytest.raises(ValueError, match=r"start: parameters of the network must be .*; got "):
+        ppo.make(env, TINY, start=state._replace(obs_stats=None))
+    with pytest.raises(ValueError, match="start must have params, opt_state; got 3, a int"):
+        ppo.make(env, TINY, start=3)
+
+
+# An optimizer of one's own
+
+
+def test_an_optimizer_that_settings_describe_gives_the_same_as_one_s_own(key):
+    env = envs.make("Probe-value")
+
+    def own(hyper, learning_rate):
+        return optax.chain(optax.clip_by_global_norm(hyper.max_grad_norm), optax.adam(learning_rate, eps=1e-5))
+
+    states = []
+    for algo in (ppo.make(env, TINY), ppo.make(env, TINY, optimizer=own)):
+        state = jax.jit(algo.init, static_argnums=2)(key, None, 4)  # the learning rate falls
+        update = jax.jit(algo.update)
+        for _ in range(3):
+            state, _ = update(state)
+        states.append(state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *(s.params for s in states))
+
+
+def test_any_transformation_will_do_and_hyperparameters_are_swept(key):
+    env = envs.make("Probe-policy")
+    fixed = ppo.make(env, TINY, optimizer=optax.sgd(0.0))
+    state = jax.jit(fixed.init)(key)
+    same(jax.jit(fixed.update)(state)[0].params, state.params)
+    swept = ppo.make(env, TINY, optimizer=lambda hyper, learning_rate: optax.sgd(learning_rate))
+    hypers = jax.tree.map(lambda x: jnp.array([x, x]), swept.hyper)._replace(learning_rate=jnp.array([0.0, 0.1]))
+    states = jax.jit(jax.vmap(lambda h: swept.update(swept.init(key, h))[0]))(hypers)
+    kernel = states.params["params"]["policy"]["out"]["kernel"]
+    same(kernel[0], state.params["params"]["policy"]["out"]["kernel"])
+    assert (kernel[0] != kernel[1]).any()
+
+
+@pytest.mark.parametrize("wrong, said", [(3, "got 3"), (lambda hyper, lr: lr, "which gives")])
+def test_what_is_no_optimizer_is_refused_before_anything_is_compiled(wrong, said, key):
+    algo = ppo.make(envs.make("Probe-value"), TINY, optimizer=wrong)
+    with pytest.raises(ValueError, match=f"optimizer must be an optax transformation, or a function .*{said}"):
+        run.train(algo, key, 64, progress=False)
+
+
+def test_the_command_line_starts_from_a_folder(trained, tmp_path, monkeypatch, capsys):
+    import processes
+
+    folder = Path(trained[0])
+    words = ("--env", "CartPole-v1", "--config.network.hidden", "4", "--start", folder, "--run-dir", tmp_path / "run")
+    code, said = processes.refused("ppo", words, monkeypatch, capsys)
+    assert code == 1 and "start: parameters of the network must be" in said
+    code, said = processes.refused("ppo", ("--start", tmp_path), monkeypatch, capsys)
+    assert code == 1 and "is not the folder of a run" in said
