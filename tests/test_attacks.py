@@ -42,7 +42,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from attacks import tampering
-chosen = {"ppo": 7, "shards": 5, "experts": 4, "gguf": 4}
+chosen = {"ppo": 4, "shards": 3, "experts": 2, "gguf": 3}
 for number, case in enumerate(tampering.cases(1, 2000)):
     if chosen.get(case.kind, 0):
         chosen[case.kind] -= 1

@@ -26,7 +26,15 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 
 
-LONG = ("first-run", "algorithm", "environment", "sweeps", "run-folder", "language-model")  # tutorials that train
+LONG = (
+    "first-run",
+    "algorithm",
+    "environment",
+    "sweeps",
+    "run-folder",
+    "language-model",
+    "parts",
+)  # tutorials that train
 
 
 def pages_with(pattern):

@@ -56,6 +56,7 @@ def test_a_folder_with_a_run_is_refused_without_resume(trained, monkeypatch, cap
     assert code == 1 and "error:" in said and "already contains a run" in said
 
 
+@pytest.mark.slow
 def test_the_experiment_resumes(trained):
     resumed = experiment(*trained[1], "--resume")
     assert resumed.returncode == 0 and "resumed at 320 steps" in resumed.stderr

@@ -1,9 +1,13 @@
-"""The command ``jrl``: training without a script.
+"""The command ``jrl``: training without a script, and a look at runs.
 
 jrl ppo                                           16 seeds of CartPole-v1
 jrl dqn --env Acrobot-v1 --num-seeds 8
 jrl pqn --env my_env.py --run-dir runs/mine       and, after Ctrl-C, the same with --resume
 jrl r2d2 --help                                   all settings
+jrl show runs/mine                                what was run, and what it reached; jrl show for a table of all runs
+jrl watch runs/mine                               follow a run
+jrl compare runs/a runs/b                         curves and scores side by side
+jrl envs                                          the environments
 """
 
 import sys
@@ -12,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
 from jrl.algos import dqn, ppo, pqn, presets, r2d2
-from jrl.run import Result, cli
+from jrl.run import Result, cli, tools
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,17 @@ def train(name: str, argv: list[str], doc: str | None = None) -> Result:
 
 
 def run(argv: list[str]) -> Result | None:
-    """Train the algorithm that the first word names. Raises ``ValueError`` for a first word that names none."""
+    """Train the algorithm that the first word names, or look at runs. Raises ``ValueError`` for a first word that names neither."""
     if not argv or argv[0] in ("-h", "--help"):
         print((__doc__ or "").strip())
         return None
-    if argv[0] not in COMMANDS:
-        raise ValueError(f"jrl: the first word must be one of {', '.join(COMMANDS)}; got {argv[0]!r}")
+    words = [*COMMANDS, *tools.TOOLS]
+    if argv[0] not in words:
+        raise ValueError(f"jrl: the first word must be one of {', '.join(words)}; got {argv[0]!r}")
     sys.argv[0] = f"jrl {argv[0]}"  # as --help shows it
+    if argv[0] in tools.TOOLS:
+        tools.use(argv[0], argv[1:])
+        return None
     return train(argv[0], argv[1:])
 
 

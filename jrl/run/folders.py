@@ -28,7 +28,7 @@ def settings(
         "key": jax.random.key_data(key).tolist(),
         "log_every": every,
         "cells": list(cells),
-        "hyper": {cell: _as_dict(hyper) for cell, hyper in cells.items()},
+        "hyper": {cell: as_dict(hyper) for cell, hyper in cells.items()},
     }
     if algo.uses_length:
         run["env_steps"] = env_steps
@@ -37,7 +37,7 @@ def settings(
 
 def made_of(algo: Algorithm) -> dict[str, Any]:
     """What an algorithm is made of, as flat JSON values."""
-    return plain({"algorithm": algo.name}) | made_of_env(algo.env) | plain({"config": _as_dict(algo.config)})
+    return plain({"algorithm": algo.name}) | made_of_env(algo.env) | plain({"config": as_dict(algo.config)})
 
 
 def made_of_env(env: Environment) -> dict[str, Any]:
@@ -50,13 +50,13 @@ def plain(tree: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(flat(tree), default=_plain))
 
 
-def _as_dict(tree: Any) -> Any:
+def as_dict(tree: Any) -> Any:
     """Dataclasses and NamedTuples as dictionaries."""
     if dataclasses.is_dataclass(tree):
         tree = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
     elif hasattr(tree, "_asdict"):
         tree = tree._asdict()
-    return {k: _as_dict(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
+    return {k: as_dict(v) for k, v in tree.items()} if isinstance(tree, Mapping) else tree
 
 
 def _plain(value: Any) -> Any:

@@ -192,16 +192,18 @@ class CsvTable:
         disk.replace(self.path, b"".join([header, *takewhile(lambda row: _is_of(row, updates), rows)]))
 
     def read(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """``(env_steps [rows], metrics {name: [members, rows]})``."""
+        """``(env_steps [rows], metrics {name: [members, rows]})``, of the rows that are whole."""
         if not self.path.exists():  # no row is whole yet
             return np.zeros(0, int), {}
         with self.path.open(newline="") as file:
-            header = next(csv.reader(file))
-            skip = header.index("seed") + 1
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an empty file is an empty array
-                rows = np.loadtxt(file, delimiter=",", quotechar='"', usecols=[1, *range(skip, len(header))], ndmin=2)
-        rows = rows.reshape(-1, len(self._labels), len(header) - skip + 1)
+            lines = [line for line in file if line.endswith("\n")]
+        header = next(csv.reader(lines[:1]))
+        skip, members = header.index("seed") + 1, len(self._labels)
+        whole = lines[1 : 1 + (len(lines) - 1) // members * members]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of nothing the array is empty
+            rows = np.loadtxt(whole, delimiter=",", quotechar='"', usecols=[1, *range(skip, len(header))], ndmin=2)
+        rows = rows.reshape(-1, members, len(header) - skip + 1)
         return rows[:, 0, 0].astype(int), {name: rows[:, :, i + 1].T for i, name in enumerate(header[skip:])}
 
 

@@ -1,5 +1,6 @@
-"""Aggregates over seeds (Agarwal et al. 2021, arXiv 2108.13264)."""
+"""Aggregates over seeds, and over tasks (Agarwal et al. 2021, arXiv 2108.13264)."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,3 +58,46 @@ def text(scores: dict[str, Any]) -> str:
 def seeds(number: int) -> str:
     """A number of seeds in words: "1 seed", "8 seeds"."""
     return f"{number} seed" if number == 1 else f"{number} seeds"
+
+
+# Several tasks: ``scores`` are normalized, an array of seeds for each task
+
+
+def pooled_iqm(scores: Sequence[np.ndarray]) -> float:
+    """IQM of the scores of all tasks together."""
+    return float(iqm(np.concatenate(scores)))
+
+
+def optimality_gap(scores: Sequence[np.ndarray], target: float = 1.0) -> float:
+    """By how much scores miss the target on average; what lies above it does not count."""
+    return float(target - np.minimum(np.concatenate(scores), target).mean())
+
+
+def improvement(scores: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
+    """Probability that a seed scores more than one of the others, averaged over tasks; a tie counts half."""
+    return float(np.mean([_wins(x, y) for x, y in zip(scores, others, strict=True)]))
+
+
+def profile(scores: Sequence[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
+    """Performance profile: the share of all seeds and tasks whose score is above each threshold."""
+    return (np.concatenate(scores)[:, None] > thresholds).mean(0)
+
+
+def stratified_interval(
+    statistic: Callable[..., Any], *scores: Sequence[np.ndarray], level: float = 0.95, samples: int = 2000
+) -> tuple[Any, Any]:
+    """Bootstrap percentile interval of ``statistic(*scores)``, which draws seeds within each task. The draws are fixed."""
+    rng = np.random.default_rng(0)
+    found = [
+        statistic(*([x[rng.integers(len(x), size=len(x))] for x in tasks] for tasks in scores)) for _ in range(samples)
+    ]
+    tail = 100 * (1 - level) / 2
+    low, high = np.percentile(found, [tail, 100 - tail], axis=0)
+    return low, high
+
+
+def _wins(x: np.ndarray, y: np.ndarray) -> float:
+    """The share of pairs in which x is larger, a tie as half a win: Mann and Whitney's U over the number of pairs."""
+    ordered = np.sort(y)
+    below, up_to = np.searchsorted(ordered, x, "left"), np.searchsorted(ordered, x, "right")
+    return float((below + up_to).mean() / (2 * len(y)))

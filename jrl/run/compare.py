@@ -1,0 +1,270 @@
+"""Runs side by side: curves, scores with their intervals, and how likely one scores more than another (Agarwal et al. 2021, 2108.13264).
+
+What is compared are run folders, and tables of other tools: CSV files with a column of steps and one of values.
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jrl.run import folders, log, plot, stats
+from jrl.run.checkpoint import RunError
+
+RETURN = "episode_return"
+LAST = 0.1  # of a run's training, whose mean is a seed's score where no evaluation tells it
+STEPS = ("env_steps", "global_step", "timesteps", "total_timesteps", "_step", "step", "steps")
+VALUES = (RETURN, "episodic_return", "charts/episodic_return", "return", "episode_reward", "mean_reward", "value", "r")
+
+
+class Run(NamedTuple):
+    """What is compared of one run, or of one cell of a sweep.
+
+    Attributes:
+        label: what it is called; runs of one label on several tasks belong together.
+        task: environment.
+        env_steps: ``[points]`` of its curves.
+        curves: ``[seeds, points]``.
+        scores: of each seed ``[seeds]``: the mean return of the last evaluation, or of the last tenth of training.
+    """
+
+    label: str
+    task: str
+    env_steps: np.ndarray
+    curves: np.ndarray
+    scores: np.ndarray
+
+
+def read(path: str | Path, label: str | None = None, metric: str | None = None) -> list[Run]:
+    """The run in a folder (of a sweep one for each cell), or in a CSV file of another tool.
+
+    Args:
+        path: folder or file.
+        label: name; that of the folder or file if not given.
+        metric: column to compare; the return if not given.
+
+    Raises ``RunError`` for what is neither, is damaged, or has no such column.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _of_folder(path, label or path.name, metric)
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return [_of_csv(path, label or path.stem, metric)]
+    raise RunError(f"{path} is neither the folder of a run nor a CSV file")
+
+
+def _of_folder(folder: Path, label: str, metric: str | None) -> list[Run]:
+    settings = folders.saved_settings(folder)
+    try:
+        cells, num_seeds, env = list(settings["cells"]), int(settings["num_seeds"]), str(settings["env"])
+        kind: dict[str, Any] = {"seed": 0} if cells == [""] else {"cell": "", "seed": 0}
+        env_steps, metrics = log.table(folder, [kind] * (num_seeds * len(cells))).read()
+    except (LookupError, TypeError, ValueError, OSError) as error:
+        raise RunError(f"{folder} is damaged: its metrics cannot be read ({error})") from None
+    name = metric or RETURN
+    if not len(env_steps):
+        raise RunError(f"{folder} has no row of metrics yet")
+    if name not in metrics:
+        raise RunError(f"{folder} has no metric {name!r}; it has: {', '.join(metrics)}")
+    weight = metrics["episodes"] if name == RETURN else np.isfinite(metrics[name]).astype(float)
+    points, curves = plot.curve(metrics[name], weight, env_steps)
+    evaluated = [] if metric else folders.read_json(folder / "evaluations.json", [])
+    found = []
+    for i, cell in enumerate(cells):
+        mine = curves[i * num_seeds : (i + 1) * num_seeds]
+        try:
+            listed = evaluated[-1]["cells"][cell]["per_seed"] if evaluated else _last(points, mine)
+            scores = np.array(listed, float).reshape(num_seeds)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise RunError(f"{folder / 'evaluations.json'} is damaged: it is not of this run") from None
+        found.append(Run(f"{label} {cell}".strip(), env.partition("(")[0], points, mine, scores))
+    return found
+
+
+def _of_csv(path: Path, label: str, metric: str | None) -> Run:
+    """A table with a column of steps, one of values, and possibly one of seeds."""
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    if not rows:
+        raise RunError(f"{path} has no rows")
+    names = [name for name in rows[0] if name]
+    steps, value = _column(path, names, STEPS, None), _column(path, names, VALUES, metric)
+    seed = next((name for name in names if name.lower() in ("seed", "run", "run_id")), None)
+    series: dict[str, list[tuple[float, float]]] = {}
+    try:
+        for row in rows:
+            if row[value] not in ("", None):
+                point = (float(row[steps]), float(row[value]))
+                series.setdefault(row[seed] if seed else "", []).append(point)
+        ordered = [np.array(sorted(points)) for points in series.values()]
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{path} holds something that is not a number: {error}") from None
+    if not ordered:
+        raise RunError(f"{path} has no value of {value}")
+    low, high = max(x[0, 0] for x in ordered), min(x[-1, 0] for x in ordered)
+    if high < low:
+        raise RunError(f"{path}: its seeds have no steps in common")
+    points = np.linspace(low, high, plot.POINTS) if high > low else np.array([low])
+    curves = np.stack([np.interp(points, x[:, 0], x[:, 1]) for x in ordered])
+    task = next((rows[0][name] for name in names if name.lower() in ("env", "env_id", "task")), "")
+    return Run(label, task, points, curves, _last(points, curves))
+
+
+def _column(path: Path, names: list[str], known: Sequence[str], wanted: str | None) -> str:
+    """The column of a table that is wanted, or whose name is known."""
+    if wanted is not None:
+        if wanted not in names:
+            raise RunError(f"{path} has no column {wanted!r}; it has: {', '.join(names)}")
+        return wanted
+    lower = {name.lower(): name for name in names}
+    found = next((lower[name] for name in known if name in lower), None)
+    if found is None:
+        raise RunError(f"{path} must have one of the columns {', '.join(known)}; it has: {', '.join(names)}")
+    return found
+
+
+def _last(points: np.ndarray, curves: np.ndarray) -> np.ndarray:
+    """The mean of the last tenth of each curve ``[seeds]``; NaN where a seed has no number there."""
+    late = points >= points[-1] - LAST * (points[-1] - points[0])
+    return curves[:, late].mean(1)
+
+
+# What is said of them
+
+
+def steps_to(run: Run, threshold: float) -> np.ndarray:
+    """The steps ``[seeds]`` after which a curve is first at the threshold or above, infinity if it never is."""
+    there = np.nan_to_num(run.curves, nan=-np.inf) >= threshold
+    return np.where(there.any(1), run.env_steps[there.argmax(1)], np.inf)
+
+
+def table(runs: Sequence[Run], threshold: float | None = None) -> list[dict[str, str]]:
+    """A row for each run: its scores, its area under the curve, its steps to the threshold, and the probability that one of its
+    seeds scores more than one of the first run on the same task."""
+    first: dict[str, Run] = {}
+    for run in runs:
+        first.setdefault(run.task, run)
+    rows = []
+    for run in runs:
+        against = first[run.task]
+        row = {
+            "run": run.label,
+            "task": run.task,
+            "seeds": str(len(run.scores)),
+            "steps": f"{run.env_steps[-1]:,.0f}",
+            "IQM (95% interval)": stats.text(stats.summarize(run.scores)),
+            "mean over training": stats.text(stats.summarize(_finite_mean(run.curves))),
+        }
+        if threshold is not None:
+            row |= _reached(run, threshold)
+        if len(first) < len(runs):
+            row["P(more than the first)"] = "" if run is against else _improvement([run], [against])
+        rows.append(row)
+    return rows
+
+
+def _finite_mean(curves: np.ndarray) -> np.ndarray:
+    """The mean of each curve over the points where it has a number: the area under it, over its length."""
+    known = np.isfinite(curves)
+    return np.where(known, curves, 0.0).sum(1) / np.where(known.any(1), known.sum(1), np.nan)
+
+
+def _reached(run: Run, threshold: float) -> dict[str, str]:
+    steps = steps_to(run, threshold)
+    middle = np.sort(steps)[(len(steps) - 1) // 2]
+    return {
+        f"seeds that reach {threshold:g}": f"{np.isfinite(steps).sum()} of {len(steps)}",
+        "median steps to it": f"{middle:,.0f}" if np.isfinite(middle) else "never",
+    }
+
+
+def _improvement(runs: Sequence[Run], others: Sequence[Run]) -> str:
+    scores = [[x.scores[np.isfinite(x.scores)] for x in part] for part in (runs, others)]
+    if not all(len(x) for part in scores for x in part):
+        return ""
+    low, high = stats.stratified_interval(stats.improvement, *scores)
+    return f"{stats.improvement(*scores):.2f} ({low:.2f} to {high:.2f})"
+
+
+def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs of one label, in the order of their tasks, where every label has the same tasks, two or more; else nothing."""
+    grouped: dict[str, dict[str, Run]] = {}
+    for run in runs:
+        grouped.setdefault(run.label, {})[run.task] = run
+    tasks = {frozenset(of_task) for of_task in grouped.values()}
+    if len(tasks) != 1 or len(next(iter(tasks))) < 2:
+        return {}
+    return {label: [of_task[task] for task in sorted(of_task)] for label, of_task in grouped.items()}
+
+
+def normalized(runs: Sequence[Run], scale: dict[str, tuple[float, float]]) -> list[np.ndarray]:
+    """Scores of each run, 0 and 1 where ``scale`` of its task says; seeds without a number are left out."""
+    bounds = [scale[run.task] for run in runs]
+    scores = [run.scores[np.isfinite(run.scores)] for run in runs]
+    return [(x - low) / (high - low) for x, (low, high) in zip(scores, bounds, strict=True)]
+
+
+def observed_scale(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
+    """The lowest and the highest score of any seed on each task."""
+    found: dict[str, tuple[float, float]] = {}
+    for run in runs:
+        low, high = found.get(run.task, (np.inf, -np.inf))
+        finite = run.scores[np.isfinite(run.scores)]
+        found[run.task] = (finite.min(initial=low), finite.max(initial=high))
+    return {task: (float(low), float(high) if high > low else float(low) + 1) for task, (low, high) in found.items()}
+
+
+def aggregates(grouped: dict[str, list[Run]], scale: dict[str, tuple[float, float]]) -> list[dict[str, str]]:
+    """A row for each label, over all tasks: IQM and optimality gap of normalized scores, and the probability of improvement on the first."""
+    first, rows = next(iter(grouped.values())), []
+    for label, runs in grouped.items():
+        scores = normalized(runs, scale)
+        row = {"run": label, "tasks": str(len(runs))}
+        for name, statistic in (("IQM, normalized", stats.pooled_iqm), ("optimality gap", stats.optimality_gap)):
+            low, high = stats.stratified_interval(statistic, scores)
+            row[name] = f"{statistic(scores):.3f} ({low:.3f} to {high:.3f})"
+        row["P(more than the first)"] = "" if runs is first else _improvement(runs, first)
+        rows.append(row)
+    return rows
+
+
+def draw(path: Path, runs: Sequence[Run], metric: str | None, scale: dict[str, tuple[float, float]]) -> None:
+    """The curves of each task in a panel, and, over several tasks, the performance profiles."""
+    panels = []
+    for task in dict.fromkeys(run.task for run in runs):
+        lines = [(run.label, run.env_steps, run.curves) for run in runs if run.task == task]
+        panels.append(plot.Panel(task, "environment steps per seed", metric or "episode return in training", lines))
+    if grouped := by_label(runs):
+        thresholds = np.linspace(0, 1, 51)
+        lines = [
+            (label, thresholds, stats.profile(normalized(of_label, scale), thresholds)[None])
+            for label, of_label in grouped.items()
+        ]
+        panels.append(plot.Panel("Performance profile", "normalized score", "share of seeds above it", lines))
+    plot.draw(path, panels)
+
+
+def text(rows: list[dict[str, str]], style: str = "text") -> str:
+    """A table as aligned ``text``, ``markdown`` or ``latex`` (with booktabs)."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([row.get(name, "") for name in names] for row in rows)]
+    if style == "latex":
+        body = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in cells]
+        begin = rf"\begin{{tabular}}{{{'l' * len(names)}}}"
+        return "\n".join([begin, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"])
+    if style == "markdown":
+        lines = ["| " + " | ".join(line) + " |" for line in cells]
+        return "\n".join([lines[0], "|" + " --- |" * len(names), *lines[1:]])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _latex(cell: str) -> str:
+    for sign in "&%$#_{}":
+        cell = cell.replace(sign, "\\" + sign)
+    return cell

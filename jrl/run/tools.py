@@ -1,0 +1,118 @@
+"""The words of the command ``jrl`` that train nothing: ``show``, ``watch``, ``compare``, ``envs``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from jrl import envs
+from jrl.numerics import checks
+from jrl.run import cli, compare, show
+from jrl.run.checkpoint import disk_errors
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print the settings and the result of a run, or a table of all runs in a folder."""
+
+    folder: Annotated[Path, tyro.conf.Positional] = Path("runs")  # Folder of a run, or of runs.
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Follow a run that another process trains, until it has ended; Ctrl-C leaves it alone."""
+
+    folder: tyro.conf.Positional[Path]  # Folder of the run.
+    every: float = 2.0  # Seconds between two looks.
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare runs: a picture of their curves, and a table of scores, intervals and probabilities of improvement.
+
+    jrl compare runs/a runs/b
+
+    jrl compare ppo=runs/a dqn=runs/b other.csv --threshold 475 --table markdown
+
+    Each word is a run's folder or another tool's CSV file, with LABEL= before it if you like.
+
+    Runs of one label in several environments are aggregated over them.
+    """
+
+    runs: tyro.conf.Positional[tuple[str, ...]]  # [LABEL=]FOLDER or [LABEL=]FILE.csv ...
+    metric: str | None = None  # Column to compare; default: the return, and the last evaluation's as the score.
+    threshold: float | None = None  # Say after how many steps each run reaches this.
+    table: Literal["text", "markdown", "latex"] = "text"  # How the table is printed.
+    picture: Path = Path("compare.png")  # File of the picture: .png (with an .svg beside it), .svg or .pdf.
+    # Scores that count 0 and 1 over several tasks, as TASK=LOW,HIGH; default: the lowest and the highest seed.
+    scale: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Envs:
+    """List the environments that --env knows."""
+
+
+def _show(args: Show) -> None:
+    print(show.show(args.folder))
+
+
+def _watch(args: Watch) -> None:
+    checks.within("--every", args.every, 0.1, 3600)
+    show.watch(args.folder, args.every)
+
+
+def _compare(args: Compare) -> None:
+    if not args.runs:
+        raise ValueError("compare needs the folders of runs, or CSV files")
+    if args.picture.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--picture must end in .png, .svg or .pdf; got {args.picture}")
+    runs = [run for word in args.runs for run in compare.read(*_labelled(word), args.metric)]
+    grouped, scale = compare.by_label(runs), compare.observed_scale(runs) | dict(map(_bounds, args.scale))
+    for task in dict(map(_bounds, args.scale)):
+        checks.one_of("--scale", task, {run.task for run in runs})
+    print(compare.text(compare.table(runs, args.threshold), args.table))
+    if grouped:
+        said = ", ".join(f"{task} {low:g} to {high:g}" for task, (low, high) in scale.items())
+        print(f"\nOver all tasks, scores normalized from 0 to 1 ({said}):\n")
+        print(compare.text(compare.aggregates(grouped, scale), args.table))
+    with disk_errors(args.picture):
+        compare.draw(args.picture, runs, args.metric, scale)
+    print(f"\n{args.picture}")
+
+
+def _labelled(word: str) -> tuple[str, str | None]:
+    """``LABEL=PATH`` or ``PATH`` as path and label."""
+    label, sign, path = word.partition("=")
+    return (path, label) if sign and not Path(word).exists() else (word, None)
+
+
+def _bounds(word: str) -> tuple[str, tuple[float, float]]:
+    task, _, numbers = word.partition("=")
+    try:
+        low, high = map(float, numbers.split(","))
+    except ValueError:
+        raise ValueError(f"--scale is written TASK=LOW,HIGH; got {word!r}") from None
+    if not low < high:
+        raise ValueError(f"--scale: LOW must be below HIGH; got {word!r}")
+    return task, (low, high)
+
+
+def _envs(args: Envs) -> None:
+    print("\n".join(envs.names()))
+
+
+TOOLS: dict[str, tuple[type, Callable[..., None]]] = {
+    "show": (Show, _show),
+    "watch": (Watch, _watch),
+    "compare": (Compare, _compare),
+    "envs": (Envs, _envs),
+}
+
+
+def use(name: str, argv: list[str]) -> None:
+    """Do what a word and those after it say."""
+    options, function = TOOLS[name]
+    function(cli.parse(options, argv, doc=options.__doc__))
