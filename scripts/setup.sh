@@ -1,4 +1,4 @@
-# Sourced by the other scripts: `setup core`, `setup test` or `setup docs` leaves a ready interpreter in $PYTHON, or exits with one line.
+# Sourced by the other scripts: `setup core`, `setup test`, `setup docs` or `setup envs` leaves a ready interpreter in $PYTHON, or exits with one line.
 #   JRL_PYTHON  an interpreter that has everything; nothing is installed
 #   JRL_ACCEL   cpu, tpu, cuda12 or cuda13; detected if unset
 

@@ -11,7 +11,9 @@ from jrl.run import command
 def test_the_first_word_names_an_algorithm(capsys):
     assert command.run(["--help"]) is None
     assert "jrl ppo" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="the first word must be one of ppo, dqn, pqn, r2d2, show, watch, compare, envs; got 'sarsa'"):
+    with pytest.raises(
+        ValueError, match="the first word must be one of ppo, dqn, pqn, r2d2, show, watch, compare, envs; got 'sarsa'"
+    ):
         command.run(["sarsa", "--env", "CartPole-v1"])
 
 

@@ -1,4 +1,4 @@
-"""Environments behind one small protocol (``types``): gymnax, probes, and your own."""
+"""Environments behind one small protocol (``types``): gymnax, probes, other packages, and your own."""
 
 import difflib
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jrl import user_file
-from jrl.envs import gymnax, probes, tabular, wrappers
+from jrl.envs import gymnax, packages, probes, tabular, wrappers
 from jrl.envs.recall import recall
 from jrl.envs.spaces import Box, Discrete, MultiDiscrete, Space
 from jrl.envs.strict import strict
@@ -39,12 +39,13 @@ def register(name: str, factory: Callable[..., Environment]) -> None:
 
 
 def names() -> list[str]:
-    """All names that ``make`` knows."""
+    """All names that ``make`` knows, but those of other packages: see ``packages.installed``."""
     return [*gymnax.IDS, *_registered]
 
 
 def make(name: str | Path, **params: Any) -> Environment:
-    """An environment by name, or from a Python file that defines ``reset``, ``step`` and ``action_space``.
+    """An environment by name (of another package as in ``brax/ant``), or from a Python file that defines ``reset``, ``step`` and
+    ``action_space``.
 
     ``params`` go to the environment (gymnax: fields of its ``EnvParams``). The result is checked by abstract evaluation.
     Raises ``ValueError`` for an unknown name, file or parameter, or for functions that break the protocol.
@@ -57,6 +58,9 @@ def make(name: str | Path, **params: Any) -> Environment:
         with user_file.blamed(path):
             made = strict(_from_file(path, params))
         return with_settings(made, params | user_file.text_of(path))
+    package, _, id = name.partition("/")
+    if package in packages.EXTRAS and id:
+        return strict(packages.make(package, id, params))
     if name in gymnax.IDS:
         return strict(gymnax.make(name, **params))
     if name not in _registered:

@@ -68,10 +68,10 @@ def has_legal_action(space: Space, mask: Array) -> Array:
 def _record(env: Any) -> Environment:
     """An ``Environment`` of anything that has its names."""
     package = type(env).__module__.partition(".")[0]
-    if package in ("gymnasium", "gymnax", "gym", "brax", "jumanji"):
+    if package in ("gymnasium", "gymnax", "gym", "brax", "jumanji", "pgx", "craftax", "navix", "xminigrid"):
         raise ValueError(
             f"{type(env).__name__} is an environment of {package}, which has another protocol: write reset and step as "
-            "functions of jrl.envs.Environment (envs.make knows gymnax's by name)"
+            "functions of jrl.envs.Environment (envs.make knows those of gymnax, brax, craftax, jumanji, navix, pgx and xminigrid by name)"
         )
     missing = [name for name in ("reset", "step", "action_space") if not hasattr(env, name)]
     if missing:
@@ -80,10 +80,10 @@ def _record(env: Any) -> Environment:
         )
     name = str(getattr(env, "name", None) or getattr(env, "__name__", None) or type(env).__name__)
     fields: dict[str, Any] = {field: getattr(env, field, None) for field in Environment._fields}
-    fields |= {"name": name, "settings": fields["settings"] or ()}
+    fields |= {"name": name, "settings": fields["settings"] or (), "steps_per_reset": fields["steps_per_reset"] or 1}
     for field in ("reset", "step"):
         checks.function(f"{name}: {field}", fields[field])
-    for field in ("time_limit", "first_truncation"):
+    for field in ("time_limit", "first_truncation", "steps_per_reset"):
         if fields[field] is not None:
             checks.positive_int(f"{name}: {field}", fields[field])
     try:

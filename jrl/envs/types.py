@@ -43,6 +43,8 @@ class Environment(NamedTuple):
             (``wrappers.time_limit`` does).
         first_truncation: no episode is truncated sooner than after this many steps; None if unknown. It lets a learner
             skip values that cannot be needed.
+        steps_per_reset: a rollout draws one fresh first state for so many steps of each environment. Where it is more than 1, an
+            environment whose episodes end twice within these steps begins twice in the same state; the default is exact.
         draw: ``(states: list, path) -> None`` writes a GIF of an episode, or None.
         settings: what it was made of, as pairs of a name and a value, which a run records and compares: parameters, wrappers,
             a file's text.
@@ -56,6 +58,7 @@ class Environment(NamedTuple):
     first_truncation: int | None = None
     draw: Callable[[list[State], str], None] | None = None
     settings: tuple[tuple[str, Any], ...] = ()
+    steps_per_reset: int = 1
 
 
 R = TypeVar("R", bound=Any)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.envs.types import Environment, MaskedObs, example_action, observation_spec, with_settings
+from jrl.numerics import checks
 from jrl.numerics.types import EnvState, Observation
 
 Array = jax.Array
@@ -50,6 +51,15 @@ def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
         return obs, (inner, action, jnp.bool_(False)), reward, terminated, truncated
 
     return _wrapped(env, "sticky_actions", {"probability": probability}, reset=reset, step=step)
+
+
+def shared_resets(env: Environment, steps: int = 16) -> Environment:
+    """Draw one fresh first state for ``steps`` steps of each environment, where resetting costs much more than stepping.
+
+    An environment whose episodes end twice within these steps begins twice in the same state: short episodes see fewer beginnings.
+    """
+    checks.positive_int("shared_resets: steps", steps)
+    return _wrapped(env, "shared_resets", {"steps": steps}, same_state=True, steps_per_reset=steps)
 
 
 def frame_stack(env: Environment, num_frames: int = 4) -> Environment:
@@ -105,8 +115,11 @@ def _merge(frames: Array) -> Array:
     return jnp.concatenate(list(jnp.atleast_1d(frames)), axis=-1) if frames.ndim > 1 else frames
 
 
-def _wrapped(env: Environment, name: str, settings: dict[str, Any], **changed: Any) -> Environment:
-    """The environment with other functions, whose states hold the inner state first; the wrapper is put on record."""
+def _wrapped(
+    env: Environment, name: str, settings: dict[str, Any], same_state: bool = False, **changed: Any
+) -> Environment:
+    """The environment with other functions, whose states hold the inner state first unless they are the ``same_state``; the wrapper is put
+    on record."""
 
     def draw(states: list[Any], path: str) -> None:
         assert env.draw is not None
@@ -114,4 +127,5 @@ def _wrapped(env: Environment, name: str, settings: dict[str, Any], **changed: A
 
     listed = ", ".join(f"{field}={value}" for field, value in settings.items())
     wrappers = (*dict(env.settings).get("wrappers", ()), f"{name}({listed})")
-    return with_settings(env._replace(**changed, draw=draw if env.draw else None), {"wrappers": wrappers})
+    drawn = draw if env.draw and not same_state else env.draw
+    return with_settings(env._replace(**changed, draw=drawn), {"wrappers": wrappers})

@@ -65,16 +65,18 @@ def collect(
     """``num_steps`` steps in every environment, resetting those that end.
 
     ``act(memory, obs, first, noise_t) -> (memory, env_action, extras)`` is batched over B; ``noise`` has leading axis T.
-    The keys of all steps, and a fresh reset state for each step, are drawn in one call before the loop, which is much
-    faster than drawing them one by one.
+    The keys of all steps, and a fresh reset state for each step (or for each ``env.steps_per_reset`` of them), are drawn in one
+    call before the loop, which is much faster than drawing them one by one.
     """
     num_envs = actors.first.shape[0]
     step_keys, reset_keys = jax.random.split(key, (2, num_steps, num_envs))
-    resets = jax.vmap(jax.vmap(env.reset))(reset_keys)
+    every = env.steps_per_reset
+    resets = jax.vmap(jax.vmap(env.reset))(reset_keys[::every])
 
     def step(carry: tuple[Actors, Episodes], x: Any) -> tuple[tuple[Actors, Episodes], Steps]:
         now, episodes = carry
-        noise_t, keys, (reset_obs, reset_state) = x
+        noise_t, keys, reset = x
+        reset_obs, reset_state = reset if every == 1 else jax.tree.map(lambda x: x[reset], resets)
         memory, action, extras = act(now.memory, now.obs, now.first, noise_t)
         next_obs, env_state, reward, terminated, truncated = jax.vmap(env.step)(keys, now.env_state, action)
         ended = terminated | truncated
@@ -95,7 +97,7 @@ def collect(
         return (following, episodes), Steps(now.obs, now.first, reward, terminated, truncated, next_obs, extras)
 
     nothing = Episodes(*(jnp.zeros(num_envs, jnp.float32),) * 3)
-    xs = (noise, step_keys, resets)
+    xs = (noise, step_keys, resets if every == 1 else jnp.arange(num_steps) // every)
     (following, episodes), steps = loops.scan(step, (actors, nothing), xs, gpu_unroll=UNROLL)
     return following, steps, jax.tree.map(jnp.sum, episodes)
 

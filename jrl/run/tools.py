@@ -1,5 +1,6 @@
 """The words of the command ``jrl`` that train nothing: ``show``, ``watch``, ``compare``, ``envs``."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from jrl import envs
+from jrl.envs import packages
 from jrl.numerics import checks
 from jrl.run import cli, compare, show
 from jrl.run.checkpoint import disk_errors
@@ -52,7 +54,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Envs:
-    """List the environments that --env knows."""
+    """List the environments that --env knows, and the packages that would add more."""
 
 
 def _show(args: Show) -> None:
@@ -101,7 +103,10 @@ def _bounds(word: str) -> tuple[str, tuple[float, float]]:
 
 
 def _envs(args: Envs) -> None:
-    print("\n".join(envs.names()))
+    found = packages.installed()
+    print("\n".join([*envs.names(), *(name for names in found.values() for name in names)]))
+    if missing := [package for package in packages.EXTRAS if package not in found]:
+        print(f"not installed: {', '.join(missing)} (pip install 'jrl[{','.join(missing)}]')", file=sys.stderr)
 
 
 TOOLS: dict[str, tuple[type, Callable[..., None]]] = {

@@ -1,0 +1,50 @@
+"""Environments of other packages, by ids such as ``brax/ant``: each adapter is a file with ``names()`` and ``make(name, **params)``.
+
+The packages are extras: ``pip install 'jrl[brax]'``. ``make`` gives terminated and truncated apart, and no auto-reset.
+"""
+
+import difflib
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+from jrl import user_file
+from jrl.envs.types import Environment, with_settings
+
+EXTRAS = ("brax", "craftax", "jumanji", "navix", "pgx", "xminigrid")
+
+
+def make(package: str, name: str, params: dict[str, Any]) -> Environment:
+    """The environment ``name`` of a package of ``EXTRAS``. Raises ``ValueError`` if the package is not installed, or has none of that
+    name or no such parameter."""
+    known = _names(package)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(f'{package}/{x}' for x in near)}?" if near else f"known: {', '.join(known)}"
+        raise ValueError(f"unknown environment {package}/{name}; {hint}")
+    factory = functools.partial(_adapter(package).make, name)
+    made = user_file.call(f"{package}/{name}", factory, params)
+    settings = {key: getattr(x, "__name__", x) for key, x in user_file.settings_of(factory, params).items()}
+    return with_settings(made._replace(name=f"{package}/{name}"), settings)
+
+
+def installed() -> dict[str, list[str]]:
+    """The ids of the packages that are installed, by package."""
+    found = {}
+    for package in EXTRAS:
+        if importlib.util.find_spec(package) is not None:
+            found[package] = [f"{package}/{name}" for name in _names(package)]
+    return found
+
+
+def _names(package: str) -> list[str]:
+    try:
+        return _adapter(package).names()
+    except ModuleNotFoundError as error:
+        said = f"it needs the package {error.name}"
+        raise ValueError(f"{package}/...: {said}, which is an extra: pip install 'jrl[{package}]'") from None
+
+
+def _adapter(package: str) -> Any:
+    return importlib.import_module(f"jrl.envs.packages.{package}")
