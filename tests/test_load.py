@@ -67,7 +67,7 @@ def test_the_algorithm_and_the_state_are_those_of_the_run_and_the_folder_is_as_i
     assert (loaded.algo.config, loaded.algo.hyper, loaded.algo.env.name) == (algo.config, algo.hyper, algo.env.name)
     assert loaded.env_steps == 64 and loaded.cells == [""] and loaded.settings["config.num_steps"] == 8
     scores = json.loads((folder / "summary.json").read_text())["eval"]["per_seed"]
-    assert loaded.best == ("", int(np.argmax(scores)))
+    assert (loaded.best_cell, loaded.best_seeds) == ("", {"": int(np.argmax(scores))})
     state, key = loaded.member(1), jax.random.key(2)
     same(state, jax.tree.map(lambda x: x[1], result.state))
     best = jax.jit(lambda s: run.evaluate(loaded.algo, s, jax.random.key(20_000_003), 2).returns.mean())
@@ -93,6 +93,12 @@ def test_a_sweep_is_loaded_by_cells(tmp_path):
     loaded = run.load(tmp_path / "run")
     assert loaded.cells == list(grid) and loaded.algo.hyper == grid["learning_rate=0.001"]
     same(loaded.member(1, "learning_rate=0.01"), jax.tree.map(lambda x: x[1, 1], result.state))
+    assert loaded.best_cell == result.summary["best_cell"]
+    for i, (cell, scores) in enumerate(result.summary["cells"].items()):
+        same(
+            loaded.member(cell=cell),
+            jax.tree.map(lambda x, i=i, s=scores: x[i, np.argmax(s["per_seed"])], result.state),
+        )
     with pytest.raises(ValueError, match=r"cell must be one of learning_rate=0.001, learning_rate=0.01; got 'a'"):
         loaded.member(0, "a")
     with pytest.raises(ValueError, match="seed must be an integer between 0 and 1; got 2"):

@@ -117,8 +117,7 @@ def test_jumanji_s_masks_are_those_of_its_observations(key):
         np.testing.assert_array_equal(obs.mask, timestep.observation.action_mask)
         np.testing.assert_array_equal(obs.obs, np.ravel(timestep.observation.board))
         assert reward == timestep.reward
-    with pytest.raises(ValueError, match=r"jumanji/.* is for several agents"):
-        envs.make("jumanji/LevelBasedForaging-v0")
+    assert "jumanji/LevelBasedForaging-v0" not in packages.installed()["jumanji"]  # several agents
 
 
 @needs("navix")
@@ -258,3 +257,20 @@ def test_runs_load_again(tmp_path, key):
     algo = ppo.make(envs.make("pgx/tic_tac_toe"), config)
     result = run.train(algo, key, 64, num_seeds=2, eval_episodes=4, run_dir=tmp_path / "run", progress=False)
     np.testing.assert_array_equal(run.load(tmp_path / "run").state.updates, result.state.updates)
+
+
+@needs("jumanji")
+def test_jumanji_s_clock_truncates_and_its_joint_masks_are_over_combinations(key):
+    snake = envs.make("jumanji/Snake-v1")
+    obs, state = jax.jit(snake.reset)(key)
+    late = state.replace(step_count=jnp.int32(3999))
+    legal = jnp.argmax(obs.mask)
+    _, _, _, terminated, truncated = jax.jit(snake.step)(key, late, legal)
+    assert truncated and not terminated
+    boards = envs.make("jumanji/Sudoku-v0")
+    obs, _ = jax.eval_shape(boards.reset, key)
+    assert boards.action_space == envs.Discrete(9**3) and obs.mask.shape == (729,)
+    steps = played(boards, key, 3)
+    board = np.asarray(steps[0][0].obs).reshape(9, 9)
+    filled = np.asarray(steps[1][0].obs).reshape(9, 9)
+    assert ((board != filled).sum()) == 1

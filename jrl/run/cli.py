@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import jax
 import tyro
@@ -19,7 +19,7 @@ import tyro
 from jrl import envs
 from jrl.algorithm import Algorithm
 from jrl.numerics import host
-from jrl.run import folders, interrupt
+from jrl.run import folders, interrupt, loggers
 from jrl.run import sweep as sweeps
 from jrl.run.checkpoint import RunError
 from jrl.run.evaluate import MAX_STEPS
@@ -52,6 +52,7 @@ class Options:
     seeds_at_once: int | None = None  # Seeds computed at once; default: as many as are fast and fit the memory.
     devices: int | None = None  # Number of devices to use; default: all.
     gif: bool = False  # Draw the best seed's final policy.
+    log: tuple[Literal["wandb"], ...] = ()  # Loggers besides the folder's table and TensorBoard events.
     start: Path | None = None  # Folder of a run: every seed starts from the parameters and statistics of its best one.
 
 
@@ -181,6 +182,7 @@ def run(options: Options, algo: Algorithm) -> Result:
             seeds_at_once=options.seeds_at_once,
             devices=options.devices,
             gif=options.gif,
+            loggers=[loggers.NAMED[name]() for name in options.log],
         )
     finally:
         if options.run_dir is None:

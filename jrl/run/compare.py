@@ -14,7 +14,7 @@ from jrl.run import folders, log, plot, stats
 from jrl.run.checkpoint import RunError
 
 RETURN = "episode_return"
-LAST = 0.1  # of a run's training, whose mean is a seed's score where no evaluation tells it
+LAST = 0.1  # share of training at its end, which is averaged into a seed's score where there was no evaluation
 STEPS = ("env_steps", "global_step", "timesteps", "total_timesteps", "_step", "step", "steps")
 VALUES = (RETURN, "episodic_return", "charts/episodic_return", "return", "episode_reward", "mean_reward", "value", "r")
 
@@ -68,19 +68,28 @@ def _of_folder(folder: Path, label: str, metric: str | None) -> list[Run]:
         raise RunError(f"{folder} has no row of metrics yet")
     if name not in metrics:
         raise RunError(f"{folder} has no metric {name!r}; it has: {', '.join(metrics)}")
-    weight = metrics["episodes"] if name == RETURN else np.isfinite(metrics[name]).astype(float)
-    points, curves = plot.curve(metrics[name], weight, env_steps)
+    ended = metrics["episodes"] if name == RETURN and "episodes" in metrics else np.isfinite(metrics[name])
+    points, curves = plot.curve(metrics[name], ended.astype(float), env_steps)
+    broken = _broken(folder)
     evaluated = [] if metric else folders.read_json(folder / "evaluations.json", [])
     found = []
     for i, cell in enumerate(cells):
-        mine = curves[i * num_seeds : (i + 1) * num_seeds]
+        well = [seed for seed in range(num_seeds) if (cell, seed) not in broken]
+        mine = curves[i * num_seeds : (i + 1) * num_seeds][well]
         try:
-            listed = evaluated[-1]["cells"][cell]["per_seed"] if evaluated else _last(points, mine)
-            scores = np.array(listed, float).reshape(num_seeds)
+            listed = evaluated[-1]["cells"][cell]["per_seed"] if evaluated else None
+            scores = _last(points, mine) if listed is None else np.array(listed, float).reshape(num_seeds)[well]
         except (LookupError, TypeError, ValueError, AttributeError):
             raise RunError(f"{folder / 'evaluations.json'} is damaged: it is not of this run") from None
-        found.append(Run(f"{label} {cell}".strip(), env.partition("(")[0], points, mine, scores))
+        if well:
+            found.append(Run(f"{label} {cell}".strip(), env, points, mine, scores))
     return found
+
+
+def _broken(folder: Path) -> set[tuple[str, int]]:
+    """The members ``(cell, seed)`` that turned NaN, as the summary says."""
+    listed = folders.read_json(folder / "summary.json", {}).get("nan_seeds", [])
+    return {(nan.get("cell", ""), nan["seed"]) for nan in listed}
 
 
 def _of_csv(path: Path, label: str, metric: str | None) -> Run:
@@ -94,13 +103,13 @@ def _of_csv(path: Path, label: str, metric: str | None) -> Run:
         raise RunError(f"{path} has no rows")
     names = [name for name in rows[0] if name]
     steps, value = _column(path, names, STEPS, None), _column(path, names, VALUES, metric)
-    seed = next((name for name in names if name.lower() in ("seed", "run", "run_id")), None)
-    series: dict[str, list[tuple[float, float]]] = {}
+    apart = [name for name in names if name.lower() in ("cell", "seed", "run", "run_id")]
+    series: dict[tuple[str, ...], list[tuple[float, float]]] = {}
     try:
         for row in rows:
-            if row[value] not in ("", None):
-                point = (float(row[steps]), float(row[value]))
-                series.setdefault(row[seed] if seed else "", []).append(point)
+            number = float(row[value] or "nan")
+            if np.isfinite(number):
+                series.setdefault(tuple(row[name] for name in apart), []).append((float(row[steps]), number))
         ordered = [np.array(sorted(points)) for points in series.values()]
     except (TypeError, ValueError) as error:
         raise RunError(f"{path} holds something that is not a number: {error}") from None
@@ -129,12 +138,12 @@ def _column(path: Path, names: list[str], known: Sequence[str], wanted: str | No
 
 
 def _last(points: np.ndarray, curves: np.ndarray) -> np.ndarray:
-    """The mean of the last tenth of each curve ``[seeds]``; NaN where a seed has no number there."""
+    """The mean of the last tenth of each curve ``[seeds]``; NaN where no episode of a seed has ended."""
     late = points >= points[-1] - LAST * (points[-1] - points[0])
     return curves[:, late].mean(1)
 
 
-# What is said of them
+# Tables and aggregates
 
 
 def steps_to(run: Run, threshold: float) -> np.ndarray:
@@ -192,10 +201,12 @@ def _improvement(runs: Sequence[Run], others: Sequence[Run]) -> str:
 
 
 def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs of one label, in the order of their tasks, where every label has the same tasks, two or more; else nothing."""
+    """Runs of one label, in the order of their tasks, if all labels have the same two or more tasks, each once; otherwise empty."""
     grouped: dict[str, dict[str, Run]] = {}
     for run in runs:
-        grouped.setdefault(run.label, {})[run.task] = run
+        if run.task in grouped.setdefault(run.label, {}):
+            return {}
+        grouped[run.label][run.task] = run
     tasks = {frozenset(of_task) for of_task in grouped.values()}
     if len(tasks) != 1 or len(next(iter(tasks))) < 2:
         return {}
@@ -203,9 +214,15 @@ def by_label(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def normalized(runs: Sequence[Run], scale: dict[str, tuple[float, float]]) -> list[np.ndarray]:
-    """Scores of each run, 0 and 1 where ``scale`` of its task says; seeds without a number are left out."""
+    """Scores of each run, scaled so that the bounds of its task become 0 and 1; seeds without a score are left out.
+
+    Raises ``RunError`` where no seed of a run has one.
+    """
     bounds = [scale[run.task] for run in runs]
     scores = [run.scores[np.isfinite(run.scores)] for run in runs]
+    for run, found in zip(runs, scores, strict=True):
+        if not len(found):
+            raise RunError(f"{run.label} on {run.task}: no seed has a score")
     return [(x - low) / (high - low) for x, (low, high) in zip(scores, bounds, strict=True)]
 
 
@@ -215,7 +232,8 @@ def observed_scale(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
     for run in runs:
         low, high = found.get(run.task, (np.inf, -np.inf))
         finite = run.scores[np.isfinite(run.scores)]
-        found[run.task] = (finite.min(initial=low), finite.max(initial=high))
+        if len(finite):
+            found[run.task] = (finite.min(initial=low), finite.max(initial=high))
     return {task: (float(low), float(high) if high > low else float(low) + 1) for task, (low, high) in found.items()}
 
 

@@ -14,14 +14,14 @@ import safetensors.numpy
 from jrl import envs
 from jrl.algorithm import Algorithm, State, check
 from jrl.envs.types import Environment
-from jrl.numerics import checks
+from jrl.numerics import checks, optim
 from jrl.run import folders, memory, report
 from jrl.run.checkpoint import Reader, RunError, disk_errors, named_leaves, restore_keys, same_config
 from jrl.run.program import LoopState
 
 T = TypeVar("T")
 MADE_OF = ("algorithm", "env", "env_params", "config")  # settings of an algorithm, not of a run
-KNOWN = ("ppo", "dqn", "pqn", "r2d2", "td")  # algorithms of an environment, which a folder's settings say all about
+KNOWN = ("ppo", "dqn", "pqn", "r2d2", "td")  # algorithms that can be made again from a folder's settings alone
 
 
 class Loaded(NamedTuple):
@@ -33,7 +33,8 @@ class Loaded(NamedTuple):
         settings: all settings by name, as in ``config.json``.
         cells: labels of the cells; ``[""]`` unless the run is a sweep.
         env_steps: environment steps that each seed has done.
-        best: the member ``(cell, seed)`` of the highest return in the last evaluation, the first one if there was none.
+        best_cell: the cell with the highest IQM in the last evaluation; the first if there was none.
+        best_seeds: by cell, the seed with the highest return in the last evaluation; 0 if there was none.
     """
 
     algo: Algorithm
@@ -41,20 +42,20 @@ class Loaded(NamedTuple):
     settings: dict[str, Any]
     cells: list[str]
     env_steps: int
-    best: tuple[str, int]
+    best_cell: str
+    best_seeds: dict[str, int]
 
     def member(self, seed: int | None = None, cell: str | None = None) -> State:
-        """The state of one seed, on the device; by default of the best one, within ``cell`` if one is given.
+        """The state of one seed, on the device; by default of the best seed of the best cell, or of ``cell``.
 
         Raises ``ValueError`` for a seed or a cell that is not there.
         """
         if cell is not None and cell not in self.cells:
             raise ValueError(f"cell must be one of {', '.join(self.cells)}; got {cell!r}")
-        cell = self.best[0] if cell is None else cell
-        if seed is None:
-            seed = self.best[1] if cell == self.best[0] else 0
+        cell = self.best_cell if cell is None else cell
+        seed = self.best_seeds[cell] if seed is None else seed
         num_seeds = self.settings["num_seeds"]
-        if seed not in range(num_seeds):
+        if type(seed) is not int or seed not in range(num_seeds):
             raise ValueError(f"seed must be an integer between 0 and {num_seeds - 1}; got {seed}")
         place = (seed,) if self.cells == [""] else (self.cells.index(cell), seed)
         return jax.tree.map(lambda x: jnp.asarray(x[place]), self.state)
@@ -65,19 +66,24 @@ def load(folder: str | Path, *, env: Environment | None = None, algo: Algorithm 
 
     Args:
         folder: of ``run.train`` or of an experiment.
-        env: its environment, where a name does not say it: one from a file (which is not run unasked), a wrapped or an unregistered one.
-        algo: its algorithm, where the settings do not say it: one of your own, or one with a network or an optimizer of your own.
+        env: the environment, if it cannot be made from its name: from a file (which is never executed by itself), wrapped, or unregistered.
+        algo: the algorithm, if the settings do not say it all: one of a language model, one of your own, or one with a network or an
+            optimizer of your own.
 
-    Raises ``RunError`` for a folder without a checkpoint, a damaged one, or one of another algorithm or environment.
+    Raises ``ValueError`` if both are given, ``RunError`` for a folder without a checkpoint, a damaged one, or one of another algorithm or environment.
     """
     folder = Path(folder)
+    if env is not None and algo is not None:
+        raise ValueError("env or algo: the algorithm has its environment; give one of them")
     settings = folders.saved_settings(folder)
     try:
         cells, num_seeds = list(settings["cells"]), settings["num_seeds"]
         checks.positive_int("num_seeds", num_seeds)
         algo = algo or _remade(settings, env or _environment(settings, folder))
     except (LookupError, TypeError, ValueError, OverflowError) as error:
-        raise RunError(f"{folder / 'config.json'} does not say how to make its run again: {error}") from error
+        raise RunError(
+            f"{folder / 'config.json'} does not say how to make its run again (give env= or algo=): {error}"
+        ) from error
     saved = {name: x for name, x in settings.items() if name.partition(".")[0] in MADE_OF}
     same_config(saved, folders.made_of(algo), folder)
     state, metrics = check(algo)
@@ -86,36 +92,47 @@ def load(folder: str | Path, *, env: Environment | None = None, algo: Algorithm 
     arrays, updates = _newest(folder, settings, state, len(metrics), num_seeds * len(cells))
     arrays = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), arrays)
     best = _best(folder, cells, num_seeds)
-    return Loaded(algo, restore_keys(arrays, state), settings, cells, updates * algo.env_steps_per_update, best)
+    return Loaded(algo, restore_keys(arrays, state), settings, cells, updates * algo.env_steps_per_update, *best)
 
 
 def export_parameters(state: State, path: str | Path) -> None:
-    """Write the parameters of a state as safetensors, each by its path in the tree, such as ``policy.kernel``.
+    """Write the parameters that a state acts with as safetensors, each by its path in the tree, such as ``policy.kernel``. With an optimizer
+    that averages they are the average.
 
     Raises ``RunError`` for a path that cannot be written.
     """
-    arrays = {name: np.ascontiguousarray(x) for name, x in named_leaves(state.params).items()}
+    params = optim.eval_params(state.opt_state, state.params)
+    arrays = {name: np.ascontiguousarray(x) for name, x in named_leaves(params).items()}
     with disk_errors(Path(path)):
         Path(path).write_bytes(safetensors.numpy.save(arrays))
 
 
 def _newest(folder: Path, settings: dict[str, Any], state: State, metrics: int, members: int) -> tuple[Any, int]:
     """The arrays ``[members, ...]`` of the newest checkpoint, keys as their data, and the updates done."""
-    place = folder / "checkpoints"
-    if not place.is_dir():
+    row: Any = np.empty((members, metrics), np.float32)
+    template = LoopState(jax.tree.map(lambda x: _empty(x, members), state), row)
+    updates = None
+    while True:
+        reader = _reader(folder)
+        try:
+            before, updates = updates, reader.latest()
+            if updates is None:
+                raise RunError(f"{folder} has no checkpoint yet")
+            manifest = reader.manifest(updates)
+            same_config(manifest["config"], json.loads(json.dumps(settings)), reader.folder / str(updates))
+            return reader.read(manifest, template).states, updates
+        except RunError:
+            if updates == before or updates is None:
+                raise
+            # A run in progress keeps two checkpoints: this one may have gone while it was read. Look once more.
+        finally:
+            reader.close()
+
+
+def _reader(folder: Path) -> Reader:
+    if not (folder / "checkpoints").is_dir():
         raise RunError(f"{folder} has no checkpoint yet")
-    reader = Reader(place)
-    try:
-        updates = reader.latest()
-        if updates is None:
-            raise RunError(f"{folder} has no checkpoint yet")
-        manifest = reader.manifest(updates)
-        same_config(manifest["config"], json.loads(json.dumps(settings)), place / str(updates))
-        row: Any = np.empty((members, metrics), np.float32)
-        template = LoopState(jax.tree.map(lambda x: _empty(x, members), state), row)
-        return reader.read(manifest, template).states, updates
-    finally:
-        reader.close()
+    return Reader(folder / "checkpoints")
 
 
 def _empty(x: Any, members: int) -> np.ndarray:
@@ -125,11 +142,15 @@ def _empty(x: Any, members: int) -> np.ndarray:
     return np.empty((members, *x.shape), x.dtype)
 
 
-def _best(folder: Path, cells: list[str], num_seeds: int) -> tuple[str, int]:
+def _best(folder: Path, cells: list[str], num_seeds: int) -> tuple[str, dict[str, int]]:
+    """The best cell, and the best seed of each."""
     evaluations = folders.read_json(folder / "evaluations.json", [])
     try:
-        best = report.best_member(evaluations[-1]["cells"]) if evaluations else 0
-        return cells[best // num_seeds], best % num_seeds
+        found = {cell: evaluations[-1]["cells"][cell] for cell in cells} if evaluations else {}
+        seeds = {cell: report.best_member({cell: found[cell]}) if found else 0 for cell in cells}
+        if not all(seed in range(num_seeds) for seed in seeds.values()):
+            raise ValueError
+        return report.best_cell(found) if found else cells[0], seeds
     except (LookupError, TypeError, ValueError, AttributeError):
         raise RunError(f"{folder / 'evaluations.json'} is damaged: it is not of this run") from None
 

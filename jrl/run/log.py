@@ -9,7 +9,7 @@ import csv
 import json
 import time
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from jrl.run import disk
 from jrl.run.checkpoint import RunError, disk_errors
+from jrl.run.loggers import Sink
 from jrl.run.stats import iqm
 
 CSV_MEMBERS = 256
@@ -32,13 +33,20 @@ class Log:
     ``labels`` are the constant columns of each member: its seed, and in a sweep the values of its cell.
     """
 
-    def __init__(self, folder: Path, labels: Labels, resume_at: int | None, env_steps_per_update: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        labels: Labels,
+        resume_at: int | None,
+        env_steps_per_update: int,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
         self._table = table(folder, labels)
         self._labels = labels
         if resume_at is not None:
             self._table.truncate(resume_at)
         purge = None if resume_at is None else resume_at * env_steps_per_update + 1
-        self._events = Events(folder / "events", purge)
+        self._events, self._sinks = Events(folder / "events", purge), sinks
 
     def write(
         self, updates: np.ndarray, env_steps: np.ndarray, metrics: dict[str, np.ndarray], bad: Container[int]
@@ -59,9 +67,8 @@ class Log:
     def write_evaluation(self, env_steps: int, summaries: dict[str, dict[str, Any]]) -> None:
         """IQMs of an evaluation, by label, as events."""
         with disk_errors(self._table.path):
-            for label, summary in summaries.items():
-                if summary["iqm"] is not None:
-                    self._events.write(f"evaluation/{label}", summary["iqm"], env_steps)
+            found = {f"evaluation/{label}": s["iqm"] for label, s in summaries.items() if s["iqm"] is not None}
+            self._tell(env_steps, found)
             self._events.flush()
 
     def sync(self) -> None:
@@ -75,17 +82,27 @@ class Log:
             self._events.close()
         except OSError:
             pass
+        for sink in self._sinks:
+            sink.close()
+
+    def _tell(self, env_steps: int, values: dict[str, float]) -> None:
+        for tag, value in values.items():
+            self._events.write(tag, value, env_steps)
+        for sink in self._sinks:
+            sink.write(env_steps, values)
 
     def _write_events(self, env_steps: np.ndarray, metrics: dict[str, np.ndarray], bad: Container[int]) -> None:
         cells: dict[str, list[int]] = {}
         for member, label in enumerate(self._labels):
             if member not in bad:
                 cells.setdefault(label.get("cell", ""), []).append(member)
-        for cell, members in cells.items():
-            for name, values in metrics.items():
-                for steps, x in zip(env_steps.tolist(), _iqm_of_finite(values[members]), strict=True):
-                    if np.isfinite(x):
-                        self._events.write(f"training/{name} {cell}".strip(), float(x), steps)
+        aggregates = {
+            f"training/{name} {cell}".strip(): _iqm_of_finite(values[members])
+            for cell, members in cells.items()
+            for name, values in metrics.items()
+        }
+        for i, steps in enumerate(env_steps.tolist()):
+            self._tell(steps, {tag: float(x[i]) for tag, x in aggregates.items() if np.isfinite(x[i])})
         self._events.flush()
 
 
@@ -197,6 +214,8 @@ class CsvTable:
             return np.zeros(0, int), {}
         with self.path.open(newline="") as file:
             lines = [line for line in file if line.endswith("\n")]
+        if not lines:
+            return np.zeros(0, int), {}
         header = next(csv.reader(lines[:1]))
         skip, members = header.index("seed") + 1, len(self._labels)
         whole = lines[1 : 1 + (len(lines) - 1) // members * members]

@@ -5,7 +5,7 @@ import importlib
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from jrl.run import checkpoint, compiled, folders, layout, log, memory, program,
 from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
 from jrl.run.evaluate import record
 from jrl.run.interrupt import StopOnSignal
+from jrl.run.loggers import Logger
 from jrl.run.members import Members, NanWatch, members_of
 from jrl.run.progress import Progress
 from jrl.run.scores import EVAL_SEED, Cells
@@ -45,6 +46,21 @@ class Result(NamedTuple):
     finished: bool
 
 
+class Chunk(NamedTuple):
+    """What ``run.train(..., on_chunk=...)`` is called with, on the host, after each chunk of about a second.
+
+    Attributes:
+        env_steps: ``[rows]``, steps of each seed at the rows of metrics that the chunk completed; there may be none.
+        metrics: ``{name: [..., rows]}``, with the leading axes of ``Result``.
+        state: ``() -> state``, the newest there is, on the host with the leading axes of ``Result``. It waits for the device, which is at work on
+            the next chunk already, and copies: call it seldom.
+    """
+
+    env_steps: np.ndarray
+    metrics: dict[str, np.ndarray]
+    state: Callable[[], Any]
+
+
 def train(
     algo: Algorithm,
     key: jax.Array,
@@ -62,6 +78,8 @@ def train(
     log_every: int | None = None,
     progress: bool = True,
     gif: bool = False,
+    on_chunk: Callable[[Chunk], bool | None] | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> Result:
     """Train ``num_seeds`` seeds, of each cell of ``hypers`` if given, in one compiled program.
 
@@ -83,6 +101,9 @@ def train(
         log_every: updates averaged into one row of metrics; None keeps at most about 1,000 rows.
         progress: show a progress bar.
         gif: draw the best seed's greedy policy into ``run_dir``.
+        on_chunk: called with each ``Chunk``; if it returns True, the run is saved and left after the chunk that is in progress, and can be resumed. What it raises ends
+            the run.
+        loggers: where aggregates go besides ``run_dir``, such as ``run.loggers.wandb()``.
 
     Raises:
         ValueError: for an argument out of range, before anything compiles.
@@ -102,8 +123,12 @@ def train(
     checks.within("checkpoint_every", checkpoint_every, 0, float("inf"))
     if hypers is not None and not hypers:
         raise ValueError("hypers must hold at least one set of hyperparameters")
-    if run_dir is None and (resume or gif):
-        raise ValueError(f"{'resume' if resume else 'gif'} needs a run_dir")
+    for name, value in (("resume", resume), ("gif", gif), ("loggers", loggers)):
+        if value and run_dir is None:
+            raise ValueError(f"{name} needs a run_dir")
+    for name, value in (("on_chunk", [] if on_chunk is None else [on_chunk]), ("loggers", loggers)):
+        for function in value:
+            checks.function(name, function)
     if gif and algo.env.draw is None:
         raise ValueError(f"gif: {algo.env.name} cannot be drawn")
     if devices is not None and devices > len(jax.devices()):
@@ -133,10 +158,10 @@ def train(
         names = list(metrics)
         automatic = seeds_at_once is None
         built = compiled.build(algo, members, names, total, every, eval_episodes, chosen, automatic)
-        run = _Run(algo, members, names, total, every, built, progress)
+        run = _Run(algo, members, names, total, every, built, progress, on_chunk)
         try:
             if folder is not None:
-                run.open(folder, settings, resume)
+                run.open(folder, settings, resume, loggers)
             return run.finish(run.loop(eval_every, checkpoint_every), gif)
         finally:
             run.close()
@@ -149,7 +174,7 @@ def _import(names: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-class _Chunk(NamedTuple):
+class _Pending(NamedTuple):
     """A chunk whose metrics are still on the device: ``n`` updates after ``start``; ``before`` updates already belonged to its first row."""
 
     start: int
@@ -170,6 +195,7 @@ class _Run:
         every: int,
         built: compiled.Compiled,
         show: bool,
+        on_chunk: Callable[[Chunk], bool | None] | None,
     ) -> None:
         self.algo, self.members, self.names, self.total, self.every = algo, members, names, total, every
         self.built, self.layout, (self.state, self.row) = built, built.layout, built.start
@@ -180,16 +206,16 @@ class _Run:
         self.checkpoints: Checkpoints | None = None
         self.done = self.first = 0
         self.in_row = 0  # updates since the last whole row of metrics
-        self.pending: _Chunk | None = None
+        self.pending: _Pending | None = None
         self.history: list[dict[str, np.ndarray]] = []
         self.evaluations: list[dict[str, Any]] = []
         self.seconds = self.seconds_per_update = 0.0
-        self.show = show
+        self.show, self.on_chunk, self.told_to_stop = show, on_chunk, False
         self.progress = self._progress()
 
     # The folder
 
-    def open(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
+    def open(self, folder: Path, settings: dict[str, Any], resume: bool, loggers: Sequence[Logger]) -> None:
         """Open the folder's files, and go on from its newest checkpoint if asked to."""
         self.folder, self.checkpoints = folder, Checkpoints(folder / "checkpoints", settings, log.TABLES)
         latest = self.checkpoints.latest() if resume else None
@@ -197,7 +223,8 @@ class _Run:
             self._restore(self.checkpoints, latest)
         with disk_errors(folder):
             resume_at = self.done if resume else None
-            self.log = log.Log(folder, self.members.labels, resume_at, self.algo.env_steps_per_update)
+            sinks = [logger(settings, folder) for logger in loggers]
+            self.log = log.Log(folder, self.members.labels, resume_at, self.algo.env_steps_per_update, sinks)
         if latest is None:
             self.log.write_settings(settings)
         else:
@@ -255,7 +282,7 @@ class _Run:
         self.saved_at = time.perf_counter()
         with StopOnSignal() as stop:
             try:
-                while not stop.requested:
+                while not (stop.requested or self.told_to_stop):
                     if self._evaluation_is_due(eval_every):
                         self._take_in()
                         self._save()
@@ -287,7 +314,7 @@ class _Run:
         jax.block_until_ready(rows)
         took = time.perf_counter() - begin
         self.seconds, self.seconds_per_update = self.seconds + took, took / n
-        self.pending = _Chunk(self.done, n, self.in_row, rows)
+        self.pending = _Pending(self.done, n, self.in_row, rows)
         self.done, self.in_row = self.done + n, (self.in_row + n) % self.every
 
     def _chunk_length(self, eval_every: int | None) -> int:
@@ -305,7 +332,11 @@ class _Run:
         rows = layout.fetch(self.layout, rows)
         self.watch.look_at_rows(rows, start, self.progress.say)
         sums = {k: v[:, :whole] for k, v in rows.sums.items()}
-        self._write(start - before + self.every * (1 + np.arange(whole)), to_means(sums, np.float32(self.every)))
+        updates, metrics = start - before + self.every * (1 + np.arange(whole)), to_means(sums, np.float32(self.every))
+        self._write(updates, metrics)
+        if self.on_chunk is not None:
+            env_steps = updates * self.algo.env_steps_per_update
+            self.told_to_stop |= self.on_chunk(Chunk(env_steps, self._shaped(metrics), self._host_state)) is True
         steps = (start + n) * self.algo.env_steps_per_update * len(self.members.labels)
         self.progress.advance(steps, self._recent_return())
 
@@ -370,11 +401,18 @@ class _Run:
                     best = report.best_member(cells)
                     state = jax.device_put(jax.tree.map(lambda x: x[best], self.state), self.layout.devices[0])
                     record(self.algo, state, jax.random.key(EVAL_SEED), str(self.folder / "policy.gif"))
-        shape = self.members.shape
         real = jax.tree.map(lambda x: x[: len(self.members.labels)], self.state)
-        state = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), real)
-        shaped = {k: v.reshape(*shape, -1) for k, v in metrics.items() if k != "env_steps"}
+        state = self._shaped(real)
+        shaped = self._shaped({k: v for k, v in metrics.items() if k != "env_steps"})
         return Result(state, shaped | {"env_steps": metrics["env_steps"]}, summary, self.folder, finished)
+
+    def _shaped(self, tree: Any) -> Any:
+        """Leaves ``[members, ...]`` with the axes of a result: seeds, or cells and seeds."""
+        return jax.tree.map(lambda x: x.reshape(*self.members.shape, *x.shape[1:]), tree)
+
+    def _host_state(self) -> Any:
+        """The newest state, on the host."""
+        return self._shaped(checkpoint.restore_keys(layout.fetch(self.layout, self.state), self.state))
 
     def _reached(self, cells: Cells) -> dict[str, Any]:
         """The summary's final scores."""

@@ -1,16 +1,30 @@
 """What a folder holds, on the terminal: one run, or all runs in a folder of folders; and a run as it goes on."""
 
+import contextlib
 import importlib
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jrl import envs
 from jrl.run import folders, log, plot, stats
 from jrl.run.checkpoint import RunError
 from jrl.run.compare import text
 from jrl.run.load import KNOWN
 
 RETURN = "episode_return"
+RUNS = (
+    "algorithm",
+    "env_steps",
+    "num_seeds",
+    "key",
+    "log_every",
+    "cells",
+    "env_params.text",
+    "env_params.file",
+)  # said elsewhere
 
 
 def show(folder: Path) -> str:
@@ -22,17 +36,20 @@ def show(folder: Path) -> str:
         return _one(folder)
     if not folder.is_dir():
         raise RunError(f"no such folder: {folder}")
-    runs = sorted(path.parent for path in folder.glob("*/config.json"))
+    runs = sorted(path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/config.json"))
     if not runs:
         raise RunError(f"{folder} is not the folder of a run, and holds none")
-    return text([_line(run) for run in runs])
+    return text([_line(run, str(run.relative_to(folder))) for run in runs])
 
 
-def _line(folder: Path) -> dict[str, str]:
-    settings, summary = folders.saved_settings(folder), folders.read_json(folder / "summary.json", {})
+def _line(folder: Path, name: str) -> dict[str, str]:
+    try:
+        settings, summary = folders.saved_settings(folder), folders.read_json(folder / "summary.json", {})
+    except RunError:
+        return {"run": name, "algorithm": "damaged, or not a run"}
     state = "" if summary.get("finished") else "unfinished"
     return {
-        "run": folder.name,
+        "run": name,
         "algorithm": str(settings.get("algorithm")),
         "environment": str(settings.get("env")),
         "seeds": str(settings.get("num_seeds")),
@@ -52,31 +69,40 @@ def _one(folder: Path) -> str:
     lines.append(
         f"  on {config.get('platform')}, jax {versions.get('jax')}, commit {config.get('commit') or 'unknown'}"
     )
-    lines.append("settings that are not the defaults:")
     usual = _defaults(settings, cells)
-    changed = {name: x for name, x in settings.items() if x != usual.get(name, x)}
+    if usual:
+        lines.append("settings that are not the defaults:")
+    else:
+        lines.append("settings:")  # whose defaults only their author knows
+    changed = {name: x for name, x in settings.items() if x != usual.get(name) and not name.startswith(RUNS)}
     lines += [f"  {name.replace('..', '.')} = {_shown(x)}" for name, x in changed.items()] or ["  none"]
     if not summary:
         return "\n".join([*lines, "it has not ended yet"])
-    steps = f"{summary['env_steps']:,} steps a seed"
-    lines.append(f"{'finished' if summary['finished'] else 'interrupted'} after {steps}")
-    for cell, scores in summary.get("cells", {"": summary["eval"]}).items():
+    steps = f"{summary.get('env_steps', 0):,} steps a seed"
+    lines.append(f"{'finished' if summary.get('finished') else 'interrupted'} after {steps}")
+    for cell, scores in summary.get("cells", {"": summary.get("eval")}).items():
         if scores:
             lines.append(
                 f"  {cell}{': ' if cell else ''}return, greedy {stats.text(scores)}, sampled {stats.text(scores['sampled'])}"
             )
-    lines += [f"  left out: seed {nan['seed']} turned NaN at update {nan['update']}" for nan in summary["nan_seeds"]]
+    lines += [
+        f"  left out: seed {nan['seed']} turned NaN at update {nan['update']}" for nan in summary.get("nan_seeds", [])
+    ]
     lines.append("files: " + ", ".join(sorted(path.name for path in folder.iterdir())))
     return "\n".join(lines)
 
 
 def _defaults(settings: dict[str, Any], cells: list[str]) -> dict[str, Any]:
-    """The settings of an algorithm of jrl that says nothing of its own; of others none are known."""
+    """Default settings of an algorithm that ``run.load`` knows, and of its environment; empty for any other."""
     if settings.get("algorithm") not in KNOWN:
         return {}
     module = importlib.import_module(f"jrl.algos.{settings['algorithm']}")
     config = {"config": folders.as_dict(module.Config())}
-    return folders.plain(config | {"hyper": {cell: folders.as_dict(module.Hyper()) for cell in cells}})
+    found = folders.plain(config | {"hyper": {cell: folders.as_dict(module.Hyper()) for cell in cells}})
+    with contextlib.suppress(ValueError):  # an environment that is not known by its name
+        name = str(settings.get("env")).partition("(")[0]
+        found |= {} if "/" in name or name.endswith(".py") else folders.made_of_env(envs.make(name))
+    return found
 
 
 def _shown(value: Any) -> str:
@@ -86,24 +112,30 @@ def _shown(value: Any) -> str:
 def progress(folder: Path) -> str:
     """How far a run is: its steps, and the return in training of its newest row."""
     settings = folders.saved_settings(folder)
-    members = settings["num_seeds"] * len(settings["cells"])
-    kind: dict[str, Any] = {"seed": 0} if settings["cells"] == [""] else {"cell": "", "seed": 0}
-    env_steps, metrics = log.table(folder, [kind] * members).read()
+    try:
+        cells, num_seeds = list(settings["cells"]), int(settings["num_seeds"])
+        columns: dict[str, Any] = {"seed": 0} if cells == [""] else {"cell": "", "seed": 0}
+        env_steps, metrics = log.table(folder, [columns] * (num_seeds * len(cells))).read()
+    except (LookupError, TypeError, ValueError, OSError) as error:
+        raise RunError(f"{folder} cannot be followed: {error}") from None
     if not len(env_steps):
         return "no row of metrics yet"
     total = f" of {settings['env_steps']:,}" if "env_steps" in settings else ""
     said = f"{env_steps[-1]:,}{total} steps a seed"
-    if RETURN in metrics:
+    if {RETURN, "episodes"} <= metrics.keys():
         _, curves = plot.curve(metrics[RETURN], metrics["episodes"], env_steps)
-        said += f", return in training {stats.text(stats.summarize(curves[:, -1]))}"
+        known = np.isfinite(curves[:, -1]).any()
+        said += (
+            f", return in training {stats.text(stats.summarize(curves[:, -1]))}" if known else ", no episode has ended"
+        )
     return said
 
 
 def watch(folder: Path, every: float) -> None:
-    """Print how far a run is, each time that it has gone further, until it has ended; then what ``show`` says."""
+    """Print how far a run is, each time that it has gone further, until it has finished or was interrupted; then what ``show`` says."""
     said = ""
     while True:
-        ended = folders.read_json(folder / "summary.json", {}).get("finished", False)
+        ended = _has_ended(folder)
         now = progress(folder)
         if now != said:
             print(time.strftime("%H:%M:%S"), now, flush=True)
@@ -112,3 +144,11 @@ def watch(folder: Path, every: float) -> None:
             print(show(folder))
             return
         time.sleep(every)
+
+
+def _has_ended(folder: Path) -> bool:
+    """Whether the summary, which a run writes last, is newer than its metrics."""
+    rows = [folder / "metrics.csv", *(folder / "metrics").glob("*.parquet")]
+    written = max((path.stat().st_mtime for path in rows if path.exists()), default=0.0)
+    summary = folder / "summary.json"
+    return summary.exists() and summary.stat().st_mtime >= written

@@ -44,11 +44,11 @@ class Compare:
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]  # [LABEL=]FOLDER or [LABEL=]FILE.csv ...
-    metric: str | None = None  # Column to compare; default: the return, and the last evaluation's as the score.
+    metric: str | None = None  # Column to compare; default: the return, scored by the last evaluation.
     threshold: float | None = None  # Say after how many steps each run reaches this.
     table: Literal["text", "markdown", "latex"] = "text"  # How the table is printed.
     picture: Path = Path("compare.png")  # File of the picture: .png (with an .svg beside it), .svg or .pdf.
-    # Scores that count 0 and 1 over several tasks, as TASK=LOW,HIGH; default: the lowest and the highest seed.
+    # Scores mapped to 0 and 1 when averaging over tasks, as TASK=LOW,HIGH; default: the lowest and the highest seed.
     scale: tuple[str, ...] = ()
 
 
@@ -75,6 +75,8 @@ def _compare(args: Compare) -> None:
     grouped, scale = compare.by_label(runs), compare.observed_scale(runs) | dict(map(_bounds, args.scale))
     for task in dict(map(_bounds, args.scale)):
         checks.one_of("--scale", task, {run.task for run in runs})
+    if args.scale and not grouped:
+        raise ValueError("--scale is for runs of each label in the same two or more environments, each once")
     print(compare.text(compare.table(runs, args.threshold), args.table))
     if grouped:
         said = ", ".join(f"{task} {low:g} to {high:g}" for task, (low, high) in scale.items())
@@ -118,6 +120,6 @@ TOOLS: dict[str, tuple[type, Callable[..., None]]] = {
 
 
 def use(name: str, argv: list[str]) -> None:
-    """Do what a word and those after it say."""
+    """Run one of the tools with the words after it."""
     options, function = TOOLS[name]
     function(cli.parse(options, argv, doc=options.__doc__))

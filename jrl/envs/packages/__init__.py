@@ -3,6 +3,7 @@
 The packages are extras: ``pip install 'jrl[brax]'``. ``make`` gives terminated and truncated apart, and no auto-reset.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib
@@ -34,16 +35,20 @@ def installed() -> dict[str, list[str]]:
     found = {}
     for package in EXTRAS:
         if importlib.util.find_spec(package) is not None:
-            found[package] = [f"{package}/{name}" for name in _names(package)]
+            with contextlib.suppress(ValueError):  # one that cannot be imported gives none
+                found[package] = [f"{package}/{name}" for name in _names(package)]
     return found
 
 
 def _names(package: str) -> list[str]:
     try:
         return _adapter(package).names()
-    except ModuleNotFoundError as error:
-        said = f"it needs the package {error.name}"
-        raise ValueError(f"{package}/...: {said}, which is an extra: pip install 'jrl[{package}]'") from None
+    except ImportError as error:
+        if error.name == package:
+            said = f"it needs the package {package}, which is an extra: pip install 'jrl[{package}]'"
+        else:
+            said = f"the package cannot be imported: {error}"
+        raise ValueError(f"{package}/...: {said}") from None
 
 
 def _adapter(package: str) -> Any:

@@ -20,7 +20,7 @@ def names() -> list[str]:
 
 
 def make(name: str, backend: Backend = "positional", steps: int = 1000, steps_per_reset: int = 1) -> Environment:
-    """An environment of brax, whose episodes are truncated after ``steps``. First states are drawn once for ``steps_per_reset`` steps."""
+    """An environment of brax, whose episodes are truncated after ``steps``. One first state is drawn for ``steps_per_reset`` steps."""
     checks.one_of("backend", backend, ("generalized", "positional", "spring", "mjx"))
     checks.positive_int("steps", steps)
     env = envs.get_environment(name, backend=backend)
@@ -34,5 +34,5 @@ def make(name: str, backend: Backend = "positional", steps: int = 1000, steps_pe
         return state.obs, state, state.reward, state.done > 0, jax.numpy.bool_(False)
 
     space = Box((-1.0,) * env.action_size, (1.0,) * env.action_size)
-    made = Environment(name, reset, step, space, steps_per_reset=steps_per_reset)
+    made = Environment(name, reset, step, space, first_truncation=steps, steps_per_reset=steps_per_reset)
     return time_limit(made, steps)._replace(settings=())

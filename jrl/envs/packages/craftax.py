@@ -18,7 +18,7 @@ def names() -> list[str]:
 
 
 def make(name: str, max_timesteps: int | None = None, steps_per_reset: int = 16) -> Environment:
-    """A world, whose episodes are truncated after ``max_timesteps`` (100,000, of Classic 10,000, if not given). A new world is made once for
+    """A world, whose episodes are truncated after ``max_timesteps`` (100,000, of Classic 10,000, if not given). One new world is made for
     ``steps_per_reset`` steps."""
     env = make_craftax_env_from_name(name, auto_reset=False)
     params = env.default_params

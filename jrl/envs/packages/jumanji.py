@@ -1,5 +1,6 @@
 """Puzzles, packing and routing of jumanji, where most actions are illegal at a time."""
 
+import math
 from typing import Any
 
 import jax
@@ -14,51 +15,64 @@ from jrl.envs.wrappers import time_limit
 from jrl.numerics.types import EnvState, Observation
 
 Array = jax.Array
+TEAMS = ("Connector", "LevelBasedForaging", "MultiCVRP", "SearchAndRescue")  # of several agents
 
 
 def names() -> list[str]:
-    return sorted(registered_environments())
+    return sorted(name for name in registered_environments() if name.rpartition("-")[0] not in TEAMS)
 
 
 def make(name: str, steps: int | None = None) -> Environment:
-    """An environment of jumanji for one agent; ``steps`` truncates episodes. Its observation is one array: that of the package if
-    there is one beside the mask, else all of them in one vector.
-
-    Raises ``ValueError`` for environments of several agents, whose actions are learned by none of our algorithms.
+    """An environment of jumanji; ``steps`` truncates episodes. Where one mask is over all combinations of several choices, the action is one
+    number for the combination. The observation is one array: that of the package if there is one beside the mask, else all of them
+    in one vector.
     """
     env: Any = jumanji.make(name)
-    space = _space(env.action_spec)
+    state, timestep = jax.eval_shape(env.reset, jax.eval_shape(jax.random.key, 0))
+    space, joint = _space(env.action_spec), ()
+    mask = _fields(timestep.observation).get("action_mask")
+    if isinstance(space, MultiDiscrete) and mask is not None and mask.size == math.prod(space.nvec):
+        joint, space = space.nvec, Discrete(mask.size)
+    limit = getattr(env, "time_limit", None)
+    clock = limit is not None and hasattr(state, "step_count")
 
     def reset(key: Array) -> tuple[Any, Any]:
         state, timestep = env.reset(key)
         return observe(timestep.observation, space), state
 
     def step(key: Array, state: EnvState, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+        if joint:
+            action = jnp.stack(jnp.unravel_index(action, joint)).astype(jnp.int32)
         state, timestep = env.step(state, action)
-        ended, lasts = timestep.last(), timestep.discount > 0
-        return observe(timestep.observation, space), state, timestep.reward, ended & ~lasts, ended & lasts
-
-    reward = jax.eval_shape(lambda key: env.reset(key)[1].reward, jax.eval_shape(jax.random.key, 0))
-    if reward.shape:
-        raise ValueError(f"jumanji/{name} is for several agents: its reward has shape {list(reward.shape)}")
+        # Some of these environments give a discount of 0 when the clock runs out.
+        late = (timestep.discount > 0) | (state.step_count >= limit if clock else False)
+        ended = timestep.last()
+        return observe(timestep.observation, space), state, timestep.reward, ended & ~late, ended & late
 
     def draw(states: list[Any], path: str) -> None:
         env.animate(states, save_path=path)
 
-    made = Environment(name, reset, step, space, getattr(env, "time_limit", None), draw=draw)
+    made = Environment(name, reset, step, space, limit, draw=draw)
     return made if steps is None else time_limit(made, steps)._replace(settings=())
 
 
 def observe(obs: Any, space: Space) -> Observation:
     """Everything but the mask as one array, and the mask as one vector where it is one over the actions of ``space``."""
-    fields = obs._asdict() if hasattr(obs, "_asdict") else dict(vars(obs)) if hasattr(obs, "__dict__") else {"": obs}
+    fields = _fields(obs)
     mask = fields.pop("action_mask", None)
     leaves = jax.tree.leaves(fields)
     one = leaves[0] if len(leaves) == 1 else jnp.concatenate([jnp.ravel(x).astype(jnp.float32) for x in leaves])
     one = one.astype(jnp.float32) if jnp.issubdtype(one.dtype, jnp.integer) else one
     one = one.ravel() if one.ndim == 2 else one
-    wanted = {Discrete: lambda: space.n, MultiDiscrete: lambda: sum(space.nvec)}.get(type(space), lambda: None)()  # type: ignore[union-attr]
-    return MaskedObs(one, mask.ravel()) if mask is not None and mask.size == wanted else one
+    counts = (space.n,) if isinstance(space, Discrete) else space.nvec if isinstance(space, MultiDiscrete) else ()
+    return MaskedObs(one, mask.ravel()) if mask is not None and mask.size == sum(counts) else one
+
+
+def _fields(obs: Any) -> dict[str, Any]:
+    """The arrays of an observation by name."""
+    if hasattr(obs, "_asdict"):
+        return dict(obs._asdict())
+    return dict(vars(obs)) if hasattr(obs, "__dict__") and not hasattr(obs, "shape") else {"": obs}
 
 
 def _space(spec: Any) -> Space:

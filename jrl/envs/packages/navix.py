@@ -27,8 +27,8 @@ def names() -> list[str]:
 
 
 def make(name: str, observation: str = "symbolic_first_person", max_steps: int | None = None) -> Environment:
-    """A gridworld, whose episodes are truncated after ``max_steps``, or 4 x height x width. Numbers of cells come as float32 ``[H, W, 3]``
-    in tenths, pictures as bytes."""
+    """A gridworld, whose episodes are truncated after ``max_steps``, or 4 x height x width. Symbols are cell codes divided by 10, float32
+    ``[H, W, 3]``; pictures are uint8."""
     checks.one_of("observation", observation, OBSERVATIONS)
     function = getattr(navix.observations, observation)
     env = navix.make(name, observation_fn=function)

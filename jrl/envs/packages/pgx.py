@@ -1,4 +1,4 @@
-"""Board and card games of pgx. Of two players the agent is one, at random the first or the second; the other is given."""
+"""Board and card games of pgx. In a game of two the agent plays a random seat against a given opponent."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +16,12 @@ Opponent = Callable[[MaskedObs, Array], Array]  # ``(observation, key) -> action
 
 
 def names() -> list[str]:
-    return sorted(pgx.available_envs())
+    return sorted(name for name in pgx.available_envs() if name != "sparrow_mahjong")  # which has three players
 
 
 def make(name: str, opponent: str | Opponent = "random") -> Environment:
-    """A game for one or two players. The reward is the agent's, a draw 0; episodes end with the game.
+    """A game for one or two players. The reward is what the game gives to the agent. Episodes end with the game; a limit on its moves is one of its
+    rules, so that it terminates them.
 
     ``opponent`` plays at random among the legal moves, or is a function such as ``policy`` gives.
     Raises ``ValueError`` for a game of more than two players.
@@ -76,9 +77,15 @@ def random_move(obs: MaskedObs, key: Array) -> Array:
 
 
 def policy(act: Callable[..., Any], state: Any) -> Opponent:
-    """A trained policy as an opponent, which draws its moves: ``loaded.algo.act`` and ``loaded.member()`` of ``run.load``."""
+    """A trained policy as an opponent, which draws its moves: ``loaded.algo.act`` and ``loaded.member()`` of ``run.load``.
+
+    Raises ``ValueError`` when it is asked for a move if it has a memory, which it could not keep.
+    """
 
     def trained(obs: MaskedObs, key: Array) -> Array:
-        return act(state, obs, key)[0]
+        action, memory = act(state, obs, key)
+        if jax.tree.leaves(memory):
+            raise ValueError("an opponent must do without a memory: this policy has one")
+        return action
 
     return trained

@@ -20,7 +20,7 @@ def names() -> list[str]:
 
 def make(name: str, max_steps: int | None = None, view_size: int | None = None) -> Environment:
     """A gridworld, whose episodes are truncated after ``max_steps`` (the package's number if not given), seen in a square of ``view_size``
-    before the agent: tile and colour of each cell, float32 ``[view_size, view_size, 2]`` in tenths."""
+    before the agent: codes of tile and colour of each cell divided by 10, float32 ``[view_size, view_size, 2]``."""
     given = {"max_steps": max_steps, "view_size": view_size}
     for field, value in given.items():
         if value is not None:
