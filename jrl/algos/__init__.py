@@ -1,4 +1,4 @@
-"""Algorithms, one file each; ``jrl.algos.ppo`` is imported when it is first used."""
+"""Algorithms, one file each, with long settings in a file beside it; ``jrl.algos.ppo`` is imported when it is first used."""
 
 import importlib
 from typing import Any

@@ -5,7 +5,7 @@ One update: act for a few steps in B environments, then take gradient steps on t
     DQN            y = r + gamma max_a Q'(x', a)                                Q' the target network
     double         y = r + gamma Q'(x', argmax_a Q(x', a))                      1509.06461, eq. 4
     n-step         r and gamma over n steps                                     1710.02298, section 3
-    Munchausen     y = r + alpha tau log pi(a|x) + gamma sum_a' pi(a'|x') (Q'(x', a') - tau log pi(a'|x'))
+    Munchausen     y = r + alpha [tau log pi(a|x)]_-1^0 + gamma sum_a' pi(a'|x') (Q'(x', a') - tau log pi(a'|x'))
                    with pi = softmax(Q' / tau)                                  2007.14430, eq. 1
     C51            the distribution of y, projected on fixed atoms              1707.06887, algorithm 1
     QR             its quantiles                                                1710.10044, eq. 10

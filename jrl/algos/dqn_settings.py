@@ -25,7 +25,7 @@ class Config(Settings):
     n_step: Positive = 1  # Length n of n-step returns.
     num_frames: Positive = 1  # Observations stacked along the last axis, oldest first; the replay stores each once.
     double: bool = True  # The online network chooses what the target network values; Munchausen ignores it.
-    prioritized: bool = False  # Draw transitions in proportion to their error.
+    prioritized: bool = False  # Draw transitions by their error to the power hyper.priority_exponent.
     munchausen: bool = False  # Add the scaled log-policy to the reward (of n steps, to the first).
     distribution: Literal["mean", "categorical", "quantile"] = "mean"  # Plain values, C51 or QR.
     atoms: Positive = 51  # Atoms of a distribution.
@@ -40,7 +40,7 @@ class Config(Settings):
 class Hyper(NamedTuple):
     """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
-    learning_rate: NonNegative = 5e-4  # Initial learning rate; config.optimizer.schedule lets it fall.
+    learning_rate: NonNegative = 5e-4  # Initial learning rate; decays by config.optimizer.schedule.
     gamma: Unit = 0.99  # Discount of the return.
     epsilon_start: Unit = 1.0  # Share of actions chosen uniformly at the start of the run, unless the network is noisy.
     epsilon_end: Unit = 0.05  # Final share, and that of a run of unknown length.

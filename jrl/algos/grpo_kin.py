@@ -75,7 +75,7 @@ class Config(Settings):
 class Hyper(NamedTuple):
     """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
-    learning_rate: NonNegative = 3e-4  # Initial learning rate; config.optimizer.schedule lets it fall.
+    learning_rate: NonNegative = 3e-4  # Initial learning rate; decays by config.optimizer.schedule.
     clip_low: Unit = 0.2  # Lower clip bound of the ratio: 1 - clip_low.
     clip_high: NonNegative = 0.2  # Upper clip bound of the ratio: 1 + clip_high.
     dual_clip: AtLeastOne = 3.0  # Bound on the ratio where the advantage is negative.

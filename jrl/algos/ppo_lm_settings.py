@@ -27,7 +27,7 @@ class Config(Settings):
 class Hyper(NamedTuple):
     """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
-    learning_rate: NonNegative = 1e-3  # Initial learning rate; config.optimizer.schedule lets it fall.
+    learning_rate: NonNegative = 1e-3  # Initial learning rate; decays by config.optimizer.schedule.
     gamma: Unit = 1.0  # Discount from token to token.
     gae_lambda: Unit = 0.95  # Lambda of the advantage estimate.
     clip_eps: Unit = 0.2  # The ratio is trusted between 1 - eps and 1 + eps.

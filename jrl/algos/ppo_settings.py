@@ -20,7 +20,7 @@ class Config(Settings):
     dual_clip: bool = False  # Bound the loss of negative advantages by hyper.dual_clip.
     value_clip: bool = True  # Clip value updates by hyper.value_clip_eps.
     kl_stop: bool = False  # Discard the remaining minibatches once the KL exceeds 1.5 * hyper.target_kl.
-    standardize_advantages: Literal["minibatch", "batch", "none"] = "minibatch"  # Samples it is done over.
+    standardize_advantages: Literal["minibatch", "batch", "none"] = "minibatch"  # Over which samples.
     normalize_observations: bool = False  # By their running mean and standard deviation.
     normalize_rewards: bool = False  # By the running standard deviation of the discounted return.
     continuous: Literal["normal", "tanh_normal"] = "normal"  # Policy for continuous actions, in units of the bounds.
@@ -33,7 +33,7 @@ class Config(Settings):
 class Hyper(NamedTuple):
     """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
-    learning_rate: NonNegative = 2.5e-4  # Initial learning rate; config.optimizer.schedule lets it fall.
+    learning_rate: NonNegative = 2.5e-4  # Initial learning rate; decays by config.optimizer.schedule.
     gamma: Unit = 0.99  # Discount of the return.
     gae_lambda: Unit = 0.95  # Lambda of the advantage estimate.
     clip_eps: NonNegative = 0.2  # The ratio is trusted between 1 - eps and 1 + eps.
@@ -48,8 +48,8 @@ class Hyper(NamedTuple):
 
 
 def check(config: Config, hyper: Hyper, start: Any) -> None:
-    """Raise ``ValueError`` for wrong settings, where advantages would be standardized over one sample (they would all be 0), and for a
-    trained state to start from that knew normalized observations alone."""
+    """Raise ``ValueError`` for wrong settings, for advantages standardized over a single sample (all 0), and for a ``start`` trained on
+    normalized observations where this run does not normalize."""
     checks.instances("ppo.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     if config.dual_clip and config.loss == "penalty":

@@ -49,7 +49,7 @@ class Config(Settings):
 class Hyper(NamedTuple):
     """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
-    learning_rate: NonNegative = 2.5e-4  # Initial learning rate; config.optimizer.schedule lets it fall.
+    learning_rate: NonNegative = 2.5e-4  # Initial learning rate; decays by config.optimizer.schedule.
     gamma: Unit = 0.99  # Discount of the return.
     q_lambda: Unit = 0.95  # Lambda of the returns.
     epsilon_start: Unit = 1.0  # Share of actions chosen uniformly at the start of the run.

@@ -36,7 +36,7 @@ class Config(Settings):
 class Hyper(NamedTuple):
     """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
-    learning_rate: NonNegative = 1e-3  # Initial learning rate; config.optimizer.schedule lets it fall.
+    learning_rate: NonNegative = 1e-3  # Initial learning rate; decays by config.optimizer.schedule.
     gamma: Unit = 0.99  # Discount of the return.
     epsilon_start: Unit = 1.0  # Share of actions chosen uniformly at the start of the run.
     epsilon_end: Unit = 0.05  # Final share, and that of a run of unknown length.

@@ -35,7 +35,7 @@ class Config(Settings):
 class Hyper(NamedTuple):
     """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
-    learning_rate: NonNegative = 1e-3  # Initial learning rate; config.optimizer.schedule lets it fall.
+    learning_rate: NonNegative = 1e-3  # Initial learning rate; decays by config.optimizer.schedule.
     balance_weight: NonNegative = 1e-3  # Weight of the loss that evens the load of experts (moe.balance_loss).
     max_grad_norm: AboveZero = 1.0  # Largest global norm of a gradient.
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.

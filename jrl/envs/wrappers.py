@@ -56,7 +56,7 @@ def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
 def shared_resets(env: Environment, steps: int = 16) -> Environment:
     """Draw one fresh first state for ``steps`` steps of each environment, where resetting costs much more than stepping.
 
-    An environment whose episodes end twice within these steps begins twice in the same state: short episodes see fewer beginnings.
+    If two episodes of an environment end within these steps, both are followed by the same first state.
     """
     checks.positive_int("shared_resets: steps", steps)
     return _wrapped(env, "shared_resets", {"steps": steps}, same_state=True, steps_per_reset=steps)

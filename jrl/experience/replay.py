@@ -7,7 +7,7 @@ the stack is put together from the rows before it.
 
 ``make`` draws n-step transitions: they stop at the end of an episode, bootstrap from a truncated episode's last
 observation, and are shorter where the newest row is closer than n. ``make_sequences`` draws rows in a row, for recurrent
-networks. Drawing costs ``O(batch)``, prioritized ``O(batch * log capacity)`` besides; writing costs ``O(B)``. Nothing copies
+networks. Drawing costs ``O(batch)`` and writing ``O(B)``, prioritized times ``log capacity``. Nothing copies
 the buffer: rows are scattered into it in place.
 """
 
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
         action: taken there.
         reward: discounted rewards of up to n steps, summed.
         discount: what multiplies the value of ``next_obs``: gamma to the number of steps, or 0 after a termination.
-        next_obs: the observation they end with, before any reset.
+        next_obs: the observation they end with, before any reset; any, where ``discount`` is 0.
         weight: importance weight, at most 1; 0 for a row that is no transition.
         rows: which rows they start at, int32, for ``update``; NOWHERE where the weight is 0.
     """
@@ -89,7 +89,7 @@ class Buffer(NamedTuple):
     action: Array
     reward: Array
     kind: Array  # uint8
-    written: Array  # int32 [B]; of a full ring less a multiple of its length
+    written: Array  # int32 [B]: rows written; once the ring is full, reduced by whole ring lengths
     tree: Any  # float32 [2 * leaves], sums of priorities from the root at 1; () unless prioritized
     largest: Array  # float32 []: the largest priority so far, which new rows get
 
@@ -169,7 +169,7 @@ def make_sequences(
 ) -> Replay:
     """A replay of sequences of ``length`` rows, else like ``make``. A recurrent memory can be stored as part of ``obs_spec``."""
     checks.positive_int("replay: length", length, at_least=2)
-    # Whether a row is the first of its episode, the row before it tells.
+    # The row before tells whether a row starts an episode.
     store = _Store(obs_spec, num_envs, capacity, batch_size, length, 1, prioritized, 1)
     store.check_capacity(capacity, length + 2, "length + 2")
 
@@ -191,7 +191,7 @@ def make_sequences(
 
 
 class _Store:
-    """Rows and their priorities; a draw names rows that at least ``needs - 1`` others follow, and ``before`` are there before."""
+    """Rows and their priorities; a row can be drawn only if at least ``needs - 1`` rows follow it and ``before`` rows precede it."""
 
     def __init__(self, obs_spec, num_envs, capacity, batch_size, needs, before, prioritized, num_frames):
         for name, value in (("batch_size", batch_size), ("num_envs", num_envs), ("num_frames", num_frames)):
@@ -256,8 +256,8 @@ class _Store:
         return buffer._replace(written=jnp.where(written >= 2 * self.length, written - self.length, written))
 
     def _open_and_close(self, buffer: Buffer, rows: Array, before: Array) -> Array:
-        """The tree after one row more than ``before`` was written in the environments of ``rows``: the row that now has followers
-        enough can be drawn, the one that lost what must be there before it no more."""
+        """The tree after one row more than ``before`` was written in the environments of ``rows``: the row that now has
+        enough successors becomes drawable, the one whose predecessors were overwritten stops being so."""
         envs, at = jnp.arange(self.num_envs), self.wrap(before)
         opened, closed = self.wrap(at - (self.needs - 1)), self.wrap(at + self.before)
         drawable = (before + 1 >= self.needs) & (buffer.kind[envs, opened] != FINAL)

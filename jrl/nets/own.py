@@ -48,7 +48,7 @@ def value_network(
 
 
 def starting_from(network: Network, trained: Any) -> Network:
-    """The network whose parameters begin as those that ``trained``, the state of a run for one seed, acts with; ``None`` changes nothing.
+    """The network, initialized with the parameters that ``trained``, the state of one seed, acts with; unchanged if that is ``None``.
 
     Raises ``ValueError`` where they are not of this network.
     """

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def iqm(x: Any, axis: int = 0) -> np.ndarray:
-    """Interquartile mean along ``axis``: the mean of the middle half, NaN where one number is.
+    """Interquartile mean along ``axis``: the mean of the middle half; NaN if any value is NaN.
 
     It is ``scipy.stats.trim_mean(x, 0.25)``, without its checks, which for thousands of seeds take ten times as long as the mean.
     """
@@ -20,7 +20,7 @@ def iqm(x: Any, axis: int = 0) -> np.ndarray:
 def interval(x: Any, level: float = 0.95, samples: int = 2000) -> tuple[np.ndarray, np.ndarray]:
     """Bootstrap percentile interval of the IQM over seeds; ``x`` is ``[seeds, ...]``, the bounds ``[...]``.
 
-    One task is one stratum, so seeds are drawn with replacement. The draws are fixed: the same data gives the same bounds.
+    Seeds are drawn with replacement, as within a single stratum. The draws are fixed: the same data gives the same bounds.
     """
     x = np.asarray(x, float)
     rng = np.random.default_rng(0)
@@ -69,7 +69,7 @@ def pooled_iqm(scores: Sequence[np.ndarray]) -> float:
 
 
 def optimality_gap(scores: Sequence[np.ndarray], target: float = 1.0) -> float:
-    """By how much scores miss the target on average; what lies above it does not count."""
+    """Mean shortfall below the target; scores above it count as the target."""
     return float(target - np.minimum(np.concatenate(scores), target).mean())
 
 
