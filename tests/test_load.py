@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import bits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,16 +45,6 @@ def trained(tmp_path_factory):
     return folder, algo, train(algo, folder)
 
 
-def on_host(tree):
-    return jax.tree.map(
-        lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x), tree
-    )
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, on_host(a), on_host(b))
-
-
 def contents(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in folder.rglob("*")}
 
@@ -63,13 +54,13 @@ def test_the_algorithm_and_the_state_are_those_of_the_run_and_the_folder_is_as_i
     before = contents(folder)
     loaded = run.load(folder)
     assert contents(folder) == before
-    same(loaded.state, result.state)
+    bits.assert_same(loaded.state, result.state)
     assert (loaded.algo.config, loaded.algo.hyper, loaded.algo.env.name) == (algo.config, algo.hyper, algo.env.name)
     assert loaded.env_steps == 64 and loaded.cells == [""] and loaded.settings["config.num_steps"] == 8
     scores = json.loads((folder / "summary.json").read_text())["eval"]["per_seed"]
     assert (loaded.best_cell, loaded.best_seeds) == ("", {"": int(np.argmax(scores))})
     state, key = loaded.member(1), jax.random.key(2)
-    same(state, jax.tree.map(lambda x: x[1], result.state))
+    bits.assert_same(state, jax.tree.map(lambda x: x[1], result.state))
     best = jax.jit(lambda s: run.evaluate(loaded.algo, s, jax.random.key(20_000_003), 2).returns.mean())
     assert float(best(loaded.member())) == pytest.approx(max(scores))  # the evaluation of the run again
     obs = algo.env.reset(key)[0]
@@ -92,10 +83,10 @@ def test_a_sweep_is_loaded_by_cells(tmp_path):
     result = train(algo, tmp_path / "run", hypers=grid, num_seeds=2)
     loaded = run.load(tmp_path / "run")
     assert loaded.cells == list(grid) and loaded.algo.hyper == grid["learning_rate=0.001"]
-    same(loaded.member(1, "learning_rate=0.01"), jax.tree.map(lambda x: x[1, 1], result.state))
+    bits.assert_same(loaded.member(1, "learning_rate=0.01"), jax.tree.map(lambda x: x[1, 1], result.state))
     assert loaded.best_cell == result.summary["best_cell"]
     for i, (cell, scores) in enumerate(result.summary["cells"].items()):
-        same(
+        bits.assert_same(
             loaded.member(cell=cell),
             jax.tree.map(lambda x, i=i, s=scores: x[i, np.argmax(s["per_seed"])], result.state),
         )
@@ -124,7 +115,7 @@ def test_an_algorithm_of_one_s_own_is_given(trained, tmp_path):
     train(own, tmp_path / "run")
     with pytest.raises(run.RunError, match=r"'mine' is none of ppo, dqn, .*; give the algorithm, as in run.load"):
         run.load(tmp_path / "run")
-    same(run.load(tmp_path / "run", algo=own).state, trained[2].state)
+    bits.assert_same(run.load(tmp_path / "run", algo=own).state, trained[2].state)
 
 
 @pytest.mark.parametrize(
@@ -180,9 +171,9 @@ def test_a_run_starts_from_a_trained_state(module, trained, key):
     state = jax.jit(first.update)(jax.jit(first.init)(key))[0]
     second = module.make(env, config, module.Hyper(learning_rate=0.5), start=state)
     begun = jax.jit(second.init)(jax.random.key(7))
-    same(begun.params, state.params)
+    bits.assert_same(begun.params, state.params)
     if module is dqn:
-        same(begun.target_params, state.params)
+        bits.assert_same(begun.target_params, state.params)
     assert begun.updates == 0 and begun.hyper.learning_rate == 0.5
     jax.eval_shape(second.update, begun)
 
@@ -194,8 +185,8 @@ def test_statistics_of_observations_go_on_and_averages_are_what_is_gone_on_from(
     first = ppo.make(env, config)
     state = jax.jit(first.update)(jax.jit(first.init)(key))[0]
     begun = jax.jit(ppo.make(env, config, start=state).init)(key)
-    same(begun.obs_stats, state.obs_stats)
-    same(begun.params, ppo.optim.eval_params(state.opt_state, state.params))
+    bits.assert_same(begun.obs_stats, state.obs_stats)
+    bits.assert_same(begun.params, ppo.optim.eval_params(state.opt_state, state.params))
     with pytest.raises(ValueError, match=r"normalized observations: config.normalize_observations must be True"):
         ppo.make(env, TINY, start=state)
     with pytest.raises(ValueError, match=r"start: parameters of the network must be .*; got "):
@@ -227,12 +218,12 @@ def test_any_transformation_will_do_and_hyperparameters_are_swept(key):
     env = envs.make("Probe-policy")
     fixed = ppo.make(env, TINY, optimizer=optax.sgd(0.0))
     state = jax.jit(fixed.init)(key)
-    same(jax.jit(fixed.update)(state)[0].params, state.params)
+    bits.assert_same(jax.jit(fixed.update)(state)[0].params, state.params)
     swept = ppo.make(env, TINY, optimizer=lambda hyper, learning_rate: optax.sgd(learning_rate))
     hypers = jax.tree.map(lambda x: jnp.array([x, x]), swept.hyper)._replace(learning_rate=jnp.array([0.0, 0.1]))
     states = jax.jit(jax.vmap(lambda h: swept.update(swept.init(key, h))[0]))(hypers)
     kernel = states.params["params"]["policy"]["out"]["kernel"]
-    same(kernel[0], state.params["params"]["policy"]["out"]["kernel"])
+    bits.assert_same(kernel[0], state.params["params"]["policy"]["out"]["kernel"])
     assert (kernel[0] != kernel[1]).any()
 
 

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 
+import bits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,16 +33,6 @@ def train(algo, **more):
     return run.train(algo, jax.random.key(0), 20 * 16, **kwargs)
 
 
-def on_host(tree):
-    return jax.tree.map(
-        lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x), tree
-    )
-
-
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, on_host(a), on_host(b))
-
-
 def test_a_callback_sees_every_row_once_and_changes_nothing(algo, plain):
     chunks, states = [], []
 
@@ -50,12 +41,12 @@ def test_a_callback_sees_every_row_once_and_changes_nothing(algo, plain):
         states.append(chunk.state())
 
     result = train(algo, on_chunk=on_chunk)
-    same(result.state, plain.state)
+    bits.assert_same(result.state, plain.state)
     assert np.concatenate([c.env_steps for c in chunks]).tolist() == result.metrics["env_steps"].tolist()
     loss = np.concatenate([c.metrics["loss"] for c in chunks], axis=-1)
     np.testing.assert_array_equal(loss, result.metrics["loss"])
     assert loss.shape == (3, 20)
-    same(states[-1], result.state)
+    bits.assert_same(states[-1], result.state)
     jax.tree.map(lambda x: algo.act(x, jnp.zeros(1)), jax.tree.map(lambda x: x[1], states[0]), is_leaf=lambda x: True)
 
 
@@ -72,7 +63,7 @@ def test_a_callback_stops_a_run_which_goes_on_bit_for_bit(algo, plain, tmp_path,
     assert not stopped.finished and stopped.summary["env_steps"] < 320
     finished = train(algo, run_dir=tmp_path / "run", resume=True)
     assert finished.finished
-    same(finished.state, plain.state)
+    bits.assert_same(finished.state, plain.state)
 
 
 def test_what_a_callback_raises_ends_the_run(algo):

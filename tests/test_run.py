@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import bits
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,22 +82,11 @@ def train(algo, updates, **kwargs):
     return run.train(algo, jax.random.key(0), updates * PER_UPDATE, **kwargs)
 
 
-def on_host(tree):
-    def is_key(x):
-        return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-    return jax.tree.map(lambda x: np.asarray(jax.random.key_data(x) if is_key(x) else x), tree)
-
-
-def assert_same_bits(a, b):
-    jax.tree.map(np.testing.assert_array_equal, on_host(a), on_host(b))
-
-
 def assert_close(a, b):
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(np.float64(x), np.float64(y), rtol=1e-4, atol=1e-5),
-        on_host(a),
-        on_host(b),
+        bits.on_host(a),
+        bits.on_host(b),
     )
 
 
@@ -137,7 +127,7 @@ def test_resume_is_bitwise(fields, tmp_path):
     whole = train(algo, 6, num_seeds=3, run_dir=tmp_path / "whole")
     train(algo, 3, num_seeds=3, run_dir=tmp_path / "parts")
     parts = train(algo, 6, num_seeds=3, run_dir=tmp_path / "parts", resume=True)
-    assert_same_bits(parts.state, whole.state)
+    bits.assert_same(parts.state, whole.state)
     for name in whole.metrics:
         np.testing.assert_array_equal(parts.metrics[name], whole.metrics[name], err_msg=name)
     assert (tmp_path / "parts/metrics.csv").read_text() == (tmp_path / "whole/metrics.csv").read_text()
@@ -590,7 +580,7 @@ def test_a_run_stops_within_a_row_and_goes_on_bit_for_bit(csv_members, updates, 
         assert not train(algo, 10, run_dir=tmp_path / "parts", **args).finished
     assert saved_steps(tmp_path / "parts") == [updates]
     parts = train(algo, 10, run_dir=tmp_path / "parts", resume=True, **args)
-    assert_same_bits(parts.state, whole.state)
+    bits.assert_same(parts.state, whole.state)
     jax.tree.map(np.testing.assert_array_equal, parts.metrics, whole.metrics)
     if csv_members == 256:
         assert final_rows(tmp_path / "parts") == final_rows(tmp_path / "whole")
