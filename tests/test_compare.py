@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import scipy.stats
 from jrl import envs, nets, run
 from jrl.algos import ppo
 from jrl.run import command, compare, show, stats
+from jrl.run.checkpoint import sealed
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
 
@@ -87,6 +89,23 @@ def test_a_folder_gives_its_evaluation_and_its_curves(folders):
         "sweep learning_rate=0.001",
         "sweep learning_rate=0.01",
     ]
+
+
+def test_a_seed_that_turned_nan_is_left_out(folders, tmp_path):
+    shutil.copytree(folders / "fast-Probe-action", tmp_path / "run")
+    whole = compare.read(tmp_path / "run")[0]
+    summary = {"nan_seeds": [{"seed": 1, "update": 3}], "finished": True}
+    (tmp_path / "run/summary.json").write_text(json.dumps(sealed(summary)))
+    found = compare.read(tmp_path / "run")[0]
+    np.testing.assert_array_equal(found.curves, whole.curves[[0, 2, 3]])
+    np.testing.assert_array_equal(found.scores, whole.scores[[0, 2, 3]])
+
+
+def test_a_table_of_jrl_is_read_as_one_of_another_tool(folders):
+    folder = folders / "fast-Probe-policy"
+    (as_run,), (as_table,) = compare.read(folder), compare.read(folder / "metrics.csv")
+    assert as_table.curves.shape == (4, 100) and np.isfinite(as_table.curves).all()
+    np.testing.assert_allclose(as_table.curves[:, -1], as_run.curves[:, -1])
 
 
 def test_a_table_of_another_tool_is_read(tmp_path):

@@ -89,7 +89,10 @@ def _of_folder(folder: Path, label: str, metric: str | None) -> list[Run]:
 def _broken(folder: Path) -> set[tuple[str, int]]:
     """The members ``(cell, seed)`` that turned NaN, as the summary says."""
     listed = folders.read_json(folder / "summary.json", {}).get("nan_seeds", [])
-    return {(nan.get("cell", ""), nan["seed"]) for nan in listed}
+    try:
+        return {(nan.get("cell", ""), nan["seed"]) for nan in listed}
+    except (LookupError, TypeError, AttributeError):
+        raise RunError(f"{folder / 'summary.json'} is damaged: its nan_seeds cannot be read") from None
 
 
 def _of_csv(path: Path, label: str, metric: str | None) -> Run:
