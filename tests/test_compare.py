@@ -119,6 +119,15 @@ def test_a_table_of_another_tool_is_read(tmp_path):
     assert compare.read(path)[0].curves[0, [0, -1]].tolist() == [7, 9]
 
 
+@pytest.mark.parametrize("text", ["", "update,env_st"])
+def test_a_table_that_has_just_been_begun_has_no_rows(text, folders, tmp_path):
+    (tmp_path / "config.json").write_bytes((folders / "fast-Probe-action/config.json").read_bytes())
+    (tmp_path / "metrics.csv").write_text(text)
+    assert show.progress(tmp_path) == "no row of metrics yet"
+    with pytest.raises(run.RunError, match="has no row of metrics yet"):
+        compare.read(tmp_path)
+
+
 def test_a_row_that_is_being_written_is_left_out(folders, tmp_path):
     source = folders / "fast-Probe-action"
     for name in ("config.json", "metrics.csv"):

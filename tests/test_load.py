@@ -1,5 +1,6 @@
 """A run read back from its folder: the same state, nothing touched, and what can be done with it."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import safetensors.numpy
 
 from jrl import envs, nets, run
 from jrl.algos import dqn, ppo, pqn
+from jrl.run import compare, show
 from jrl.run.checkpoint import sealed
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
@@ -127,8 +129,11 @@ def test_an_algorithm_of_one_s_own_is_given(trained, tmp_path):
         ({"config.loss": None}, "config.loss is NoneType, not str"),
         ({"config.loss": "clap"}, "config.loss must be one of clip, penalty; got 'clap'"),
         ({"env": "Pong"}, "unknown environment 'Pong'"),
-        ({"cells": 3}, "does not say how to make its run again"),
-        ({"cells": []}, "does not say how to make its run again"),
+        ({"cells": 3}, "is damaged: cells must be a list of labels"),
+        ({"cells": []}, "is damaged: cells must be a list of labels"),
+        ({"cells": [[]]}, "is damaged: cells must be a list of labels"),
+        ({"env": None}, "is damaged: env is NoneType, not text"),
+        ({"num_seeds": 2.0}, "is damaged: num_seeds must be an integer of at least 1; got 2.0"),
         ({"num_seeds": 10**9}, "are larger than"),
         ({"num_seeds": -1}, "num_seeds must be an integer of at least 1; got -1"),
         ({"algorithm": "os"}, "'os' is none of ppo"),
@@ -140,6 +145,10 @@ def test_a_configuration_that_was_changed_is_refused_in_a_line(changes, message,
     with pytest.raises((run.RunError, ValueError), match=message) as refused:
         run.load(tmp_path)
     assert "\n" not in str(refused.value)
+    if "is damaged" in message:
+        for look in (compare.read, show.show, show.progress):
+            with pytest.raises(run.RunError, match=message):
+                look(tmp_path)
 
 
 def test_a_folder_without_a_run_or_a_checkpoint_is_refused(trained, tmp_path):
@@ -225,6 +234,15 @@ def test_any_transformation_will_do_and_hyperparameters_are_swept(key):
     kernel = states.params["params"]["policy"]["out"]["kernel"]
     bits.assert_same(kernel[0], state.params["params"]["policy"]["out"]["kernel"])
     assert (kernel[0] != kernel[1]).any()
+
+
+@pytest.mark.parametrize("precision", ["pure_bfloat16", "float16"])
+def test_an_optimizer_of_one_s_own_computes_in_float32(precision, key):
+    config = dataclasses.replace(TINY, precision=precision)
+    algo = ppo.make(envs.make("Probe-policy"), config, optimizer=lambda hyper, learning_rate: optax.adam(learning_rate))
+    state, metrics = jax.jit(lambda key: algo.update(algo.init(key)))(key)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert moments and all(x.dtype == jnp.float32 for x in moments) and jnp.isfinite(metrics["loss"])
 
 
 @pytest.mark.parametrize("wrong, said", [(3, "got 3"), (lambda hyper, lr: lr, "which gives")])

@@ -14,7 +14,8 @@ Array = jax.Array
 
 
 def time_limit(env: Environment, steps: int) -> Environment:
-    """Truncate episodes after ``steps`` steps."""
+    """Truncate episodes after ``steps`` steps. Raises ``ValueError`` unless that is an integer of at least 1."""
+    checks.positive_int("time_limit: steps", steps)
 
     def reset(key: Array) -> tuple[Any, Any]:
         obs, state = env.reset(key)

@@ -337,7 +337,19 @@ def own(optimizer: Any, hyper: Any, learning_rate: Array | float) -> optax.Gradi
             "optimizer must be an optax transformation, or a function (hyper, learning_rate) that gives one; "
             f"got {repr(optimizer)[:60]}" + ("" if made is None else f", which gives {repr(made)[:60]}")
         )
-    return made
+    return _in_float32(made)
+
+
+def _in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The transformation computed in float32, whatever the dtype of the parameters: its state keeps its dtypes."""
+
+    def init(params: Params) -> Any:
+        return tx.init(precision.cast(params, "float32"))
+
+    def update(updates: Any, state: Any, params: Params | None = None) -> tuple[Any, Any]:
+        return tx.update(precision.cast(updates, "float32"), state, precision.cast(params, "float32"))
+
+    return optax.GradientTransformation(init, update)
 
 
 def eval_params(opt_state: OptState, params: Params) -> Any:

@@ -57,8 +57,8 @@ def read(path: str | Path, label: str | None = None, metric: str | None = None) 
 
 def _of_folder(folder: Path, label: str, metric: str | None) -> list[Run]:
     settings = folders.saved_settings(folder)
+    cells, num_seeds = folders.members_in(settings, folder)
     try:
-        cells, num_seeds, env = list(settings["cells"]), int(settings["num_seeds"]), str(settings["env"])
         kind: dict[str, Any] = {"seed": 0} if cells == [""] else {"cell": "", "seed": 0}
         env_steps, metrics = log.table(folder, [kind] * (num_seeds * len(cells))).read()
     except (LookupError, TypeError, ValueError, OSError) as error:
@@ -82,7 +82,7 @@ def _of_folder(folder: Path, label: str, metric: str | None) -> list[Run]:
         except (LookupError, TypeError, ValueError, AttributeError):
             raise RunError(f"{folder / 'evaluations.json'} is damaged: it is not of this run") from None
         if well:
-            found.append(Run(f"{label} {cell}".strip(), env, points, mine, scores))
+            found.append(Run(f"{label} {cell}".strip(), settings["env"], points, mine, scores))
     return found
 
 

@@ -15,6 +15,7 @@ import jax
 
 from jrl.algorithm import Algorithm
 from jrl.envs.types import Environment
+from jrl.numerics import checks
 from jrl.run import disk
 from jrl.run.checkpoint import RunError, disk_errors, flat, same_config, sealed, unsealed
 
@@ -75,6 +76,23 @@ def saved_settings(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RunError(f"{folder} is not the folder of a run: it has no config.json")
     return _settings_in(path)
+
+
+def members_in(settings: dict[str, Any], folder: Path) -> tuple[list[str], int]:
+    """The labels of the cells and the number of seeds. Raises ``RunError`` for settings that are not those of ``run.train``."""
+    try:
+        for name in ("algorithm", "env"):
+            if not isinstance(settings[name], str):
+                raise ValueError(f"{name} is {type(settings[name]).__name__}, not text")
+        checks.positive_int("num_seeds", settings["num_seeds"])
+        cells = settings["cells"]
+        if not isinstance(cells, list) or not cells or not all(isinstance(cell, str) for cell in cells):
+            raise ValueError("cells must be a list of labels")
+    except KeyError as error:
+        raise RunError(f"{folder / 'config.json'} is not of a run of run.train: it has no {error}") from None
+    except ValueError as error:
+        raise RunError(f"{folder / 'config.json'} is damaged: {error}") from None
+    return cells, settings["num_seeds"]
 
 
 def _settings_in(path: Path) -> dict[str, Any]:

@@ -75,10 +75,11 @@ def load(folder: str | Path, *, env: Environment | None = None, algo: Algorithm 
     folder = Path(folder)
     if env is not None and algo is not None:
         raise ValueError("env or algo: the algorithm has its environment; give one of them")
+    if algo is not None:
+        checks.instances("run.load", algo=(algo, Algorithm))
     settings = folders.saved_settings(folder)
+    cells, num_seeds = folders.members_in(settings, folder)
     try:
-        cells, num_seeds = list(settings["cells"]), settings["num_seeds"]
-        checks.positive_int("num_seeds", num_seeds)
         algo = algo or _remade(settings, env or _environment(settings, folder))
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise RunError(
@@ -99,8 +100,9 @@ def export_parameters(state: State, path: str | Path) -> None:
     """Write the parameters that a state acts with as safetensors, each by its path in the tree, such as ``policy.kernel``. With an optimizer
     that averages they are the average.
 
-    Raises ``RunError`` for a path that cannot be written.
+    Raises ``ValueError`` for a state without parameters (of a table), ``RunError`` for a path that cannot be written.
     """
+    checks.fields("export_parameters: state", state, "params", "opt_state")
     params = optim.eval_params(state.opt_state, state.params)
     arrays = {name: np.ascontiguousarray(x) for name, x in named_leaves(params).items()}
     with disk_errors(Path(path)):

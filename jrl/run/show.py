@@ -61,14 +61,13 @@ def _line(folder: Path, name: str) -> dict[str, str]:
 def _one(folder: Path) -> str:
     config = folders.read_json(folder / "config.json", {})
     settings, summary = folders.saved_settings(folder), folders.read_json(folder / "summary.json", {})
-    cells, seeds = settings.get("cells", [""]), settings.get("num_seeds", 1)
+    cells, seeds = folders.members_in(settings, folder) if "cells" in settings else ([""], 1)
     lines = [f"{settings.get('algorithm')} on {settings.get('env')}: {stats.seeds(seeds)}"]
     if cells != [""]:
         lines[0] += f" of {len(cells)} cells"
-    versions = config.get("versions", {})
-    lines.append(
-        f"  on {config.get('platform')}, jax {versions.get('jax')}, commit {config.get('commit') or 'unknown'}"
-    )
+    versions = config.get("versions")
+    jax = versions.get("jax") if isinstance(versions, dict) else None
+    lines.append(f"  on {config.get('platform')}, jax {jax}, commit {config.get('commit') or 'unknown'}")
     usual = _defaults(settings, cells)
     if usual:
         lines.append("settings that are not the defaults:")
@@ -112,8 +111,8 @@ def _shown(value: Any) -> str:
 def progress(folder: Path) -> str:
     """How far a run is: its steps, and the return in training of its newest row."""
     settings = folders.saved_settings(folder)
+    cells, num_seeds = folders.members_in(settings, folder)
     try:
-        cells, num_seeds = list(settings["cells"]), int(settings["num_seeds"])
         columns: dict[str, Any] = {"seed": 0} if cells == [""] else {"cell": "", "seed": 0}
         env_steps, metrics = log.table(folder, [columns] * (num_seeds * len(cells))).read()
     except (LookupError, TypeError, ValueError, OSError) as error:
