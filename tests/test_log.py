@@ -65,9 +65,15 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path):
     table = log.CsvTable(tmp_path / "metrics.csv", LABELS)
     table.write(*rows(1, 4))
     whole = table.path.read_text()
-    for text in ("", whole.replace("seed", "sEed"), whole.replace("40,", "a,"), whole[:-20]):
+    unreadable, short = "it cannot be read", "rows are missing after update"
+    for text, why in (
+        ("", f"{short} 0"),
+        (whole.replace("seed", "sEed"), unreadable),
+        (whole.replace("40,", "a,"), unreadable),
+        (whole[:-20], f"{short} 3"),  # in the middle of a row
+    ):
         table.path.write_text(text)
-        with pytest.raises(RunError, match=r"metrics\.csv is damaged: it cannot be read"):
+        with pytest.raises(RunError, match=rf"metrics\.csv is damaged: {why}"):
             log.read_whole(table, 4, 1, 10)
 
 
