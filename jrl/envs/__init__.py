@@ -1,6 +1,5 @@
 """Environments behind one small protocol (``types``): gymnax, probes, other packages, and your own."""
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from jrl.envs.recall import recall
 from jrl.envs.spaces import Box, Discrete, MultiDiscrete, Space
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, MaskedObs, observation_spec, with_settings
+from jrl.numerics import checks
 
 __all__ = [
     "Box",
@@ -64,9 +64,7 @@ def make(name: str | Path, **params: Any) -> Environment:
     if name in gymnax.IDS:
         return strict(gymnax.make(name, **params))
     if name not in _registered:
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
-        raise ValueError(f"unknown environment {name!r}; {hint} (or a path to a .py file)")
+        raise ValueError(f"unknown environment {name!r}; {checks.suggestion(name, names())} (or a path to a .py file)")
     made = strict(user_file.call(name, _registered[name], params))
     return with_settings(made, user_file.settings_of(_registered[name], params))
 

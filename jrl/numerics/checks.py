@@ -1,9 +1,10 @@
 """Checks that fail at trace time, or before, with one clear line."""
 
+import difflib
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def instances(function: str, **arguments: tuple[Any, type]) -> None:
             raise ValueError(
                 f"{function}: {name} must be a {wanted}; got {repr(value)[:40]}, a {given.__module__}.{given.__qualname__}"
             )
+
+
+def suggestion(name: str, known: Sequence[str], prefix: str = "") -> str:
+    """What a user who wrote a name that is not known may have meant, each with the prefix; or else all known names."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(prefix + x for x in near)}?" if near else f"known: {', '.join(known)}"
 
 
 def fields(name: str, value: Any, *wanted: str) -> None:

@@ -6,7 +6,7 @@ What is compared are run folders, and tables of other tools: CSV files with a co
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,11 +23,11 @@ class Run(NamedTuple):
     """What is compared of one run, or of one cell of a sweep.
 
     Attributes:
-        label: what it is called; runs of one label on several tasks belong together.
-        task: environment.
-        env_steps: ``[points]`` of its curves.
-        curves: ``[seeds, points]``.
-        scores: of each seed ``[seeds]``: the mean return of the last evaluation, or of the last tenth of training.
+        label: Name of the run; runs of one name on several tasks belong together.
+        task: Name of the environment.
+        env_steps: Steps of each seed at the points of its curve, ``[points]``.
+        curves: Return, or another metric, in training, ``[seeds, points]``.
+        scores: Score of each seed, ``[seeds]``: the mean return of the last evaluation, or of the last tenth of training.
     """
 
     label: str
@@ -41,9 +41,9 @@ def read(path: str | Path, label: str | None = None, metric: str | None = None) 
     """The run in a folder (of a sweep one for each cell), or in a CSV file of another tool.
 
     Args:
-        path: folder or file.
-        label: name; that of the folder or file if not given.
-        metric: column to compare; the return if not given.
+        path: Folder of a run, or a CSV file.
+        label: Name of the run; that of the folder or file if not given.
+        metric: Column to compare; the return if not given.
 
     Raises ``RunError`` for what is neither, is damaged, or has no such column.
     """
@@ -58,11 +58,7 @@ def read(path: str | Path, label: str | None = None, metric: str | None = None) 
 def _of_folder(folder: Path, label: str, metric: str | None) -> list[Run]:
     settings = folders.saved_settings(folder)
     cells, num_seeds = folders.members_in(settings, folder)
-    try:
-        kind: dict[str, Any] = {"seed": 0} if cells == [""] else {"cell": "", "seed": 0}
-        env_steps, metrics = log.table(folder, [kind] * (num_seeds * len(cells))).read()
-    except (LookupError, TypeError, ValueError, OSError) as error:
-        raise RunError(f"{folder} is damaged: its metrics cannot be read ({error})") from None
+    env_steps, metrics = log.metrics_of(folder, cells, num_seeds)
     name = metric or RETURN
     if not len(env_steps):
         raise RunError(f"{folder} has no row of metrics yet")
@@ -268,24 +264,3 @@ def draw(path: Path, runs: Sequence[Run], metric: str | None, scale: dict[str, t
         ]
         panels.append(plot.Panel("Performance profile", "normalized score", "share of seeds above it", lines))
     plot.draw(path, panels)
-
-
-def text(rows: list[dict[str, str]], style: str = "text") -> str:
-    """A table as aligned ``text``, ``markdown`` or ``latex`` (with booktabs)."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names, *([row.get(name, "") for name in names] for row in rows)]
-    if style == "latex":
-        body = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in cells]
-        begin = rf"\begin{{tabular}}{{{'l' * len(names)}}}"
-        return "\n".join([begin, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"])
-    if style == "markdown":
-        lines = ["| " + " | ".join(line) + " |" for line in cells]
-        return "\n".join([lines[0], "|" + " --- |" * len(names), *lines[1:]])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
-
-
-def _latex(cell: str) -> str:
-    for sign in "&%$#_{}":
-        cell = cell.replace(sign, "\\" + sign)
-    return cell

@@ -1,7 +1,5 @@
 """A run read back from its folder: the algorithm, its trained state, its settings. Nothing in the folder changes."""
 
-import importlib
-import json
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from jrl import envs
+from jrl import algos, envs
 from jrl.algorithm import Algorithm, State, check
 from jrl.envs.types import Environment
 from jrl.numerics import checks, optim
@@ -28,13 +26,13 @@ class Loaded(NamedTuple):
     """What a run's newest checkpoint and the files beside it hold.
 
     Attributes:
-        algo: the algorithm for a single seed, with the hyperparameters of the first cell.
-        state: host arrays ``[seeds, ...]``, or ``[cells, seeds, ...]`` in a sweep.
-        settings: all settings by name, as in ``config.json``.
-        cells: labels of the cells; ``[""]`` unless the run is a sweep.
-        env_steps: environment steps that each seed has done.
-        best_cell: the cell with the highest IQM in the last evaluation; the first if there was none.
-        best_seeds: by cell, the seed with the highest return in the last evaluation; 0 if there was none.
+        algo: Algorithm for a single seed, with the hyperparameters of the first cell.
+        state: Host arrays ``[seeds, ...]``, or ``[cells, seeds, ...]`` in a sweep.
+        settings: All settings by name, as in ``config.json``.
+        cells: Labels of the cells; ``[""]`` unless the run is a sweep.
+        env_steps: Environment steps that each seed has done.
+        best_cell: Cell with the highest IQM in the last evaluation; the first if there was none.
+        best_seeds: Seed with the highest return in the last evaluation, for each cell; 0 if there was none.
     """
 
     algo: Algorithm
@@ -65,9 +63,9 @@ def load(folder: str | Path, *, env: Environment | None = None, algo: Algorithm 
     """The run in a folder, at its newest checkpoint. It may still be in progress.
 
     Args:
-        folder: of ``run.train`` or of an experiment.
-        env: the environment, if it cannot be made from its name: from a file (which is never executed by itself), wrapped, or unregistered.
-        algo: the algorithm, if the settings do not say it all: one of a language model, one of your own, or one with a network or an
+        folder: Folder of a run of ``run.train`` or of an experiment.
+        env: Environment, if it cannot be made from its name: from a file (which is never executed by itself), wrapped, or unregistered.
+        algo: Algorithm, if the settings do not say it all: one of a language model, one of your own, or one with a network or an
             optimizer of your own.
 
     Raises ``ValueError`` if both are given, ``RunError`` for a folder without a checkpoint, a damaged one, or one of another algorithm or environment.
@@ -121,7 +119,7 @@ def _newest(folder: Path, settings: dict[str, Any], state: State, metrics: int, 
             if updates is None:
                 raise RunError(f"{folder} has no checkpoint yet")
             manifest = reader.manifest(updates)
-            same_config(manifest["config"], json.loads(json.dumps(settings)), reader.folder / str(updates))
+            same_config(manifest["config"], settings, reader.folder / str(updates))
             return reader.read(manifest, template).states, updates
         except RunError:
             if updates == before or updates is None:
@@ -175,7 +173,7 @@ def _remade(settings: dict[str, Any], env: Environment) -> Algorithm:
     name = settings["algorithm"]
     if name not in KNOWN:
         raise ValueError(f"{name!r} is none of {', '.join(KNOWN)}; give the algorithm, as in run.load(..., algo=mine)")
-    module = importlib.import_module(f"jrl.algos.{name}")
+    module = getattr(algos, name)
     cell = settings["cells"][0]
     config = _filled(module.Config(), settings, "config.")
     return module.make(env, config, _filled(module.Hyper(), settings, f"hyper.{cell}."))

@@ -160,6 +160,15 @@ def table(folder: Path, labels: Labels) -> "CsvTable | ParquetTable":
     return CsvTable(folder / "metrics.csv", labels) if few else ParquetTable(folder / "metrics", labels)
 
 
+def metrics_of(folder: Path, cells: Sequence[str], num_seeds: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """``table.read()`` of the run in a folder, which may be in progress. Raises ``RunError`` for a table that cannot be read."""
+    columns: dict[str, Any] = {"seed": 0} if list(cells) == [""] else {"cell": "", "seed": 0}
+    try:
+        return table(folder, [columns] * (num_seeds * len(cells))).read()
+    except (LookupError, TypeError, ValueError, OSError) as error:
+        raise RunError(f"{folder} is damaged: its metrics cannot be read ({error})") from None
+
+
 def read_whole(
     table: "CsvTable | ParquetTable", updates: int, log_every: int, env_steps_per_update: int
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -33,7 +33,11 @@ def wandb(project: str | None = None, **options: Any) -> Logger:
     def start(settings: dict[str, Any], folder: Path) -> Sink:
         import wandb as package
 
-        given = {"project": project or _of_environment("WANDB_PROJECT"), "name": folder.name, "dir": str(folder)}
+        given = {
+            "project": project or os.environ.get("WANDB_PROJECT") or "jrl",
+            "name": folder.name,
+            "dir": str(folder),
+        }
         same = {"id": _name_of(folder), "resume": "allow"}
         opened = package.init(config=settings, **given | same | options)
         return Sink(lambda steps, values: opened.log(values, step=steps), opened.finish)
@@ -51,10 +55,6 @@ def _needing(package: str, start: Logger) -> Logger:
             f"the logger {package} needs the package {package}, which is an extra: pip install 'jrl[{package}]'"
         )
     return start
-
-
-def _of_environment(name: str) -> str:
-    return os.environ.get(name) or "jrl"
 
 
 def _name_of(folder: Path) -> str:

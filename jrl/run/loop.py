@@ -101,8 +101,8 @@ def train(
         log_every: updates averaged into one row of metrics; None keeps at most about 1,000 rows.
         progress: show a progress bar.
         gif: draw the best seed's greedy policy into ``run_dir``.
-        on_chunk: called with each ``Chunk``; if it returns True, the run is saved and left after the chunk that is in progress, and can be resumed. What it raises ends
-            the run.
+        on_chunk: called with each ``Chunk``; if it returns True, the run is saved and left after the chunk that is in progress, and can
+            be resumed. What it raises ends the run.
         loggers: where aggregates go besides ``run_dir``, such as ``run.loggers.wandb()``.
 
     Raises:
@@ -126,9 +126,10 @@ def train(
     for name, value in (("resume", resume), ("gif", gif), ("loggers", loggers)):
         if value and run_dir is None:
             raise ValueError(f"{name} needs a run_dir")
-    for name, value in (("on_chunk", [] if on_chunk is None else [on_chunk]), ("loggers", loggers)):
-        for function in value:
-            checks.function(name, function)
+    if on_chunk is not None:
+        checks.function("on_chunk", on_chunk)
+    for logger in loggers:
+        checks.function("loggers", logger)
     if gif and algo.env.draw is None:
         raise ValueError(f"gif: {algo.env.name} cannot be drawn")
     if devices is not None and devices > len(jax.devices()):

@@ -1,6 +1,7 @@
 """What a finished run shows: its summary, its curves, its table, its picture."""
 
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,25 @@ def print_table(path: Path, rows: list[dict[str, Any]]) -> None:
     """Print the rows as a Markdown table, and write them to a CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, rows)
-    print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
-    for row in rows:
-        print("| " + " | ".join(map(str, row.values())) + " |")
+    print(table(rows, "markdown"))
+
+
+def table(rows: Sequence[Mapping[str, Any]], style: str = "text") -> str:
+    """A table as aligned ``text``, ``markdown`` or ``latex`` (with booktabs)."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
+    if style == "latex":
+        body = [" & ".join(_latex(cell) for cell in line) + r" \\" for line in cells]
+        begin = rf"\begin{{tabular}}{{{'l' * len(names)}}}"
+        return "\n".join([begin, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"])
+    if style == "markdown":
+        lines = ["| " + " | ".join(line) + " |" for line in cells]
+        return "\n".join([lines[0], "|" + " --- |" * len(names), *lines[1:]])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _latex(cell: str) -> str:
+    for sign in "&%$#_{}":
+        cell = cell.replace(sign, "\\" + sign)
+    return cell

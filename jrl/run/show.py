@@ -1,17 +1,15 @@
 """What a folder holds, on the terminal: one run, or all runs in a folder of folders; and a run as it goes on."""
 
 import contextlib
-import importlib
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jrl import envs
-from jrl.run import folders, log, plot, stats
+from jrl import algos, envs
+from jrl.run import folders, log, plot, report, stats
 from jrl.run.checkpoint import RunError
-from jrl.run.compare import text
 from jrl.run.load import KNOWN
 
 RETURN = "episode_return"
@@ -39,7 +37,7 @@ def show(folder: Path) -> str:
     runs = sorted(path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/config.json"))
     if not runs:
         raise RunError(f"{folder} is not the folder of a run, and holds none")
-    return text([_line(run, str(run.relative_to(folder))) for run in runs])
+    return report.table([_line(run, str(run.relative_to(folder))) for run in runs])
 
 
 def _line(folder: Path, name: str) -> dict[str, str]:
@@ -95,7 +93,7 @@ def _defaults(settings: dict[str, Any], cells: list[str]) -> dict[str, Any]:
     """Default settings of an algorithm that ``run.load`` knows, and of its environment; empty for any other."""
     if settings.get("algorithm") not in KNOWN:
         return {}
-    module = importlib.import_module(f"jrl.algos.{settings['algorithm']}")
+    module = getattr(algos, settings["algorithm"])
     config = {"config": folders.as_dict(module.Config())}
     found = folders.plain(config | {"hyper": {cell: folders.as_dict(module.Hyper()) for cell in cells}})
     with contextlib.suppress(ValueError):  # an environment that is not known by its name
@@ -112,11 +110,7 @@ def progress(folder: Path) -> str:
     """How far a run is: its steps, and the return in training of its newest row."""
     settings = folders.saved_settings(folder)
     cells, num_seeds = folders.members_in(settings, folder)
-    try:
-        columns: dict[str, Any] = {"seed": 0} if cells == [""] else {"cell": "", "seed": 0}
-        env_steps, metrics = log.table(folder, [columns] * (num_seeds * len(cells))).read()
-    except (LookupError, TypeError, ValueError, OSError) as error:
-        raise RunError(f"{folder} cannot be followed: {error}") from None
+    env_steps, metrics = log.metrics_of(folder, cells, num_seeds)
     if not len(env_steps):
         return "no row of metrics yet"
     total = f" of {settings['env_steps']:,}" if "env_steps" in settings else ""

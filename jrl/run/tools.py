@@ -11,7 +11,7 @@ import tyro
 from jrl import envs
 from jrl.envs import packages
 from jrl.numerics import checks
-from jrl.run import cli, compare, show
+from jrl.run import cli, compare, report, show
 from jrl.run.checkpoint import disk_errors
 
 
@@ -72,16 +72,17 @@ def _compare(args: Compare) -> None:
     if args.picture.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--picture must end in .png, .svg or .pdf; got {args.picture}")
     runs = [run for word in args.runs for run in compare.read(*_labelled(word), args.metric)]
-    grouped, scale = compare.by_label(runs), compare.observed_scale(runs) | dict(map(_bounds, args.scale))
-    for task in dict(map(_bounds, args.scale)):
+    given = dict(map(_bounds, args.scale))
+    grouped, scale = compare.by_label(runs), compare.observed_scale(runs) | given
+    for task in given:
         checks.one_of("--scale", task, {run.task for run in runs})
-    if args.scale and not grouped:
+    if given and not grouped:
         raise ValueError("--scale is for runs of each label in the same two or more environments, each once")
-    print(compare.text(compare.table(runs, args.threshold), args.table))
+    print(report.table(compare.table(runs, args.threshold), args.table))
     if grouped:
         said = ", ".join(f"{task} {low:g} to {high:g}" for task, (low, high) in scale.items())
         print(f"\nOver all tasks, scores normalized from 0 to 1 ({said}):\n")
-        print(compare.text(compare.aggregates(grouped, scale), args.table))
+        print(report.table(compare.aggregates(grouped, scale), args.table))
     with disk_errors(args.picture):
         compare.draw(args.picture, runs, args.metric, scale)
     print(f"\n{args.picture}")

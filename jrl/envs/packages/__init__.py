@@ -4,7 +4,6 @@ The packages are extras: ``pip install 'jrl[brax]'``. ``make`` gives terminated 
 """
 
 import contextlib
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -12,6 +11,7 @@ from typing import Any
 
 from jrl import user_file
 from jrl.envs.types import Environment, with_settings
+from jrl.numerics import checks
 
 EXTRAS = ("brax", "craftax", "jumanji", "navix", "pgx", "xminigrid")
 
@@ -21,9 +21,7 @@ def make(package: str, name: str, params: dict[str, Any]) -> Environment:
     name or no such parameter."""
     known = _names(package)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(f'{package}/{x}' for x in near)}?" if near else f"known: {', '.join(known)}"
-        raise ValueError(f"unknown environment {package}/{name}; {hint}")
+        raise ValueError(f"unknown environment {package}/{name}; {checks.suggestion(name, known, f'{package}/')}")
     factory = functools.partial(_adapter(package).make, name)
     made = user_file.call(f"{package}/{name}", factory, params)
     settings = {key: getattr(x, "__name__", x) for key, x in user_file.settings_of(factory, params).items()}

@@ -1,6 +1,6 @@
 """Locomotion of brax: ant, halfcheetah, hopper, humanoid and others, in its own physics."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 from brax import envs
@@ -21,7 +21,7 @@ def names() -> list[str]:
 
 def make(name: str, backend: Backend = "positional", steps: int = 1000, steps_per_reset: int = 1) -> Environment:
     """An environment of brax, whose episodes are truncated after ``steps``. One first state is drawn for ``steps_per_reset`` steps."""
-    checks.one_of("backend", backend, ("generalized", "positional", "spring", "mjx"))
+    checks.one_of("backend", backend, get_args(Backend))
     checks.positive_int("steps", steps)
     env = envs.get_environment(name, backend=backend)
 

@@ -6,7 +6,6 @@ example), and name it in ``_registered`` below, or call ``register``. Outside th
 ``make("my_task.py")`` loads it. ``parts`` holds what most tasks need.
 """
 
-import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from jrl.lm.tasks.modular_addition import modular_addition
 from jrl.lm.tasks.parity import parity
 from jrl.lm.tasks.sequences import reverse, sort
 from jrl.lm.tasks.types import END, MARKS, PAD, Problem, Task, answer_mask, decode, encode, strict
+from jrl.numerics import checks
 
 __all__ = [
     "END",
@@ -70,9 +70,7 @@ def make(name: str, **settings: Any) -> Task:
             made = strict(_from_file(path, settings))
         return with_settings(made, settings | user_file.text_of(path))
     if name not in _registered:
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
-        raise ValueError(f"unknown task {name!r}; {hint} (or a path to a .py file)")
+        raise ValueError(f"unknown task {name!r}; {checks.suggestion(name, names())} (or a path to a .py file)")
     made = strict(user_file.call(name, _registered[name], settings))
     return with_settings(made, user_file.settings_of(_registered[name], settings))
 
