@@ -224,8 +224,9 @@ def test_shared_resets_begin_episodes_in_states_of_their_span(key):
     assert len({numbers[0] for numbers in firsts[8]}) == 3  # no two environments share
     with pytest.raises(ValueError, match="shared_resets: steps must be an integer of at least 1; got 0"):
         wrappers.shared_resets(exact, 0)
-    with pytest.raises(ValueError, match="Numbers: steps_per_reset must be an integer of at least 1; got -1"):
-        envs.strict(envs.Environment("Numbers", reset, step, envs.Discrete(2), steps_per_reset=-1))
+    for wrong in (-1, 0):
+        with pytest.raises(ValueError, match=f"Numbers: steps_per_reset must be an integer of at least 1; got {wrong}"):
+            envs.strict(envs.Environment("Numbers", reset, step, envs.Discrete(2), steps_per_reset=wrong))
 
 
 def test_shared_resets_are_drawn_as_rarely_as_they_say(key):

@@ -80,7 +80,8 @@ def _record(env: Any) -> Environment:
         )
     name = str(getattr(env, "name", None) or getattr(env, "__name__", None) or type(env).__name__)
     fields: dict[str, Any] = {field: getattr(env, field, None) for field in Environment._fields}
-    fields |= {"name": name, "settings": fields["settings"] or (), "steps_per_reset": fields["steps_per_reset"] or 1}
+    fields |= {"name": name, "settings": fields["settings"] or ()}
+    fields["steps_per_reset"] = getattr(env, "steps_per_reset", 1)
     for field in ("reset", "step"):
         checks.function(f"{name}: {field}", fields[field])
     for field in ("time_limit", "first_truncation", "steps_per_reset"):

@@ -164,7 +164,8 @@ def _environment(settings: dict[str, Any], folder: Path) -> Environment:
         )
     name = settings["env"].partition("(")[0]  # of gymnax, parameters that were given are a part of the name
     plain = envs.make(name)
-    usual = folders.made_of_env(plain)
+    # Wrappers are no parameters: an algorithm's own (DQN's stacked frames) it puts on again, others are missed when settings are compared.
+    usual = folders.made_of_env(plain) | {"env_params.wrappers": params.get("env_params.wrappers")}
     changed = {path.partition(".")[2]: _as_python(x) for path, x in params.items() if x != usual.get(path)}
     return (envs.make(name, **changed) if changed else plain)._replace(name=settings["env"])
 
