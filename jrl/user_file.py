@@ -138,7 +138,9 @@ def settings_of(factory: Callable[..., Any], given: Mapping[str, Any]) -> dict[s
     """All arguments of a call, those at their defaults too."""
     bound = inspect.signature(factory).bind(**given)
     bound.apply_defaults()
-    return dict(bound.arguments)
+    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
+    named = {name: x for name, x in bound.arguments.items() if kinds[name] is not inspect.Parameter.VAR_KEYWORD}
+    return named | bound.kwargs
 
 
 def call(name: str, factory: Callable[..., T], settings: Mapping[str, Any]) -> T:

@@ -98,19 +98,21 @@ def test_a_sweep_is_loaded_by_cells(tmp_path):
         loaded.member(2)
 
 
-def test_frames_that_dqn_stacks_are_stacked_again_and_other_wrappers_are_missed(tmp_path):
+def test_wrappers_are_put_on_again_and_frames_that_dqn_stacks_only_once(tmp_path):
     network = nets.ValueConfig(hidden=(8,))
     config = dqn.Config(num_envs=2, learning_starts=0, batch_size=4, capacity=100, num_frames=2, network=network)
     env = envs.make("Probe-value")
     result = train(dqn.make(env, config), tmp_path / "stacked", eval_episodes=0)
     bits.assert_same(run.load(tmp_path / "stacked").state, result.state)
-    sticky = envs.wrappers.sticky_actions(env)
-    result = train(ppo.make(sticky, TINY), tmp_path / "sticky", eval_episodes=0)
-    with pytest.raises(
-        run.RunError, match=r'env_params.wrappers was \["sticky_actions\(probability=0.25\)"\], is null'
-    ):
-        run.load(tmp_path / "sticky")
-    bits.assert_same(run.load(tmp_path / "sticky", env=sticky).state, result.state)
+    wrapped = envs.wrappers.previous(envs.wrappers.sticky_actions(envs.wrappers.time_limit(env, 3)))
+    result = train(ppo.make(wrapped, TINY), tmp_path / "wrapped", eval_episodes=0)
+    loaded = run.load(tmp_path / "wrapped")
+    bits.assert_same(loaded.state, result.state)
+    assert dict(loaded.algo.env.settings)["wrappers"] == (
+        "time_limit(steps=3)",
+        "sticky_actions(probability=0.25)",
+        "previous()",
+    )
 
 
 def test_a_file_of_an_environment_is_not_run_unasked(tmp_path, capsys):

@@ -25,7 +25,8 @@ def random_obs(key, spec, *batch):
 @pytest.mark.thorough(5)
 @pytest.mark.parametrize("spec", [VECTOR, IMAGE, jax.ShapeDtypeStruct((3, 4), jnp.int32)])
 @pytest.mark.parametrize(
-    "config", [nets.Config(), nets.Config(shared=True), nets.Config(gru=8), nets.Config(gru=8, shared=True)]
+    "config",
+    [nets.Config(), nets.Config(shared=True), nets.Config(gru=8), nets.Config(gru=8, shared=True), nets.Config(lstm=8)],
 )
 def test_unroll_is_the_steps(spec, config, key):
     net = nets.actor_critic(config, spec, Discrete(3))
@@ -42,8 +43,9 @@ def test_unroll_is_the_steps(spec, config, key):
         jax.tree.map(lambda a, b, t=t: np.testing.assert_allclose(a, b[t], atol=1e-6), memory, memories)
 
 
-def test_a_reset_forgets_and_nothing_else_does(key):
-    net = nets.actor_critic(nets.Config(gru=8), VECTOR, Discrete(2))
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_a_reset_forgets_and_nothing_else_does(kind, key):
+    net = nets.actor_critic(nets.Config(**{kind: 8}), VECTOR, Discrete(2))
     params, obs = net.init(key), random_obs(key, VECTOR, 4, 1)
     start = jax.tree.map(lambda m: m[None] + 1.0, net.memory)
 
@@ -142,7 +144,7 @@ def test_observations_that_would_be_misread_are_refused(make):
         make(jax.ShapeDtypeStruct((3, 64, 64), jnp.float32))
     with pytest.raises(ValueError, match=r"single integers, .*: make them one-hot"):
         make(jax.ShapeDtypeStruct((), jnp.int32))
-    with pytest.raises(ValueError, match="observations must be one array"):
+    with pytest.raises(ValueError, match="observations beside a mask must be one array"):
         make(MaskedObs({"a": jax.ShapeDtypeStruct((2,), jnp.float32)}, jax.ShapeDtypeStruct((3,), bool)))
     make(jax.ShapeDtypeStruct((3, 64, 64), jnp.float32), torso="mlp", hidden=(4,))
 
@@ -178,3 +180,86 @@ def test_a_decoder_is_float32_with_64_bits_enabled(mixer):
     with jax.enable_x64(True):
         params = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+
+PICTURE = jax.ShapeDtypeStruct((36, 40, 2), jnp.uint8)
+
+
+def test_the_networks_for_pictures_have_the_papers_layers(key):
+    network = nets.action_values(
+        nets.ValueConfig(torso="nature", hidden=(512,), norm="none"),
+        jax.ShapeDtypeStruct((84, 84, 4), jnp.uint8),
+        Discrete(6),
+    )
+    shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(network.init, key)["params"])
+    assert [shapes["torso"][f"Convolution_{i}"]["kernel"] for i in range(3)] == [
+        (8, 8, 4, 32),
+        (4, 4, 32, 64),
+        (3, 3, 64, 64),
+    ]
+    assert shapes["torso"]["Dense_0"]["kernel"] == (7 * 7 * 64, 512)  # Mnih et al. 2015, extended data table 1
+    network = nets.actor_critic(
+        nets.Config(torso="impala", hidden=(256,), shared=True),
+        jax.ShapeDtypeStruct((72, 96, 3), jnp.uint8),
+        Discrete(9),
+    )
+    shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(network.init, key)["params"])
+    kernels = [layer["kernel"] for layer in shapes["shared"]["ResidualNetwork_0"].values()]
+    assert len(kernels) == 15 and shapes["shared"]["Dense_0"]["kernel"] == (
+        9 * 12 * 32,
+        256,
+    )  # Espeholt et al. 2018, figure 3
+    with pytest.raises(ValueError, match=r"torso=nature leave nothing of observations \(35, 40, 2\)"):
+        nets.actor_critic(nets.Config(torso="nature"), jax.ShapeDtypeStruct((35, 40, 2), jnp.uint8), Discrete(2))
+
+
+def test_the_convolutions_of_nature_are_xlas(key):
+    from jrl.nets.torso import Convolution
+
+    x, module = random_obs(key, jax.ShapeDtypeStruct((11, 13, 2), jnp.float32), 3), Convolution(5, 4, 2)
+    params = module.init(key, x)["params"]
+    wanted = jax.lax.conv_general_dilated(
+        x, params["kernel"], (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+    )
+    np.testing.assert_allclose(module.apply({"params": params}, x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", NETWORKS.values(), ids=NETWORKS)
+def test_a_dictionary_of_a_picture_and_a_vector_is_read(make, key):
+    spec = {
+        "picture": PICTURE,
+        "speed": jax.ShapeDtypeStruct((3,), jnp.float32),
+        "time": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    network = make(spec, torso="nature", hidden=(8,))
+    params = network.init(key)
+    obs = {name: random_obs(key, part, 2) * (200 if name == "picture" else 1) for name, part in spec.items()}
+    of = lambda obs: jax.tree.leaves(network.step(params, network.memory, obs, jnp.zeros(2, bool))[1])[0]  # noqa: E731
+    for name, part in obs.items():
+        changed = obs | {name: part + jnp.ones_like(part)}
+        assert (of(changed) != of(obs)).any(), name
+    with pytest.raises(
+        ValueError, match=r"network.torso=conv needs observations \[height, width, channels\], got \(\(2,\), \(3,\)\)"
+    ):
+        make((jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.float32)), torso="conv")
+
+
+def test_a_standard_deviation_follows_the_state_within_its_bounds(key):
+    space = Box((-1, -1), (1, 1))
+    obs = 100 * random_obs(key, VECTOR, 50)
+    config = nets.Config(state_std=True, log_std=-1, log_std_min=-1.05, log_std_max=-0.95)
+    network = nets.actor_critic(config, VECTOR, space)
+    params = network.init(key)
+    params = {"params": params["params"] | {"policy": jax.tree.map(lambda x: 100 * x, params["params"]["policy"])}}
+    log_std = network.step(params, (), obs, jnp.zeros(50, bool))[1].policy.log_std
+    assert log_std.shape == (50, 2) and log_std.min() == np.float32(-1.05) and log_std.max() == np.float32(-0.95)
+    fixed = nets.actor_critic(nets.Config(log_std=-1, log_std_max=-1), VECTOR, space)
+    params = fixed.init(key)
+    params["params"]["policy"]["log_std"] += 3
+    assert (fixed.step(params, (), obs, jnp.zeros(50, bool))[1].policy.log_std == -1).all()
+    with pytest.raises(
+        ValueError, match=r"network.log_std must be between log_std_min and log_std_max, -80 and -2; got 0"
+    ):
+        nets.Config(log_std_max=-2)
+    with pytest.raises(ValueError, match="a network has one memory; got 2 and 3"):
+        nets.Config(gru=2, lstm=3)

@@ -18,7 +18,8 @@ RANK_PROMOTION = "allow"  # these packages promote ranks
 
 
 def needs(package):
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"needs {package}")
+    module = packages.IMPORTED_AS.get(package, package)
+    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"needs {package}")
 
 
 SOME = [
@@ -26,10 +27,13 @@ SOME = [
     pytest.param(
         "craftax/Craftax-Classic-Symbolic-v1", {"max_timesteps": 7}, marks=[needs("craftax"), pytest.mark.slow]
     ),
+    pytest.param("gymnasium/HalfCheetah-v5", {"steps": 7}, marks=needs("mujoco")),
+    pytest.param("gymnasium/ALE/Pong-v5", {"steps": 7, "num_frames": 2}, marks=[needs("ale_py"), pytest.mark.slow]),
     pytest.param("jumanji/Game2048-v1", {"steps": 7}, marks=needs("jumanji")),
     pytest.param("jumanji/Snake-v1", {}, marks=needs("jumanji")),
     pytest.param("navix/Navix-DoorKey-5x5-v0", {"max_steps": 7}, marks=[needs("navix"), pytest.mark.slow]),
     pytest.param("pgx/tic_tac_toe", {}, marks=needs("pgx")),
+    pytest.param("playground/CartpoleSwingup", {"steps": 7}, marks=[needs("playground"), pytest.mark.slow]),
     pytest.param("xminigrid/MiniGrid-DoorKey-5x5", {"max_steps": 7}, marks=[needs("xminigrid"), pytest.mark.slow]),
 ]
 
@@ -65,6 +69,45 @@ def test_an_environment_follows_the_protocol_and_ppo_takes_steps_in_it(name, par
     algo = ppo.make(env, config)
     _, metrics = jax.jit(lambda key: algo.update(algo.init(key)))(key)
     assert jnp.isfinite(metrics["loss"])
+
+
+@needs("playground")
+@pytest.mark.slow
+def test_playground_is_stepped_as_by_itself(key):
+    from mujoco_playground import registry
+
+    env = envs.make("playground/CartpoleSwingup", steps=3)
+    other = registry.load("CartpoleSwingup", config_overrides={"impl": "jax"})
+    steps = played(env, key, 3)
+    state = jax.jit(other.reset)(key)
+    np.testing.assert_array_equal(steps[0][0], state.obs)
+    for obs, _, action, reward, terminated, _ in steps[1:]:
+        state = jax.jit(other.step)(state, action)
+        np.testing.assert_array_equal(obs, state.obs)
+        assert reward == state.reward and not terminated
+    assert steps[-1][5]  # the clock
+
+
+@needs("ale_py")
+def test_a_game_of_atari_is_prepared_as_in_the_paper(key):
+    import gymnasium
+
+    from jrl.envs import host
+
+    env = envs.make("gymnasium/ALE/Breakout-v5", num_frames=4)
+    spec = envs.observation_spec(env)
+    assert spec.shape == (84, 84, 4) and spec.dtype == np.uint8 and env.time_limit == 27_000
+    theirs = gymnasium.wrappers.AtariPreprocessing(gymnasium.make("ALE/Breakout-v5", frameskip=1))
+    obs, state = env.reset(key)
+    first, _ = theirs.reset(seed=int(host.seed_of(key)))
+    np.testing.assert_array_equal(obs, np.stack([first] * 4, -1))
+    frames = [first] * 4
+    for t in range(10):
+        obs, state, reward, *_ = env.step(jax.random.fold_in(key, t), state, jnp.int32(t % 4))
+        frame, their_reward, *_ = theirs.step(t % 4)
+        frames = [*frames[1:], frame]
+        np.testing.assert_array_equal(obs, np.stack(frames, -1))
+        assert reward == their_reward
 
 
 @needs("brax")
@@ -176,7 +219,7 @@ def test_a_saved_policy_is_an_opponent(key):
 @pytest.mark.parametrize("package", packages.EXTRAS)
 def test_a_package_that_is_not_there_is_named_with_its_extra(package, monkeypatch):
     def absent(name):
-        raise ModuleNotFoundError(name=package)
+        raise ModuleNotFoundError(name=packages.IMPORTED_AS.get(package, package))
 
     monkeypatch.setattr(packages.importlib, "import_module", absent)
     with pytest.raises(ValueError, match=rf"it needs the package {package}, .* pip install 'jrl\[{package}\]'"):

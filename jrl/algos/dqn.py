@@ -29,7 +29,7 @@ from jrl.envs import wrappers
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
 from jrl.equations import losses
-from jrl.experience import replay, rollout
+from jrl.experience import normalize, replay, rollout
 from jrl.experience.greedy import choose, epsilon_greedy, exploration_noise, mask, pick
 from jrl.numerics import optim, precision
 from jrl.numerics.types import Memory, Observation, OptState, Params
@@ -55,6 +55,7 @@ def make(
     unstacked, defaults = strict(env), hyper
     env = strict(wrappers.frame_stack(unstacked, config.num_frames)) if config.num_frames > 1 else unstacked
     remake = functools.partial(make, unstacked, hyper=hyper, network=network, optimizer=optimizer, start=start)
+    normalize.check(config, observation_spec(env))
     network, store = network_of(env, config, network, start), replay_of(env, config)
     num_actions = env.action_space.n  # type: ignore[union-attr]
     noisy = config.network.noisy
@@ -70,18 +71,20 @@ def make(
         actors, steps, episodes = rollout.collect(
             env, state.actors, actor(state), (noise, weight_keys), key_envs, config.num_steps
         )
-        rows = replay.Step(steps.obs, steps.extras, steps.reward, steps.terminated, steps.truncated, steps.next_obs)
+        reward = normalize.clipped(config.reward_clip, steps.reward)
+        rows = replay.Step(steps.obs, steps.extras, reward, steps.terminated, steps.truncated, steps.next_obs)
         buffer, _ = jax.lax.scan(lambda b, s: (store.add(b, s), None), state.buffer, rows)
         state = state._replace(actors=actors, buffer=buffer, key=key)
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
         state, metrics = algorithm.learn_from_replay(learn, state, keys[4:], ready, config.target_every)
+        state = state._replace(**normalize.after(state, steps))
         return state, metrics | {"epsilon": epsilon_of(state)} | rollout.episode_metrics(episodes)
 
     def learn(state: State, key: Array, ready: Array) -> tuple[State, Metrics]:
         """One minibatch; priorities stay as they are until ``ready``."""
         h = state.hyper
         key_batch, key_online, key_target, key_select = jax.random.split(key, 4) if noisy else (key, None, None, None)
-        batch = store.sample(state.buffer, key_batch, h.gamma, algorithm.importance_exponent(state))
+        batch = normalized(state, store.sample(state.buffer, key_batch, h.gamma, algorithm.importance_exponent(state)))
         next_outputs = outputs(state.target_params, batch.next_obs, key_target)
         if config.double:
             chooser = values(outputs(state.params, batch.next_obs, key_select), batch.next_obs, h)
@@ -151,6 +154,10 @@ def make(
                 error = jnp.sum((target - jax.nn.softmax(taken)) * support(hyper)[0], axis=-1)
                 return error, each, jnp.maximum(each - entropy, 0.0)
 
+    def normalized(state: State, batch: replay.Batch) -> replay.Batch:
+        obs, next_obs = (normalize.observations(state.obs_stats, x) for x in (batch.obs, batch.next_obs))
+        return batch._replace(obs=obs, next_obs=next_obs, reward=normalize.rewards(state.reward_stats, batch.reward))
+
     def outputs(params: Params, obs: Observation, key: Array | None) -> Array:
         """The network's output ``[N, A]`` or ``[N, A, atoms]``, noisy with a key."""
         params = nets.with_noise(params, key) if noisy and key is not None else params
@@ -175,6 +182,7 @@ def make(
 
         def act(nothing: Any, obs: Observation, first: Array, noise: Any) -> tuple[Any, Array, Any]:
             chance, key = noise
+            obs = normalize.observations(state.obs_stats, obs)
             action = epsilon_greedy(values(outputs(state.params, obs, key), obs, state.hyper), epsilon, chance)
             return nothing, action, action
 
@@ -193,6 +201,7 @@ def make(
             **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer),
             target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
             actors=rollout.start(env, key_envs, config.num_envs, ()),
+            **normalize.start(config, observation_spec(env), start),
             buffer=store.init(),
             key=key_run,
         )
@@ -200,7 +209,7 @@ def make(
     def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
         params = optim.eval_params(state.opt_state, state.params)
         key_noise, key_weights = (None, None) if key is None else jax.random.split(key)
-        one = jax.tree.map(lambda x: x[None], obs)
+        one = jax.tree.map(lambda x: x[None], normalize.observations(state.obs_stats, obs))
         q = values(outputs(params, one, key_weights), one, state.hyper)[0]
         return choose(q, epsilon_of(state), key_noise), ()
 
@@ -226,6 +235,8 @@ class State(NamedTuple):
     target_params: Params
     opt_state: OptState
     actors: rollout.Actors
+    obs_stats: normalize.Stats | None
+    reward_stats: normalize.RewardStats | None
     buffer: replay.Buffer
     key: Array
     updates: Array  # int32: done so far

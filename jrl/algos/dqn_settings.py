@@ -30,6 +30,9 @@ class Config(Settings):
     distribution: Literal["mean", "categorical", "quantile"] = "mean"  # Plain values, C51 or QR.
     atoms: Positive = 51  # Atoms of a distribution.
     loss: Literal["squared", "huber"] = "squared"  # For mean values; huber is robust, but tends to the median.
+    normalize_observations: bool = False  # Standardize observations by running statistics.
+    normalize_rewards: bool = False  # Divide rewards by the running deviation of discounted returns.
+    reward_clip: NonNegative = 0.0  # Bound that rewards are cut off at, above and below 0; 0 for none.
     # Shape of the network; dueling and noisy are here.
     network: nets.ValueConfig = field(default_factory=lambda: nets.ValueConfig(norm="none"))
     optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)  # What the optimizer is made of.

@@ -25,7 +25,7 @@ from jrl import algorithm, nets
 from jrl.algorithm import Algorithm, Metrics
 from jrl.algos.ppo_settings import Config, Hyper, check
 from jrl.envs.strict import strict
-from jrl.envs.types import Box, Discrete, Environment, MaskedObs, MultiDiscrete, Space, observation_spec
+from jrl.envs.types import Box, Discrete, Environment, MultiDiscrete, Space, observation_spec
 from jrl.equations import distributions, losses, returns
 from jrl.equations.distributions import Distribution
 from jrl.experience import normalize, rollout
@@ -56,9 +56,7 @@ def make(
     remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, start=start)
     network = nets.starting_from(nets.policy_network(network, config.network, obs_spec, env.action_space), start)
     rollout.check_minibatches(config, network.remembers)
-    array = obs_spec.obs if isinstance(obs_spec, MaskedObs) else obs_spec
-    if config.normalize_observations and not isinstance(array, jax.ShapeDtypeStruct):
-        raise ValueError("config.normalize_observations needs observations of one array; got a tree of them")
+    normalize.check(config, obs_spec)
     network = precision.apply_to_network(config.precision, network)
     distribution = action_distribution(env.action_space, config.continuous)
 
@@ -68,7 +66,7 @@ def make(
         actors, steps, episodes = rollout.collect(env, state.actors, actor(state), noise, key_envs, config.num_steps)
         batch = with_advantages(state, steps)
         state, metrics = learn(state, batch, key_learn)
-        state = state._replace(actors=actors, key=key, updates=state.updates + 1, **next_statistics(state, steps))
+        state = state._replace(actors=actors, key=key, updates=state.updates + 1, **normalize.after(state, steps))
         metrics["explained_variance"] = losses.explained_variance(batch.value, batch.target)
         return state, metrics | rollout.episode_metrics(episodes)
 
@@ -121,9 +119,7 @@ def make(
         obs = normalize.observations(state.obs_stats, steps.obs)
         memories, outputs = network.unroll(state.params, state.actors.memory, obs, steps.first)
         v_t = rollout.following_values(env, steps, outputs.value, value_of(state, memories), network.heavy)
-        reward = steps.reward
-        if state.reward_stats is not None:
-            reward = normalize.scale(state.reward_stats.stats, reward)
+        reward = normalize.rewards(state.reward_stats, steps.reward)
         discount_t = state.hyper.gamma * (1 - steps.terminated)
         continue_t = 1.0 - (steps.terminated | steps.truncated)
         over_envs = jax.vmap(returns.gae, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
@@ -181,15 +177,6 @@ def make(
         adapted = losses.adapt_kl_weight(state.kl_weight, kl, state.hyper.target_kl, state.hyper.kl_weight)
         return state._replace(kl_weight=adapted), metrics | {"kl": kl, "kl_weight": state.kl_weight}
 
-    def next_statistics(state: State, steps: rollout.Steps) -> dict[str, Any]:
-        obs_stats, reward_stats = state.obs_stats, state.reward_stats
-        if obs_stats is not None:
-            obs_stats = normalize.update(obs_stats, steps.obs.obs if isinstance(steps.obs, MaskedObs) else steps.obs)
-        if reward_stats is not None:
-            ended = steps.terminated | steps.truncated
-            reward_stats = normalize.update_rewards(reward_stats, steps.reward, ended, state.hyper.gamma)
-        return {"obs_stats": obs_stats, "reward_stats": reward_stats}
-
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
         check_hyper(hyper)
@@ -199,8 +186,7 @@ def make(
         return State(
             **learner,
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
-            obs_stats=normalize.starting_from(array.shape, start) if config.normalize_observations else None,
-            reward_stats=normalize.init_rewards(config.num_envs) if config.normalize_rewards else None,
+            **normalize.start(config, obs_spec, start),
             kl_weight=learner["hyper"].kl_weight,
             key=key_run,
         )

@@ -23,7 +23,7 @@ from jrl.algorithm import Algorithm, Metrics, exploration
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
 from jrl.equations import returns
-from jrl.experience import rollout
+from jrl.experience import normalize, rollout
 from jrl.experience.greedy import best_value, choose, epsilon_greedy, exploration_noise, mask, pick
 from jrl.numerics import checks, loops, optim, precision
 from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, Unit, check_hyper
@@ -40,6 +40,9 @@ class Config(Settings):
     num_steps: Positive = 64  # Steps of each environment per update.
     num_epochs: Positive = 4  # Passes over the rollout of an update.
     num_minibatches: Positive = 16  # Gradient steps per pass; divides num_envs * num_steps (recurrent: num_envs).
+    normalize_observations: bool = False  # Standardize observations by running statistics.
+    normalize_rewards: bool = False  # Divide rewards by the running deviation of discounted returns.
+    reward_clip: NonNegative = 0.0  # Bound that rewards are cut off at, above and below 0; 0 for none.
     network: nets.ValueConfig = field(default_factory=nets.ValueConfig)  # Shape of the network.
     optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)  # What the optimizer is made of.
     # float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
@@ -78,6 +81,7 @@ def make(
     check_hyper(hyper)
     env, defaults = strict(env), hyper
     remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, start=start)
+    normalize.check(config, observation_spec(env))
     network = nets.value_network(network, config.network, observation_spec(env), env.action_space)
     network = nets.starting_from(network, start)
     rollout.check_minibatches(config, network.remembers)
@@ -88,7 +92,7 @@ def make(
         noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), env.action_space.n)  # type: ignore[union-attr]
         actors, steps, episodes = rollout.collect(env, state.actors, actor(state), noise, key_envs, config.num_steps)
         state, metrics = learn(state, with_targets(state, steps), key_learn)
-        state = state._replace(actors=actors, key=key, updates=state.updates + 1)
+        state = state._replace(actors=actors, key=key, updates=state.updates + 1, **normalize.after(state, steps))
         return state, metrics | rollout.episode_metrics(episodes)
 
     def loss(params: Params, memory: Memory, batch: Batch) -> tuple[Array, Metrics]:
@@ -103,7 +107,7 @@ def make(
         epsilon = exploration(state)
 
         def act(memory: Memory, obs: Observation, first: Array, noise: tuple[Array, Array]) -> tuple[Any, Array, Any]:
-            next_memory, q = network.step(state.params, memory, obs, first)
+            next_memory, q = network.step(state.params, memory, normalize.observations(state.obs_stats, obs), first)
             action = epsilon_greedy(mask(q, obs), epsilon, noise)
             return next_memory, action, action
 
@@ -111,9 +115,11 @@ def make(
 
     def with_targets(state: State, steps: rollout.Steps) -> Batch:
         """Lambda returns of a rollout, as training sequences."""
-        memories, q = network.unroll(state.params, state.actors.memory, steps.obs, steps.first)
+        obs = normalize.observations(state.obs_stats, steps.obs)
+        memories, q = network.unroll(state.params, state.actors.memory, obs, steps.first)
 
         def value_of(obs: Observation, t: Array, b: Array) -> Array:
+            obs = normalize.observations(state.obs_stats, obs)
             memory = network.memory_at(memories, t, b)
             return best_value(network.step(state.params, memory, obs, jnp.zeros(t.shape, bool))[1], obs)
 
@@ -121,9 +127,10 @@ def make(
         discount_t = state.hyper.gamma * (1 - steps.terminated)
         continue_t = 1.0 - (steps.terminated | steps.truncated)
         over_envs = jax.vmap(returns.lambda_returns, in_axes=(1, 1, 1, 1, None), out_axes=1)
-        reward = steps.reward * state.hyper.reward_scale
+        reward = normalize.rewards(state.reward_stats, normalize.clipped(config.reward_clip, steps.reward))
+        reward = reward * state.hyper.reward_scale
         target = over_envs(reward, discount_t, v_t, continue_t, state.hyper.q_lambda)
-        batch = Batch(steps.obs, steps.first, steps.extras, target)
+        batch = Batch(obs, steps.first, steps.extras, target)
         return batch if network.remembers else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
 
     def learn(state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
@@ -149,12 +156,13 @@ def make(
         return State(
             **algorithm.start_learning(config, hyper, network.init(key_params), key_optimizer, num_updates, optimizer),
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
+            **normalize.start(config, observation_spec(env), start),
             key=key_run,
         )
 
     def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
         params = optim.eval_params(state.opt_state, state.params)
-        next_memory, q = nets.step_one(network, params, obs, memory)
+        next_memory, q = nets.step_one(network, params, normalize.observations(state.obs_stats, obs), memory)
         return choose(mask(q, obs), exploration(state), key), next_memory
 
     return Algorithm(
@@ -178,6 +186,8 @@ class State(NamedTuple):
     params: Params
     opt_state: OptState
     actors: rollout.Actors
+    obs_stats: normalize.Stats | None
+    reward_stats: normalize.RewardStats | None
     key: Array
     updates: Array  # int32: done so far
     num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown

@@ -26,7 +26,7 @@ from jrl.algos.r2d2_settings import Config, Hyper, check
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
 from jrl.equations import losses, returns
-from jrl.experience import replay, rollout
+from jrl.experience import normalize, replay, rollout
 from jrl.experience.greedy import choose, epsilon_greedy, exploration_noise, mask, pick
 from jrl.numerics import optim, precision, settings
 from jrl.numerics.types import Memory, Observation, OptState, Params
@@ -51,10 +51,11 @@ def make(
     check(config, hyper)
     env, defaults = strict(env), hyper
     remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, start=start)
+    normalize.check(config, observation_spec(env))
     network = nets.value_network(network, config.network, observation_spec(env), env.action_space)
     network = nets.starting_from(network, start)
     if not network.remembers:
-        raise ValueError("config.network.gru must be at least 1: without a memory this is DQN; got 0")
+        raise ValueError("config.network.gru or lstm must be at least 1: without a memory this is DQN; got 0")
     network = precision.apply_to_network(config.precision, network)
     num_rows = config.burn_in + config.length + 1  # the last only to bootstrap from
     store = replay.make_sequences(
@@ -75,19 +76,21 @@ def make(
         noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), num_actions)
         actors, steps, episodes = rollout.collect(env, state.actors, actor(state), noise, key_envs, config.num_steps)
         action, before, after = steps.extras
+        reward = normalize.clipped(config.reward_clip, steps.reward)
         row = replay.Step(
-            (steps.obs, before), action, steps.reward, steps.terminated, steps.truncated, (steps.next_obs, after)
+            (steps.obs, before), action, reward, steps.terminated, steps.truncated, (steps.next_obs, after)
         )
         buffer, _ = jax.lax.scan(lambda b, s: (store.add(b, s), None), state.buffer, row)
         state = state._replace(actors=actors, buffer=buffer, key=key)
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
         state, metrics = algorithm.learn_from_replay(learn, state, keys[3:], ready, config.target_every)
+        state = state._replace(**normalize.after(state, steps))
         return state, metrics | {"epsilon": exploration(state)} | rollout.episode_metrics(episodes)
 
     def learn(state: State, key: Array, ready: Array) -> tuple[State, Metrics]:
         """One minibatch of sequences; priorities stay as they are until ``ready``."""
         h = state.hyper
-        seq = store.sample(state.buffer, key, algorithm.importance_exponent(state))
+        seq = normalized(state, store.sample(state.buffer, key, algorithm.importance_exponent(state)))
         obs, stored = seq.obs
         before, after = jax.tree.map(lambda x: x[0], stored), slice(config.burn_in, None)
         part = jax.tree.map(lambda x: x[after], (obs, seq.first))
@@ -113,6 +116,11 @@ def make(
         buffer = store.update(state.buffer, starts_at, priority**h.priority_exponent)
         state = state._replace(params=step.params, opt_state=step.opt_state, buffer=buffer)
         return state, metrics | {"grad_norm": step.grad_norm}
+
+    def normalized(state: State, seq: replay.Sequences) -> replay.Sequences:
+        obs, stored = seq.obs
+        obs = normalize.observations(state.obs_stats, obs)
+        return seq._replace(obs=(obs, stored), reward=normalize.rewards(state.reward_stats, seq.reward))
 
     def burn_in(params: Params, seq: replay.Sequences, before: Any) -> Any:
         """The memories ``[N]`` after the first rows, as ``params`` have them; no gradient goes through."""
@@ -143,6 +151,7 @@ def make(
         epsilon = exploration(state)
 
         def act(before: Any, obs: Observation, first: Array, noise: Any) -> tuple[Any, Array, Any]:
+            obs = normalize.observations(state.obs_stats, obs)
             after, q = network.step(state.params, before, obs, first)
             action = epsilon_greedy(mask(q, obs), epsilon, noise)
             return after, action, (action, before, after)
@@ -158,13 +167,14 @@ def make(
             **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer),
             target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
+            **normalize.start(config, observation_spec(env), start),
             buffer=store.init(),
             key=key_run,
         )
 
     def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
         params = optim.eval_params(state.opt_state, state.params)
-        next_memory, q = nets.step_one(network, params, obs, memory)
+        next_memory, q = nets.step_one(network, params, normalize.observations(state.obs_stats, obs), memory)
         return choose(mask(q, obs), exploration(state), key), next_memory
 
     return Algorithm(
@@ -189,6 +199,8 @@ class State(NamedTuple):
     target_params: Params
     opt_state: OptState
     actors: rollout.Actors
+    obs_stats: normalize.Stats | None
+    reward_stats: normalize.RewardStats | None
     buffer: replay.Buffer
     key: Array
     updates: Array  # int32: done so far

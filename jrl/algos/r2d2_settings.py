@@ -26,6 +26,9 @@ class Config(Settings):
     double: bool = True  # The online network chooses what the target network values.
     prioritized: bool = True  # Draw sequences in proportion to their errors.
     rescale: bool = False  # Learn h(x) = sgn(x) (sqrt(|x| + 1) - 1) + x / 1000, for returns of very different sizes.
+    normalize_observations: bool = False  # Standardize observations by running statistics.
+    normalize_rewards: bool = False  # Divide rewards by the running deviation of discounted returns.
+    reward_clip: NonNegative = 0.0  # Bound that rewards are cut off at, above and below 0; 0 for none.
     # Shape of the network; gru is the width of its memory, which is stored with each row.
     network: nets.ValueConfig = field(default_factory=lambda: nets.ValueConfig(hidden=(64,), norm="none", gru=64))
     optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)  # What the optimizer is made of.

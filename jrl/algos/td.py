@@ -30,7 +30,7 @@ from jrl.algos.prediction import n_step_td as n_step_td
 from jrl.algos.prediction import td as td
 from jrl.algos.prediction import td_lambda as td_lambda
 from jrl.envs.strict import strict
-from jrl.envs.types import Discrete, Environment, MaskedObs, observation_spec
+from jrl.envs.types import Discrete, Environment, MaskedObs, next_episode, observation_spec
 from jrl.experience.rollout import mean_or_nan
 from jrl.numerics import checks
 from jrl.numerics.precision import exact
@@ -162,7 +162,7 @@ def make(env: Environment, config: Config = Config(), hyper: Hyper = Hyper()) ->
         transition = Transition(state.x, one_hot[0], reward, discount_t, x_t, one_hot[1], legal_t, ended)
         q, memory, delta = learn(config, state.hyper, state.q, state.memory, transition, key_coin)
 
-        first_obs, first_state = env.reset(key_reset)
+        first_obs, first_state = next_episode(env, key_reset, env_state)
         first_x, first_legal = look(first_obs)
         first_action = choose(key_first, q, first_x, first_legal, state.hyper.epsilon)
         fresh = (first_state, first_x, first_legal, first_action)

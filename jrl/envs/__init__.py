@@ -6,6 +6,7 @@ from typing import Any
 
 from jrl import user_file
 from jrl.envs import gymnax, packages, probes, tabular, wrappers
+from jrl.envs.host import on_host
 from jrl.envs.recall import recall
 from jrl.envs.spaces import Box, Discrete, MultiDiscrete, Space
 from jrl.envs.strict import strict
@@ -22,6 +23,7 @@ __all__ = [
     "make",
     "names",
     "observation_spec",
+    "on_host",
     "register",
     "strict",
     "tabular",

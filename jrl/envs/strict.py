@@ -1,5 +1,6 @@
 """Checking an environment by abstract evaluation, before anything compiles."""
 
+import re
 from typing import Any
 
 import jax
@@ -68,10 +69,14 @@ def has_legal_action(space: Space, mask: Array) -> Array:
 def _record(env: Any) -> Environment:
     """An ``Environment`` of anything that has its names."""
     package = type(env).__module__.partition(".")[0]
-    if package in ("gymnasium", "gymnax", "gym", "brax", "jumanji", "pgx", "craftax", "navix", "xminigrid"):
+    if hasattr(env, "unwrapped") and hasattr(env, "observation_space"):
+        raise ValueError(
+            f"{type(env).__name__} has the interface of gymnasium: envs.on_host(lambda: gymnasium.make(...)) makes an Environment of it"
+        )
+    if package in ("gymnax", "brax", "jumanji", "pgx", "craftax", "navix", "xminigrid", "mujoco_playground"):
         raise ValueError(
             f"{type(env).__name__} is an environment of {package}, which has another protocol: write reset and step as "
-            "functions of jrl.envs.Environment (envs.make knows those of gymnax, brax, craftax, jumanji, navix, pgx and xminigrid by name)"
+            "functions of jrl.envs.Environment (envs.make knows those of gymnax, brax, craftax, jumanji, navix, pgx, playground and xminigrid by name)"
         )
     missing = [name for name in ("reset", "step", "action_space") if not hasattr(env, name)]
     if missing:
@@ -80,8 +85,8 @@ def _record(env: Any) -> Environment:
         )
     name = str(getattr(env, "name", None) or getattr(env, "__name__", None) or type(env).__name__)
     fields: dict[str, Any] = {field: getattr(env, field, None) for field in Environment._fields}
+    fields |= {field: getattr(env, field, default) for field, default in Environment._field_defaults.items()}
     fields |= {"name": name, "settings": fields["settings"] or ()}
-    fields["steps_per_reset"] = getattr(env, "steps_per_reset", 1)
     for field in ("reset", "step"):
         checks.function(f"{name}: {field}", fields[field])
     for field in ("time_limit", "first_truncation", "steps_per_reset"):
@@ -122,8 +127,10 @@ def _shapes(tree: Any) -> Any:
 
 def _joined(env: str, name: str, first: Any, then: Any) -> Any:
     """Shapes of what ``reset`` gave first and ``step`` then, promoted where ``reset`` gave Python numbers."""
-    if str(jax.tree.structure(first)) != str(jax.tree.structure(then)):
-        raise ValueError(f"{env}: step returns another {name} structure than reset: {then} against {first}")
+    if _structure(first) != _structure(then):
+        raise ValueError(
+            f"{env}: step returns another {name} structure than reset: {_short(then)} against {_short(first)}"
+        )
 
     def leaf(path: Any, a: Any, b: Any) -> Any:
         place = name + jax.tree_util.keystr(path)
@@ -181,6 +188,16 @@ def _check_scalars(env: str, reward: Any, terminated: Any, truncated: Any) -> No
             raise ValueError(f"{env}: the reward must be real; got dtype {given.dtype}")
         if name != "reward" and not flag:
             raise ValueError(f"{env}: {name} must be bool, since step returns {ORDER}; got dtype {given.dtype}")
+
+
+def _structure(tree: Any) -> str:
+    """The structure of a tree as text, without the addresses of what stands in it."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(jax.tree.structure(tree)))
+
+
+def _short(tree: Any) -> str:
+    text = str(tree)
+    return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
 def _is_key(x: Any) -> bool:

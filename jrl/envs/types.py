@@ -31,6 +31,20 @@ class MaskedObs(NamedTuple):
     mask: Array
 
 
+class Host(NamedTuple):
+    """What an environment can do besides whose ``step`` calls the host (``jrl.envs.host``), and begins the next episode by itself.
+
+    Attributes:
+        restart: ``state -> (obs, state)``, the first observation and state of the next episode, from the state after one that ended.
+        release: ``state -> None``: nobody will act in this state, so that what the host holds for it may serve another.
+        render: ``state -> picture``, uint8 ``[height, width, 3]``, of a state that nobody has acted in; None if it has none.
+    """
+
+    restart: Callable[[State], tuple[Obs, State]]
+    release: Callable[[State], Any]
+    render: Callable[[State], np.ndarray] | None
+
+
 class Environment(NamedTuple):
     """An environment; any record or module with these names will do. ``envs.strict`` checks it.
 
@@ -45,9 +59,12 @@ class Environment(NamedTuple):
             skip values that cannot be needed.
         steps_per_reset: a rollout draws one fresh first state for so many steps of each environment. Where it is more than 1, an
             environment whose episodes end twice within these steps begins twice in the same state; the default is exact.
-        draw: ``(states: list, path) -> None`` writes a GIF of an episode, or None.
+        draw: ``(states: list, path) -> None`` writes an animation of an episode, or None. Where ``host.render`` is there, it is given pictures
+            instead of states.
+        drawn_as: Suffix of the files that ``draw`` writes.
         settings: what it was made of, as pairs of a name and a value, which a run records and compares: parameters, wrappers,
             a file's text.
+        host: what it can do besides if its ``step`` calls the host, else None.
     """
 
     name: str
@@ -59,6 +76,13 @@ class Environment(NamedTuple):
     draw: Callable[[list[State], str], None] | None = None
     settings: tuple[tuple[str, Any], ...] = ()
     steps_per_reset: int = 1
+    drawn_as: str = ".gif"
+    host: Host | None = None
+
+
+def next_episode(env: Environment, key: Array, state: State) -> tuple[Obs, State]:
+    """First observation and state of the episode that follows one which ended in ``state``."""
+    return env.reset(key) if env.host is None else env.host.restart(state)
 
 
 R = TypeVar("R", bound=Any)

@@ -1,11 +1,17 @@
 """Environments from environments. (Normalization of observations and rewards is in ``jrl.experience.normalize``: its statistics
 belong to the learner's state, since they must stand still within an update.)"""
 
+import functools
+import inspect
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jrl import user_file
+from jrl.envs.spaces import Discrete, MultiDiscrete
 from jrl.envs.types import Environment, MaskedObs, example_action, observation_spec, with_settings
 from jrl.numerics import checks
 from jrl.numerics.types import EnvState, Observation
@@ -36,8 +42,9 @@ def time_limit(env: Environment, steps: int) -> Environment:
 def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
     """Repeat the previous action with ``probability`` at each step (Machado et al. 2018, arXiv 1709.06009, section 5.2).
 
-    The first action of an episode is never replaced.
+    The first action of an episode is never replaced. Raises ``ValueError`` for a probability outside 0 to 1.
     """
+    checks.within("sticky_actions: probability", probability, 0, 1)
 
     def reset(key: Array) -> tuple[Any, Any]:
         obs, state = env.reset(key)
@@ -69,6 +76,7 @@ def frame_stack(env: Environment, num_frames: int = 4) -> Environment:
     DQN's ``config.num_frames`` stacks by itself, and its replay stores each frame once.
     Raises ``ValueError`` for observations that are not one array.
     """
+    checks.positive_int("frame_stack: num_frames", num_frames)
     if len(jax.tree.leaves(observation_spec(env))) != 1:
         raise ValueError(f"frame_stack: observations must be one array; {env.name} has {observation_spec(env)}")
 
@@ -112,6 +120,75 @@ def time_feature(env: Environment) -> Environment:
     return _wrapped(env, "time_feature", {}, reset=reset, step=step)
 
 
+def previous(env: Environment) -> Environment:
+    """Show the previous action, one-hot where it is a choice, and the previous reward beside the observation, as recurrent agents are given them
+    (Wang et al. 2016, arXiv 1611.05763; R2D2). At the beginning of an episode both are 0.
+
+    They are appended to an observation that is a vector, also beside a mask; any other becomes a dictionary of ``obs`` and ``previous``.
+    """
+    space = env.action_space
+    counts = (space.n,) if isinstance(space, Discrete) else space.nvec if isinstance(space, MultiDiscrete) else ()
+    width = sum(counts) or len(example_action(space))
+
+    def add(obs: Observation, before: Array) -> Any:
+        if isinstance(obs, MaskedObs):
+            return obs._replace(obs=add(obs.obs, before))
+        if isinstance(obs, Array) and obs.ndim == 1:
+            return jnp.concatenate([obs.astype(jnp.float32), before])
+        return {"obs": obs, "previous": before}
+
+    def reset(key: Array) -> tuple[Any, Any]:
+        obs, state = env.reset(key)
+        return add(obs, jnp.zeros(width + 1, jnp.float32)), (state,)
+
+    def step(key: Array, state: EnvState, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+        obs, inner, reward, terminated, truncated = env.step(key, state[0], action)
+        parts = [jax.nn.one_hot(a, n, dtype=jnp.float32) for a, n in zip(jnp.atleast_1d(action), counts, strict=False)]
+        before = jnp.concatenate([*(parts or [action]), jnp.reshape(reward, 1)])
+        return add(obs, before), (inner,), reward, terminated, truncated
+
+    return _wrapped(env, "previous", {}, reset=reset, step=step)
+
+
+NAMED: dict[str, Callable[..., Environment]] = {
+    wrapper.__name__: wrapper
+    for wrapper in (time_limit, sticky_actions, shared_resets, frame_stack, time_feature, previous)
+}
+
+
+def wrapped(env: Environment, words: Sequence[str]) -> Environment:
+    """The environment in wrappers by name, the first innermost: ``previous``, ``time_limit=200``, or as a run records them,
+    ``time_limit(steps=200)``. Raises ``ValueError`` for an unknown one, or a value that it does not take."""
+    for word in words:
+        parts = re.fullmatch(r"(\w+)(?:=(.+)|\((?:\w+=)?([^,()]*)\))?", word)
+        name = parts[1] if parts else word
+        if parts is None or name not in NAMED:
+            raise ValueError(f"unknown wrapper {word!r}; {checks.suggestion(name, list(NAMED))}")
+        value = parts[2] or parts[3]
+        given = {} if not value else {_parameter(name): _number(word, value)}
+        env = user_file.call(name, functools.partial(NAMED[name], env), given)
+    return env
+
+
+def _parameter(name: str) -> str:
+    """The parameter of a wrapper."""
+    parameters = list(inspect.signature(NAMED[name]).parameters)[1:]
+    if not parameters:
+        raise ValueError(f"the wrapper {name} takes no value")
+    return parameters[0]
+
+
+def _number(word: str, text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"the value of a wrapper must be a number; got {word!r}") from None
+
+
 def _merge(frames: Array) -> Array:
     return jnp.concatenate(list(jnp.atleast_1d(frames)), axis=-1) if frames.ndim > 1 else frames
 
@@ -120,7 +197,11 @@ def _wrapped(
     env: Environment, name: str, settings: dict[str, Any], same_state: bool = False, **changed: Any
 ) -> Environment:
     """The environment with other functions, whose states hold the inner state first unless they are the ``same_state``; the wrapper is put
-    on record."""
+    on record. Raises ``ValueError`` for an environment on the host, whose simulators would not know."""
+    if env.host:
+        raise ValueError(
+            f"{name}: {env.name} lives on the host and begins its episodes itself: wrap its simulators, as gymnasium does"
+        )
 
     def draw(states: list[Any], path: str) -> None:
         assert env.draw is not None

@@ -84,6 +84,47 @@ def update_rewards(state: RewardStats, reward: Array, ended: Array, gamma: Array
     return RewardStats(update(state.stats, totals), running)
 
 
+def check(config: Any, obs_spec: Any) -> None:
+    """Raise ``ValueError`` where observations that are to be normalized are not one array."""
+    if config.normalize_observations and not hasattr(_array(obs_spec), "shape"):
+        raise ValueError("config.normalize_observations needs observations of one array; got a tree of them")
+
+
+def start(config: Any, obs_spec: Any, trained: Any) -> dict[str, Any]:
+    """The fields ``obs_stats`` and ``reward_stats`` of a learner's state, None where ``config`` does not ask for them. Statistics of
+    observations are those of ``trained`` if it has some."""
+    return {
+        "obs_stats": starting_from(_array(obs_spec).shape, trained) if config.normalize_observations else None,
+        "reward_stats": init_rewards(config.num_envs) if config.normalize_rewards else None,
+    }
+
+
+def after(state: Any, steps: Any) -> dict[str, Any]:
+    """The same fields after a rollout: ``state`` has them before it, and ``hyper.gamma``."""
+    obs_stats, reward_stats = state.obs_stats, state.reward_stats
+    if obs_stats is not None:
+        obs_stats = update(obs_stats, _array(steps.obs))
+    if reward_stats is not None:
+        ended = steps.terminated | steps.truncated
+        reward_stats = update_rewards(reward_stats, steps.reward, ended, state.hyper.gamma)
+    return {"obs_stats": obs_stats, "reward_stats": reward_stats}
+
+
+def _array(obs: Any) -> Any:
+    """An observation without its mask."""
+    return obs.obs if hasattr(obs, "mask") else obs
+
+
+def rewards(stats: RewardStats | None, reward: Array) -> Array:
+    """Rewards as they are learned from: divided by the deviation of returns where there are statistics."""
+    return reward if stats is None else scale(stats.stats, reward)
+
+
+def clipped(bound: float, reward: Array) -> Array:
+    """Rewards between ``-bound`` and ``bound``; as they are if that is 0."""
+    return jnp.clip(reward, -bound, bound) if bound else reward
+
+
 def observations(stats: Stats | None, obs: Observation) -> Any:
     """Observations as the network sees them: standardized where there are statistics; masks are left alone."""
     if stats is None:

@@ -71,15 +71,19 @@ def collect(
     num_envs = actors.first.shape[0]
     step_keys, reset_keys = jax.random.split(key, (2, num_steps, num_envs))
     every = env.steps_per_reset
-    resets = jax.vmap(jax.vmap(env.reset))(reset_keys[::every])
+    resets = () if env.host else jax.vmap(jax.vmap(env.reset))(reset_keys[::every])
 
     def step(carry: tuple[Actors, Episodes], x: Any) -> tuple[tuple[Actors, Episodes], Steps]:
         now, episodes = carry
         noise_t, keys, reset = x
-        reset_obs, reset_state = reset if every == 1 else jax.tree.map(lambda x: x[reset], resets)
         memory, action, extras = act(now.memory, now.obs, now.first, noise_t)
         next_obs, env_state, reward, terminated, truncated = jax.vmap(env.step)(keys, now.env_state, action)
         ended = terminated | truncated
+        if env.host:
+            reset = jax.vmap(env.host.restart)(env_state)
+        elif every > 1:
+            reset = jax.tree.map(lambda x: x[reset], resets)
+        reset_obs, reset_state = reset
         total, length = now.episode_return + reward, now.episode_length + 1
         episodes = Episodes(
             episodes.ended + ended,

@@ -1,4 +1,4 @@
-"""Networks that value actions: a torso, an optional GRU, and a head for every action, dueling or not."""
+"""Networks that value actions: a torso, an optional memory, and a head for every action, dueling or not."""
 
 import math
 import zlib
@@ -17,11 +17,12 @@ from jrl.nets.torso import (
     Activation,
     Features,
     Norm,
+    Shapes,
     TorsoConfig,
     activated,
     as_network,
     empty_memory,
-    observation_shape,
+    observation_shapes,
     remember,
     split_mask,
     wide_dot,
@@ -54,11 +55,11 @@ def action_values(config: ValueConfig, obs_spec: Any, space: Space, atoms: int =
     """
     if not isinstance(space, Discrete):
         raise ValueError(f"action values need discrete actions; got {space}")
-    shape = observation_shape(config, obs_spec)
-    network = as_network(ActionValues(config, len(shape), space.n, atoms), config, obs_spec, empty_memory(config))
+    shapes = observation_shapes(config, obs_spec)
+    network = as_network(ActionValues(config, shapes, space.n, atoms), config, obs_spec, empty_memory(config))
     plain = not config.dueling and not config.noisy and atoms == 1
-    fits = plain and fused.fits(config, shape) and space.n <= fused.MOST_OUTPUTS
-    return fused.over(network, len(shape), partial(fused_values, config)) if fits else network
+    fits = plain and fused.fits(config, shapes) and space.n <= fused.MOST_OUTPUTS
+    return fused.over(network, len(shapes[0]), partial(fused_values, config)) if fits else network
 
 
 def fused_values(config: ValueConfig, params: Params, x: Array, mask: Array | None) -> Array:
@@ -70,16 +71,16 @@ class ActionValues(nn.Module):
     """``(memory [B, gru] or (), obs [T, B], first [T, B]) -> (memories [T, B, ...], values [T, B, actions(, atoms)])``."""
 
     config: ValueConfig
-    obs_rank: int
+    shapes: Shapes
     num_actions: int
     atoms: int
 
     @nn.compact
     def __call__(self, memory: Memory, obs: Observation, first: Array) -> tuple[Any, Array]:
-        x, _ = split_mask(self, obs, self.obs_rank)
+        x, _ = split_mask(self, obs, self.shapes)
         dueling = self.config.dueling and bool(self.config.hidden)
         torso = replace(self.config, hidden=self.config.hidden[:-1]) if dueling else self.config
-        x = Features(torso, self.obs_rank, name="torso")(x)
+        x = Features(torso, self.shapes, name="torso")(x)
         memories, x = remember(self.config, "torso", memory, x, first)
         values = self._head("values", x, self.num_actions)
         if self.config.dueling:

@@ -1,4 +1,4 @@
-"""Actor-critic networks: a torso, an optional GRU, and heads for policy and value."""
+"""Actor-critic networks: a torso, an optional memory, and heads for policy and value."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +14,11 @@ from jrl.nets import fused
 from jrl.nets.initializers import orthogonal
 from jrl.nets.torso import (
     Features,
+    Shapes,
     TorsoConfig,
     as_network,
     empty_memory,
-    observation_shape,
+    observation_shapes,
     remember,
     split_mask,
     wide_dot,
@@ -35,7 +36,18 @@ class Config(TorsoConfig):
     """Shape of an actor-critic network."""
 
     shared: bool = False  # One torso for policy and value instead of two.
-    log_std: LogStd = 0.0  # Initial log standard deviation of a continuous policy, which no observation changes.
+    log_std: LogStd = 0.0  # Initial log standard deviation of a continuous policy.
+    log_std_min: LogStd = -80.0  # Its least value; it is clipped there.
+    log_std_max: LogStd = 80.0  # Its largest value.
+    state_std: bool = False  # The policy's head gives the standard deviation, too, so that it depends on the state.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.log_std_min <= self.log_std <= self.log_std_max:
+            raise ValueError(
+                f"network.log_std must be between log_std_min and log_std_max, {self.log_std_min:g} and {self.log_std_max:g}; "
+                f"got {self.log_std:g}"
+            )
 
 
 def actor_critic(config: Config, obs_spec: Any, space: Space) -> Network:
@@ -43,13 +55,13 @@ def actor_critic(config: Config, obs_spec: Any, space: Space) -> Network:
 
     Raises ``ValueError`` if a conv torso is asked for observations that are not ``[height, width, channels]``.
     """
-    shape = observation_shape(config, obs_spec)
-    module = ActorCritic(config, len(shape), space)
+    shapes = observation_shapes(config, obs_spec)
+    module = ActorCritic(config, shapes, space)
     towers = 1 if config.shared else 2
     memory = tuple(empty_memory(config) for _ in range(towers)) if config.remembers else ()
     network = as_network(module, config, obs_spec, memory)
-    fits = fused.fits(config, shape) and policy_width(space) < fused.MOST_OUTPUTS
-    return fused.over(network, len(shape), partial(fused_outputs, config, space)) if fits else network
+    fits = fused.fits(config, shapes) and policy_width(space) < fused.MOST_OUTPUTS and not config.state_std
+    return fused.over(network, len(shapes[0]), partial(fused_outputs, config, space)) if fits else network
 
 
 def fused_outputs(config: Config, space: Space, params: Params, x: Array, mask: Array | None) -> Outputs:
@@ -62,27 +74,27 @@ def fused_outputs(config: Config, space: Space, params: Params, x: Array, mask: 
     else:
         logits, value = fused.towers(config, [params["actor"], params["critic"]], [policy, value], x)
         value = value[..., 0]
-    return Outputs(policy_params(space, logits, params["policy"].get("log_std"), mask), value)
+    return Outputs(policy_params(config, space, logits, params["policy"].get("log_std"), mask), value)
 
 
 class ActorCritic(nn.Module):
     """``(memory of each tower [B] or (), obs [T, B], first [T, B]) -> (memories, Outputs [T, B])``."""
 
     config: Config
-    obs_rank: int
+    shapes: Shapes
     space: Space
 
     @nn.compact
     def __call__(self, memory: Memory, obs: Observation, first: Array) -> tuple[Any, Outputs]:
-        x, mask = split_mask(self, obs, self.obs_rank)
+        x, mask = split_mask(self, obs, self.shapes)
         names = ["shared"] if self.config.shared else ["actor", "critic"]
         features, memories = [], []
         for i, name in enumerate(names):
-            h = Features(self.config, self.obs_rank, name=name)(x)
+            h = Features(self.config, self.shapes, name=name)(x)
             later, h = remember(self.config, name, memory[i] if memory else (), h, first)
             memories.append(later)
             features.append(h)
-        policy = Policy(self.space, self.config.log_std, name="policy")(features[0], mask)
+        policy = Policy(self.space, self.config, name="policy")(features[0], mask)
         value = nn.Dense(1, kernel_init=orthogonal(1.0), dot_general=wide_dot, name="value")(features[-1])[..., 0]
         return tuple(memories) if self.config.remembers else (), Outputs(policy, value)
 
@@ -91,16 +103,19 @@ class Policy(nn.Module):
     """The policy head: logits (masked where an action is illegal) or ``NormalParams``."""
 
     space: Space
-    log_std: float
+    config: Config
 
     @nn.compact
     def __call__(self, x: Array, mask: Array | None) -> Any:
-        width = policy_width(self.space)
-        out = nn.Dense(width, kernel_init=orthogonal(0.01), dot_general=wide_dot, name="out")(x)
-        log_std = None
-        if isinstance(self.space, Box):
-            log_std = self.param("log_std", nn.initializers.constant(self.log_std), (width,), jnp.float32)
-        return policy_params(self.space, out, log_std, mask)
+        width, log_std = policy_width(self.space), None
+        outputs = 2 * width if isinstance(self.space, Box) and self.config.state_std else width
+        out = nn.Dense(outputs, kernel_init=orthogonal(0.01), dot_general=wide_dot, name="out")(x)
+        if outputs > width:
+            out, change = jnp.split(out, 2, axis=-1)
+            log_std = self.config.log_std + change
+        elif isinstance(self.space, Box):
+            log_std = self.param("log_std", nn.initializers.constant(self.config.log_std), (width,), jnp.float32)
+        return policy_params(self.config, self.space, out, log_std, mask)
 
 
 def policy_width(space: Space) -> int:
@@ -114,9 +129,11 @@ def policy_width(space: Space) -> int:
             return len(low)
 
 
-def policy_params(space: Space, out: Array, log_std: Array | None, mask: Array | None) -> Any:
+def policy_params(config: Config, space: Space, out: Array, log_std: Array | None, mask: Array | None) -> Any:
     """The parameters of the distribution over actions, of the head's output."""
     if isinstance(space, Box):
         assert log_std is not None
+        if (config.log_std_min, config.log_std_max) != (Config.log_std_min, Config.log_std_max):
+            log_std = jnp.clip(log_std, config.log_std_min, config.log_std_max)
         return NormalParams(out, jnp.broadcast_to(log_std, out.shape).astype(out.dtype))
     return out if mask is None else jnp.where(mask, out, max(MASKED, float(jnp.finfo(out.dtype).min)))

@@ -36,8 +36,11 @@ def available() -> bool:
     return wanted == "auto" and host.hopper() and jax.__version_info__ >= NEEDS_JAX
 
 
-def fits(config: Any, obs_shape: tuple[int, ...]) -> bool:
-    """Whether the kernels compute a torso (``TorsoConfig``) over observations of this shape."""
+def fits(config: Any, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether the kernels compute a torso (``TorsoConfig``) over observations whose arrays have these shapes."""
+    if len(shapes) != 1:
+        return False
+    [obs_shape] = shapes
     dense = config.torso == "mlp" or (config.torso == "auto" and len(obs_shape) != 3)
     plain = config.norm == "none" and config.activation in ("tanh", "relu") and not config.remembers
     return dense and plain and config.hidden == (64, 64) and math.prod(obs_shape) > 0

@@ -36,6 +36,9 @@ class Options:
 
     env: str = "CartPole-v1"  # Environment id, or a Python file that defines reset, step and action_space.
     env_params: tuple[str, ...] = ()  # Parameters of the environment, as NAME=VALUE ...
+    wrap: tuple[
+        str, ...
+    ] = ()  # Wrappers around it, the first innermost, such as previous, time_limit=200 or sticky_actions=0.25.
     preset: str = "auto"  # auto (the environment's preset, else the default), none, or the name of a preset.
     env_steps: int = 500_000  # Environment steps of each seed; default: the preset's.
     num_seeds: int = 16  # Seeds trained together.
@@ -295,5 +298,6 @@ def _callback_error(text: str) -> str:
 
 
 def environment(options: Options) -> envs.Environment:
-    """The environment that the options name."""
-    return envs.make(options.env, **parse_params(options.env_params))
+    """The environment that the options name, in its wrappers."""
+    made = envs.make(options.env, **parse_params(options.env_params))
+    return envs.strict(envs.wrappers.wrapped(made, options.wrap)) if options.wrap else made

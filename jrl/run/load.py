@@ -164,10 +164,13 @@ def _environment(settings: dict[str, Any], folder: Path) -> Environment:
         )
     name = settings["env"].partition("(")[0]  # of gymnax, parameters that were given are a part of the name
     plain = envs.make(name)
-    # Wrappers are no parameters: an algorithm's own (DQN's stacked frames) it puts on again, others are missed when settings are compared.
     usual = folders.made_of_env(plain) | {"env_params.wrappers": params.get("env_params.wrappers")}
     changed = {path.partition(".")[2]: _as_python(x) for path, x in params.items() if x != usual.get(path)}
-    return (envs.make(name, **changed) if changed else plain)._replace(name=settings["env"])
+    made = (envs.make(name, **changed) if changed else plain)._replace(name=settings["env"])
+    wrappers = params.get("env_params.wrappers") or []
+    if settings.get("config.num_frames", 1) > 1:
+        wrappers = wrappers[:-1]  # the last are DQN's own stacked frames, which it puts on again
+    return envs.wrappers.wrapped(made, wrappers)
 
 
 def _remade(settings: dict[str, Any], env: Environment) -> Algorithm:

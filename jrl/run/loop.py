@@ -134,6 +134,8 @@ def train(
         raise ValueError(f"gif: {algo.env.name} cannot be drawn")
     if devices is not None and devices > len(jax.devices()):
         raise ValueError(f"devices must be at most {len(jax.devices())}, the number of this machine; got {devices}")
+    if algo.env.host:  # one call steps all simulators: several devices would wait for each other
+        devices, seeds_at_once = devices or 1, seeds_at_once or num_seeds * len(hypers or [""])
     total = program.num_updates(algo, env_steps)
     state, metrics = check(algo)
     num_members = num_seeds * len(hypers or [""])

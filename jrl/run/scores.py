@@ -1,6 +1,7 @@
 """Evaluations of all members of a run: the programs, and the scores by cell."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,11 @@ EVAL_SEED = 20_000_003  # evaluation keys: apart from training's, the same for e
 Cells = dict[str, dict[str, Any]]
 
 
+def one_by_one(function: Callable[[Any, jax.Array], Any]) -> Callable[[Any, jax.Array], Any]:
+    """``function`` of each member and a key, one after the other: on the host no member waits for the longest episode of all."""
+    return lambda members, key: jax.lax.map(lambda member: function(member, key), members)
+
+
 class Scorer:
     """Greedy and sampled evaluation of every member in ``episodes`` whole episodes each."""
 
@@ -31,11 +37,13 @@ class Scorer:
             return
         shapes = layout.shapes(self._layout, states)
 
+        each = one_by_one if self._algo.env.host else functools.partial(jax.vmap, in_axes=(0, None))
+
         def compiled(greedy: bool) -> Any:
             def one(state: Any, key: jax.Array) -> Any:
                 return evaluate(self._algo, state, key, self.episodes, greedy)
 
-            members = layout.over_members(self._layout, jax.vmap(one, in_axes=(0, None)))
+            members = layout.over_members(self._layout, each(one))
             return jax.jit(members).lower(shapes, jax.random.key(EVAL_SEED)).compile()
 
         pool = ThreadPoolExecutor(2)

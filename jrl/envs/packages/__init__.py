@@ -13,7 +13,8 @@ from jrl import user_file
 from jrl.envs.types import Environment, with_settings
 from jrl.numerics import checks
 
-EXTRAS = ("brax", "craftax", "jumanji", "navix", "pgx", "xminigrid")
+EXTRAS = ("brax", "craftax", "gymnasium", "jumanji", "navix", "pgx", "playground", "xminigrid")
+IMPORTED_AS = {"playground": "mujoco_playground"}  # where a package's module has another name
 
 
 def make(package: str, name: str, params: dict[str, Any]) -> Environment:
@@ -32,7 +33,7 @@ def installed() -> dict[str, list[str]]:
     """The ids of the packages that are installed, by package."""
     found = {}
     for package in EXTRAS:
-        if importlib.util.find_spec(package) is not None:
+        if importlib.util.find_spec(IMPORTED_AS.get(package, package)) is not None:
             with contextlib.suppress(ValueError):  # one that cannot be imported gives none
                 found[package] = [f"{package}/{name}" for name in _names(package)]
     return found
@@ -42,7 +43,7 @@ def _names(package: str) -> list[str]:
     try:
         return _adapter(package).names()
     except ImportError as error:
-        if error.name == package:
+        if error.name == IMPORTED_AS.get(package, package):
             said = f"it needs the package {package}, which is an extra: pip install 'jrl[{package}]'"
         else:
             said = f"the package cannot be imported: {error}"

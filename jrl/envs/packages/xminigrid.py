@@ -25,6 +25,10 @@ def make(name: str, max_steps: int | None = None, view_size: int | None = None) 
     for field, value in given.items():
         if value is not None:
             checks.positive_int(field, value)
+    if view_size is not None and view_size % 2 == 0:
+        raise ValueError(f"view_size must be odd, with the agent in the middle; got {view_size}")
+    env: Any
+    params: Any
     env, params = xminigrid.make(name, **{field: value for field, value in given.items() if value is not None})
 
     def reset(key: Array) -> tuple[Any, Any]:
