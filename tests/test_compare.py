@@ -11,7 +11,7 @@ import scipy.stats
 
 from jrl import envs, nets, run
 from jrl.algos import ppo
-from jrl.run import command, compare, show, stats
+from jrl.run import command, compare, report, show, stats
 from jrl.run.checkpoint import sealed
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
@@ -119,6 +119,62 @@ def test_a_table_of_another_tool_is_read(tmp_path):
     assert compare.read(path)[0].curves[0, [0, -1]].tolist() == [7, 9]
 
 
+FOREIGN = {
+    "progress": "time/total_timesteps,rollout/ep_rew_mean,time/fps\n10,1,9\n20,2,9\n30,3,9\n",
+    "monitor": '#{"t_start": 1, "env_id": "Pong"}\nr,l,t\n1,10,0.1\n2,10,0.2\n3,10,0.3\n',
+    "a BOM, tabs and spaces": "\ufeffstep\t episode_return \n10\t 1\n20\t 2\n30\t 3\n",
+    "semicolons": "Step;Return\n10;1\n20;2\n30;3\n",
+    "named": "when,reached,value\n10,1,8\n20,2,8\n30,3,8\n",
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_of_each_tool_is_read(kind, tmp_path):
+    (tmp_path / "a.csv").write_text(FOREIGN[kind])
+    (found,) = compare.read(tmp_path / "a.csv", None, *(["reached", "when"] if kind == "named" else []))
+    assert found.env_steps[[0, -1]].tolist() == [10, 30] and found.curves[0, [0, -1]].tolist() == [1, 3]
+    assert found.task == ("Pong" if kind == "monitor" else "")
+
+
+def test_seeds_and_tasks_of_a_file_are_told_apart(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("step,return\n0,1\n10,2\n10,4\n0,5\n10,6\n")  # two episodes may end at one step
+    (found,) = compare.read(path)
+    assert found.curves[:, 0].tolist() == [1, 5] and found.curves[1, -1] == 6
+    path.write_text("step,return,env_id,seed\n0,1,A,0\n5,2,A,0\n0,3,B,0\n5,4,B,0\n")
+    assert [(run.task, run.curves[0, [0, -1]].tolist()) for run in compare.read(path)] == [("A", [1, 2]), ("B", [3, 4])]
+    path.write_text(
+        "Step,one - return,one - return__MIN,one - return__MAX,two - return\n0,1,0,9,5\n10,2,0,9,\n20,3,0,9,6\n"
+    )
+    (found,) = compare.read(path)
+    assert found.curves[:, [0, -1]].tolist() == [[1, 3], [5, 6]]
+    path.write_text("Step,one - return,one - loss\n0,1,2\n")
+    with pytest.raises(run.RunError, match="has several metrics: choose one by --metric: return, loss"):
+        compare.read(path)
+    assert compare.read(path, metric="loss")[0].curves[0].tolist() == [2]
+
+
+def test_what_belongs_together_is_joined(tmp_path):
+    def one(label, task, value, slippery=None):
+        settings = () if slippery is None else (("env_params.slippery", slippery),)
+        return compare.Run(label, task, np.array([0.0, 10.0]), np.full((2, 2), value), np.full(2, value), settings)
+
+    found = compare.joined([one("a", "Lake", 1.0, True), one("a", "Lake", 3.0, True), one("b", "", 2.0)])
+    assert [(run.label, run.task, len(run.scores)) for run in found] == [("a", "Lake", 4), ("b", "Lake", 2)]
+    assert found[0].curves.shape == (4, 100) and sorted(found[0].scores) == [1, 1, 3, 3]
+    found = compare.joined([one("a", "Lake", 1.0, True), one("a", "Lake", 3.0, False)])
+    assert [run.task for run in found] == ["Lake (slippery=True)", "Lake (slippery=False)"]
+    apart = [one("a", "Lake", 1.0), one("a", "Lake", 1.0)._replace(env_steps=np.array([20.0, 30.0]))]
+    with pytest.raises(run.RunError, match="a on Lake: its seeds have no steps in common"):
+        compare.joined(apart)
+
+
+def test_tables_escape_what_their_language_reads():
+    rows = [{"a|b": "x_1 ~ 5^2 \\ 3%"}]
+    assert report.table(rows, "markdown").splitlines()[0] == r"| a\|b |"
+    assert r"x\_1 \textasciitilde{} 5\textasciicircum{}2 \textbackslash{} 3\%" in report.table(rows, "latex")
+
+
 @pytest.mark.parametrize("text", ["", "update,env_st"])
 def test_a_table_that_has_just_been_begun_has_no_rows(text, folders, tmp_path):
     (tmp_path / "config.json").write_bytes((folders / "fast-Probe-action/config.json").read_bytes())
@@ -142,9 +198,10 @@ def test_a_row_that_is_being_written_is_left_out(folders, tmp_path):
     "text, message",
     [
         ("", "has no rows"),
-        ("a,b\n1,2\n", "must have one of the columns env_steps, global_step, .*; it has: a, b"),
-        ("step,return\n1,x\n", "holds something that is not a number"),
-        ("step,return\n1,\n", "has no value of return"),
+        ("a,b\n1,2\n", "must have one of the columns episode_return, .*; it has: a, b"),
+        ("step,return\n1,x\n", "row 2, holds something that is not a number"),
+        ("step,return\n1,\n", "has no rows with a value"),
+        ("a,return\n1,2\n", "must have one of the columns env_steps, global_step, .*; it has: a, return"),
         ("step,return,seed\n1,1,0\n2,1,0\n3,1,1\n4,1,1\n", "seeds have no steps in common"),
     ],
 )
@@ -180,6 +237,8 @@ def test_runs_are_compared(folders, tmp_path, capsys):
         (["{}/sweep", "--metric", "lost"], "has no metric 'lost'; it has: "),
         (["{}/sweep", "--picture", "a.gif"], "--picture must end in .png, .svg or .pdf; got a.gif"),
         (["{}/sweep", "--scale", "Probe-action=1"], "--scale is written TASK=LOW,HIGH; got 'Probe-action=1'"),
+        (["{}/sweep", "--threshold", "nan"], "--threshold must be a finite number; got nan"),
+        (["{}/sweep", "--scale", "Probe-action=0,inf"], "--scale: LOW must be below HIGH, both finite"),
         (["{}/sweep", "--scale", "Pong=0,1"], "--scale must be one of Probe-action; got 'Pong'"),
         (["{}"], "is not the folder of a run: it has no config.json"),
     ],

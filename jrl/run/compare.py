@@ -1,22 +1,19 @@
 """Runs side by side: curves, scores with their intervals, and how likely one scores more than another (Agarwal et al. 2021, 2108.13264).
 
-What is compared are run folders, and tables of other tools: CSV files with a column of steps and one of values.
+What is compared are run folders, and tables of other tools (``jrl.run.csv_files``).
 """
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jrl.run import folders, log, plot, stats
+from jrl.run import csv_files, folders, log, plot, stats
 from jrl.run.checkpoint import RunError
 
 RETURN = "episode_return"
 LAST = 0.1  # share of training at its end, which is averaged into a seed's score where there was no evaluation
-STEPS = ("env_steps", "global_step", "timesteps", "total_timesteps", "_step", "step", "steps")
-VALUES = (RETURN, "episodic_return", "charts/episodic_return", "return", "episode_reward", "mean_reward", "value", "r")
 
 
 class Run(NamedTuple):
@@ -28,6 +25,7 @@ class Run(NamedTuple):
         env_steps: Steps of each seed at the points of its curve, ``[points]``.
         curves: Return, or another metric, in training, ``[seeds, points]``.
         scores: Score of each seed, ``[seeds]``: the mean return of the last evaluation, or of the last tenth of training.
+        settings: What is on record of the environment, as pairs of a name and a value.
     """
 
     label: str
@@ -35,23 +33,26 @@ class Run(NamedTuple):
     env_steps: np.ndarray
     curves: np.ndarray
     scores: np.ndarray
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
-def read(path: str | Path, label: str | None = None, metric: str | None = None) -> list[Run]:
+def read(path: str | Path, label: str | None = None, metric: str | None = None, steps: str | None = None) -> list[Run]:
     """The run in a folder (of a sweep one for each cell), or in a CSV file of another tool.
 
     Args:
         path: Folder of a run, or a CSV file.
         label: Name of the run; that of the folder or file if not given.
         metric: Column to compare; the return if not given.
+        steps: Column of steps of a CSV file; found by its usual names if not given.
 
     Raises ``RunError`` for what is neither, is damaged, or has no such column.
     """
     path = Path(path)
     if path.is_dir():
         return _of_folder(path, label or path.name, metric)
-    if path.suffix.lower() == ".csv" and path.is_file():
-        return [_of_csv(path, label or path.stem, metric)]
+    if path.suffix.lower() in (".csv", ".tsv", ".txt") and path.is_file():
+        found = csv_files.read(path, metric, steps)
+        return [Run(label or path.stem, task, at, curves, _last(at, curves)) for task, at, curves in found]
     raise RunError(f"{path} is neither the folder of a run nor a CSV file")
 
 
@@ -78,7 +79,8 @@ def _of_folder(folder: Path, label: str, metric: str | None) -> list[Run]:
         except (LookupError, TypeError, ValueError, AttributeError):
             raise RunError(f"{folder / 'evaluations.json'} is damaged: it is not of this run") from None
         if well:
-            found.append(Run(f"{label} {cell}".strip(), settings["env"], points, mine, scores))
+            params = tuple((name, x) for name, x in settings.items() if name.startswith("env_params."))
+            found.append(Run(f"{label} {cell}".strip(), settings["env"], points, mine, scores, params))
     return found
 
 
@@ -91,55 +93,49 @@ def _broken(folder: Path) -> set[tuple[str, int]]:
         raise RunError(f"{folder / 'summary.json'} is damaged: its nan_seeds cannot be read") from None
 
 
-def _of_csv(path: Path, label: str, metric: str | None) -> Run:
-    """A table with a column of steps, one of values, and possibly one of seeds."""
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
-    if not rows:
-        raise RunError(f"{path} has no rows")
-    names = [name for name in rows[0] if name]
-    steps, value = _column(path, names, STEPS, None), _column(path, names, VALUES, metric)
-    apart = [name for name in names if name.lower() in ("cell", "seed", "run", "run_id")]
-    series: dict[tuple[str, ...], list[tuple[float, float]]] = {}
-    try:
-        for row in rows:
-            number = float(row[value] or "nan")
-            if np.isfinite(number):
-                series.setdefault(tuple(row[name] for name in apart), []).append((float(row[steps]), number))
-        ordered = [np.array(sorted(points)) for points in series.values()]
-    except (TypeError, ValueError) as error:
-        raise RunError(f"{path} holds something that is not a number: {error}") from None
-    if not ordered:
-        raise RunError(f"{path} has no value of {value}")
-    low, high = max(x[0, 0] for x in ordered), min(x[-1, 0] for x in ordered)
-    if high < low:
-        raise RunError(f"{path}: its seeds have no steps in common")
-    points = np.linspace(low, high, plot.POINTS) if high > low else np.array([low])
-    curves = np.stack([np.interp(points, x[:, 0], x[:, 1]) for x in ordered])
-    task = next((rows[0][name] for name in names if name.lower() in ("env", "env_id", "task")), "")
-    return Run(label, task, points, curves, _last(points, curves))
-
-
-def _column(path: Path, names: list[str], known: Sequence[str], wanted: str | None) -> str:
-    """The column of a table that is wanted, or whose name is known."""
-    if wanted is not None:
-        if wanted not in names:
-            raise RunError(f"{path} has no column {wanted!r}; it has: {', '.join(names)}")
-        return wanted
-    lower = {name.lower(): name for name in names}
-    found = next((lower[name] for name in known if name in lower), None)
-    if found is None:
-        raise RunError(f"{path} must have one of the columns {', '.join(known)}; it has: {', '.join(names)}")
-    return found
-
-
 def _last(points: np.ndarray, curves: np.ndarray) -> np.ndarray:
     """The mean of the last tenth of each curve ``[seeds]``; NaN where no episode of a seed has ended."""
     late = points >= points[-1] - LAST * (points[-1] - points[0])
     return curves[:, late].mean(1)
+
+
+# What belongs together
+
+
+def joined(runs: Sequence[Run]) -> list[Run]:
+    """Runs ready to be compared: environments of one name with other parameters are told apart, what names no task is of the only one there is, and
+    runs of one label on one task are the seeds of one.
+
+    Raises ``RunError`` where the seeds of a run have no steps in common.
+    """
+    named = {run.task for run in runs if run.task}
+    only = named.pop() if len(named) == 1 else ""
+    found: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        task = (run.task or only) + _difference(
+            run, [other for other in runs if other.task == run.task and other.settings]
+        )
+        found.setdefault((run.label, task), []).append(run._replace(task=task))
+    return [_as_one(of_one) for of_one in found.values()]
+
+
+def _difference(run: Run, others: Sequence[Run]) -> str:
+    """The parameters of an environment that not all runs in it share, such as ``(slippery=False)``."""
+    mine, theirs = dict(run.settings), [dict(other.settings) for other in others]
+    names = [name for name in mine if any(other.get(name) != mine[name] for other in theirs)]
+    listed = ", ".join(
+        f"{name.removeprefix('env_params.')}={mine[name]}" for name in names if name != "env_params.text"
+    )
+    return f" ({listed})" if listed else ""
+
+
+def _as_one(runs: list[Run]) -> Run:
+    if len(runs) == 1:
+        return runs[0]
+    steps = [run.env_steps for run in runs for _ in run.curves]
+    curves = [curve for run in runs for curve in run.curves]
+    points, aligned = csv_files.common(f"{runs[0].label} on {runs[0].task}", steps, curves)
+    return runs[0]._replace(env_steps=points, curves=aligned, scores=np.concatenate([run.scores for run in runs]))
 
 
 # Tables and aggregates

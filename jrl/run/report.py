@@ -73,13 +73,12 @@ def table(rows: Sequence[Mapping[str, Any]], style: str = "text") -> str:
         begin = rf"\begin{{tabular}}{{{'l' * len(names)}}}"
         return "\n".join([begin, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"])
     if style == "markdown":
-        lines = ["| " + " | ".join(line) + " |" for line in cells]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
         return "\n".join([lines[0], "|" + " --- |" * len(names), *lines[1:]])
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
 def _latex(cell: str) -> str:
-    for sign in "&%$#_{}":
-        cell = cell.replace(sign, "\\" + sign)
-    return cell
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(words.get(sign, f"\\{sign}" if sign in "&%$#_{}" else sign) for sign in cell)

@@ -1,5 +1,6 @@
 """The words of the command ``jrl`` that train nothing: ``show``, ``watch``, ``compare``, ``envs``."""
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,11 +41,12 @@ class Compare:
 
     Each word is a run's folder or another tool's CSV file, with LABEL= before it if you like.
 
-    Runs of one label in several environments are aggregated over them.
+    Runs of one label on one task count as the seeds of one; in several environments they are aggregated over them.
     """
 
     runs: tyro.conf.Positional[tuple[str, ...]]  # [LABEL=]FOLDER or [LABEL=]FILE.csv ...
     metric: str | None = None  # Column to compare; default: the return, scored by the last evaluation.
+    steps: str | None = None  # Column of steps of a CSV file; default: found by its usual names.
     threshold: float | None = None  # Say after how many steps each run reaches this.
     table: Literal["text", "markdown", "latex"] = "text"  # How the table is printed.
     picture: Path = Path("compare.png")  # File of the picture: .png (with an .svg beside it), .svg or .pdf.
@@ -69,9 +71,17 @@ def _watch(args: Watch) -> None:
 def _compare(args: Compare) -> None:
     if not args.runs:
         raise ValueError("compare needs the folders of runs, or CSV files")
-    if args.picture.suffix not in (".png", ".svg", ".pdf"):
+    if args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--picture must end in .png, .svg or .pdf; got {args.picture}")
-    runs = [run for word in args.runs for run in compare.read(*_labelled(word), args.metric)]
+    if args.threshold is not None and not math.isfinite(args.threshold):
+        raise ValueError(f"--threshold must be a finite number; got {args.threshold}")
+    labelled = [_labelled(word) for word in args.runs]
+    names = [Path(path).stem if Path(path).is_file() else Path(path).name for path, _ in labelled]
+    alike = {name for name in names if names.count(name) > 1}  # these are called by their whole path
+    words = [
+        (path, label or (path if name in alike else name)) for (path, label), name in zip(labelled, names, strict=True)
+    ]
+    runs = compare.joined([run for path, label in words for run in compare.read(path, label, args.metric, args.steps)])
     given = dict(map(_bounds, args.scale))
     grouped, scale = compare.by_label(runs), compare.observed_scale(runs) | given
     for task in given:
@@ -100,8 +110,8 @@ def _bounds(word: str) -> tuple[str, tuple[float, float]]:
         low, high = map(float, numbers.split(","))
     except ValueError:
         raise ValueError(f"--scale is written TASK=LOW,HIGH; got {word!r}") from None
-    if not low < high:
-        raise ValueError(f"--scale: LOW must be below HIGH; got {word!r}")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"--scale: LOW must be below HIGH, both finite; got {word!r}")
     return task, (low, high)
 
 

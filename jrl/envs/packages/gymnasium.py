@@ -31,7 +31,7 @@ def make(name: str, steps: int | None = None, num_frames: int = 1, **params: Any
     atari = name.startswith("ALE/")
     if num_frames > 1 and not atari:
         raise ValueError(f"num_frames is for games of Atari; got {num_frames} for {name}")
-    limit = ATARI_STEPS if atari and steps is None else steps
+    limit: Any = ATARI_STEPS if atari and steps is None else steps
     params |= {"render_mode": "rgb_array"} if _draws(name) else {}
     params |= {"frameskip": 1} if atari else {"max_episode_steps": limit}
 
