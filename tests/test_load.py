@@ -1,6 +1,7 @@
 """A run read back from its folder: the same state, nothing touched, and what can be done with it."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import safetensors.numpy
 
 from jrl import envs, nets, run
 from jrl.algos import dqn, ppo, pqn
-from jrl.run import compare, show
+from jrl.envs import pictures
+from jrl.run import command, compare, scores, show
 from jrl.run.checkpoint import sealed
 
 RANK_PROMOTION = "allow"  # gymnax promotes ranks
@@ -87,10 +89,10 @@ def test_a_sweep_is_loaded_by_cells(tmp_path):
     assert loaded.cells == list(grid) and loaded.algo.hyper == grid["learning_rate=0.001"]
     bits.assert_same(loaded.member(1, "learning_rate=0.01"), jax.tree.map(lambda x: x[1, 1], result.state))
     assert loaded.best_cell == result.summary["best_cell"]
-    for i, (cell, scores) in enumerate(result.summary["cells"].items()):
+    for i, (cell, reached) in enumerate(result.summary["cells"].items()):
         bits.assert_same(
             loaded.member(cell=cell),
-            jax.tree.map(lambda x, i=i, s=scores: x[i, np.argmax(s["per_seed"])], result.state),
+            jax.tree.map(lambda x, i=i, s=reached: x[i, np.argmax(s["per_seed"])], result.state),
         )
     with pytest.raises(ValueError, match=r"cell must be one of learning_rate=0.001, learning_rate=0.01; got 'a'"):
         loaded.member(0, "a")
@@ -278,3 +280,48 @@ def test_the_command_line_starts_from_a_folder(trained, tmp_path, monkeypatch, c
     assert code == 1 and "start: parameters of the network must be" in said
     code, said = processes.refused("ppo", ("--start", tmp_path), monkeypatch, capsys)
     assert code == 1 and "is not the folder of a run" in said
+
+
+def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path, monkeypatch):
+    told = iter([1.0, 3.0, 2.0, 3.0])  # by the evaluations after each of 4 updates
+
+    def fake(self, states, seed, broken):
+        score = {"iqm": next(told), "ci_low": None, "ci_high": None, "per_seed": [1.0, 2.0, 3.0], "unfinished": 0}
+        return {"": score | {"mode": "greedy", "sampled": score}}
+
+    monkeypatch.setattr(scores.Scorer, "__call__", fake)
+    algo = ppo.make(envs.make("Probe-policy"), TINY)
+    every = algo.env_steps_per_update
+    result = train(algo, tmp_path / "run", eval_every=every)
+    best, last = (run.load(tmp_path / "run", best=best) for best in (True, False))
+    assert (best.env_steps, last.env_steps) == (2 * every, 4 * every)
+    bits.assert_same(last.state, result.state)
+    assert (best.state.updates == 2).all() and [path.name for path in (tmp_path / "run/best").iterdir()] == ["2"]
+    train(algo, tmp_path / "plain", eval_episodes=0)
+    with pytest.raises(run.RunError, match="plain has no best evaluation: a run keeps one with eval_every"):
+        run.load(tmp_path / "plain", best=True)
+
+
+def test_an_episode_of_a_run_is_recorded(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(ppo.make(envs.make("Catch-bsuite"), TINY), tmp_path / "run")
+    command.run(["record", "run"])
+    assert capsys.readouterr().out == "policy.gif: 9 steps\n" and (tmp_path / "policy.gif").read_bytes()[:3] == b"GIF"
+    for words, message in {
+        ("--out", "no/policy.gif"): "no such folder: no",
+        ("--out", "policy.svg"): "Catch-bsuite is drawn into files .gif or .mp4; got .svg",
+        ("--best",): "run has no best evaluation",
+        ("--seed", "7"): "seed must be an integer between 0 and",
+    }.items():
+        with pytest.raises((ValueError, run.RunError), match=message):
+            command.run(["record", "run", *words])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("imageio_ffmpeg") is None, reason="needs imageio-ffmpeg")
+def test_pictures_become_an_mp4(tmp_path):
+    frames = [np.full((31, 40, 3), shade, np.uint8) for shade in range(0, 250, 10)]
+    pictures.animate(frames, str(tmp_path / "a.mp4"))
+    assert (tmp_path / "a.mp4").read_bytes()[4:8] == b"ftyp"
+    pictures.animate(frames, str(tmp_path / "a.gif"))
+    again = pictures.frames_of(str(tmp_path / "a.gif"))
+    assert len(again) == 25 and again[3].shape == (31, 40, 3)

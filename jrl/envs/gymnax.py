@@ -4,13 +4,13 @@ gymnax is imported when an environment is made, since it takes seconds. Its own 
 adapter calls ``step_env`` and leaves the reset to the rollout, which draws each reset state once.
 """
 
-import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrl.envs.pictures import without_a_screen
 from jrl.envs.types import Box, Discrete, Environment, Space, with_settings
 from jrl.numerics.types import EnvState, Observation
 from jrl.user_file import same_kind
@@ -98,9 +98,7 @@ def _space(space: Any) -> Space:
 
 def _drawer(env: Any, env_params: Any) -> Any:
     def draw(states: list[Any], path: str) -> None:
-        # No window and no sound card is needed: pygame draws into memory.
-        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-        os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+        without_a_screen()
         import matplotlib
 
         matplotlib.use("Agg")

@@ -18,7 +18,7 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental import io_callback
 
-from jrl.envs.pictures import animate
+from jrl.envs.pictures import animate, without_a_screen
 from jrl.envs.spaces import Box, Discrete, MultiDiscrete, Space, as_space
 from jrl.envs.types import Environment, Host
 
@@ -182,6 +182,7 @@ class Simulators:
 
     def render(self, state: Ticket) -> np.ndarray:
         """The picture of a simulator as it is now."""
+        without_a_screen()
         return np.asarray(self._busy[int(state.simulator)].env.render())
 
 

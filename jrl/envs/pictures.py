@@ -1,5 +1,7 @@
 """Pictures as an animation: GIF, or MP4 where the extra ``video`` is installed."""
 
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,12 @@ def animate(pictures: Sequence[np.ndarray], path: str) -> None:
     first.save(path, save_all=True, append_images=others, duration=1000 // FRAMES_PER_SECOND, loop=0)
 
 
+def without_a_screen() -> None:
+    """Let pygame draw into memory: no window and no sound card is needed."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    os.environ.setdefault("SDL_AUDIODRIVER", "dummy")
+
+
 def frames_of(gif: str) -> list[np.ndarray]:
     """The pictures of a GIF."""
     from PIL import Image, ImageSequence
@@ -34,7 +42,9 @@ def _write_mp4(pictures: Sequence[np.ndarray], path: str) -> None:
         raise ValueError("MP4 needs the package imageio-ffmpeg, which is an extra: pip install 'jrl[video]'") from None
     height, width = (size // 2 * 2 for size in pictures[0].shape[:2])  # the encoder wants even sizes
     writer = imageio_ffmpeg.write_frames(path, (width, height), fps=FRAMES_PER_SECOND, macro_block_size=1)
-    writer.send(None)
+    with warnings.catch_warnings():  # JAX fears a fork, which becomes another program at once
+        warnings.simplefilter("ignore", RuntimeWarning)
+        writer.send(None)
     for picture in pictures:
         writer.send(np.ascontiguousarray(picture[:height, :width]))
     writer.close()

@@ -10,6 +10,7 @@ import errno
 import functools
 import json
 import logging
+import os
 import shutil
 import sys
 import zlib
@@ -23,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl.run import disk
+
+BEST = "best"  # folder of the checkpoint of the best evaluation
 
 
 class RunError(Exception):
@@ -131,6 +134,20 @@ class Checkpoints(Reader):
         self._manager.wait_until_finished()
         disk.sync(self.folder / str(updates))
 
+    def keep_best(self, updates: int) -> None:
+        """Keep a checkpoint that is on disk also in the folder ``best`` beside this one, in the place of the one that is there."""
+        kept = self.folder.with_name(BEST)
+        fresh, place = kept / f"{updates}.tmp", kept / str(updates)
+        kept.mkdir(exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(self.folder / str(updates), fresh, copy_function=_link)
+        disk.sync(fresh)
+        shutil.rmtree(place, ignore_errors=True)
+        fresh.rename(place)
+        for other in kept.iterdir():
+            if other != place:
+                shutil.rmtree(other, ignore_errors=True)
+
     def restore(self, updates: int, template: Any) -> tuple[Any, Any]:
         """The state at ``updates`` in the structure of ``template``, host arrays, and the notes saved with it.
 
@@ -155,6 +172,14 @@ class Checkpoints(Reader):
         """End its threads; a save that failed was reported when it was waited for."""
         self._thread.shutdown()
         super().close()
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for a file, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ jrl r2d2 --help                                   all settings
 jrl show runs/mine                                what was run, and what it reached; jrl show for a table of all runs
 jrl watch runs/mine                               follow a run
 jrl compare runs/a runs/b                         curves and scores side by side
+jrl record runs/mine --out policy.mp4              an episode of the best policy
 jrl envs                                          the environments
 """
 

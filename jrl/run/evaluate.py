@@ -64,8 +64,10 @@ def record(algo: Algorithm, state: State, key: Array, path: str | Path) -> int:
     """Play one greedy episode of one seed and write it as an animation, of at most MAX_FRAMES evenly spaced; returns the episode's length.
 
     The suffix of ``path`` says as what: ``.mp4``, or what the environment draws, most often ``.gif``.
-    Raises ``ValueError`` if the environment has no picture, or none of that kind.
+    Raises ``ValueError`` if the environment has no picture, or none of that kind, or there is no such folder.
     """
+    if not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"no such folder: {Path(path).parent}")
     env, suffix = algo.env, Path(path).suffix
     check_drawn(env, suffix)
     render = env.host.render if env.host else None

@@ -14,7 +14,7 @@ from jrl.algorithm import Algorithm, State, check
 from jrl.envs.types import Environment
 from jrl.numerics import checks, optim
 from jrl.run import folders, memory, report
-from jrl.run.checkpoint import Reader, RunError, disk_errors, named_leaves, restore_keys, same_config
+from jrl.run.checkpoint import BEST, Reader, RunError, disk_errors, named_leaves, restore_keys, same_config
 from jrl.run.program import LoopState
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ class Loaded(NamedTuple):
         settings: All settings by name, as in ``config.json``.
         cells: Labels of the cells; ``[""]`` unless the run is a sweep.
         env_steps: Environment steps that each seed has done.
-        best_cell: Cell with the highest IQM in the last evaluation; the first if there was none.
+        best_cell: Cell with the highest IQM in the last evaluation until then; the first if there was none.
         best_seeds: Seed with the highest return in the last evaluation, for each cell; 0 if there was none.
     """
 
@@ -59,7 +59,9 @@ class Loaded(NamedTuple):
         return jax.tree.map(lambda x: jnp.asarray(x[place]), self.state)
 
 
-def load(folder: str | Path, *, env: Environment | None = None, algo: Algorithm | None = None) -> Loaded:
+def load(
+    folder: str | Path, *, env: Environment | None = None, algo: Algorithm | None = None, best: bool = False
+) -> Loaded:
     """The run in a folder, at its newest checkpoint. It may still be in progress.
 
     Args:
@@ -67,6 +69,7 @@ def load(folder: str | Path, *, env: Environment | None = None, algo: Algorithm 
         env: Environment, if it cannot be made from its name: from a file (which is never executed by itself), wrapped, or unregistered.
         algo: Algorithm, if the settings do not say it all: one of a language model, one of your own, or one with a network or an
             optimizer of your own.
+        best: Take the checkpoint of the best evaluation instead, which a run with ``eval_every`` keeps.
 
     Raises ``ValueError`` if both are given, ``RunError`` for a folder without a checkpoint, a damaged one, or one of another algorithm or environment.
     """
@@ -88,10 +91,13 @@ def load(folder: str | Path, *, env: Environment | None = None, algo: Algorithm 
     state, metrics = check(algo)
     memory.refuse_states(state, num_seeds * len(cells), 1)
     shape = (num_seeds,) if cells == [""] else (len(cells), num_seeds)
-    arrays, updates = _newest(folder, settings, state, len(metrics), num_seeds * len(cells))
+    checkpoints = folder / (BEST if best else "checkpoints")
+    arrays, updates = _newest(checkpoints, settings, state, len(metrics), num_seeds * len(cells))
     arrays = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), arrays)
-    best = _best(folder, cells, num_seeds)
-    return Loaded(algo, restore_keys(arrays, state), settings, cells, updates * algo.env_steps_per_update, *best)
+    env_steps = updates * algo.env_steps_per_update
+    return Loaded(
+        algo, restore_keys(arrays, state), settings, cells, env_steps, *_best(folder, cells, num_seeds, env_steps)
+    )
 
 
 def export_parameters(state: State, path: str | Path) -> None:
@@ -117,7 +123,7 @@ def _newest(folder: Path, settings: dict[str, Any], state: State, metrics: int, 
         try:
             before, updates = updates, reader.latest()
             if updates is None:
-                raise RunError(f"{folder} has no checkpoint yet")
+                raise RunError(f"{folder.parent} has no checkpoint yet")
             manifest = reader.manifest(updates)
             same_config(manifest["config"], settings, reader.folder / str(updates))
             return reader.read(manifest, template).states, updates
@@ -130,9 +136,10 @@ def _newest(folder: Path, settings: dict[str, Any], state: State, metrics: int, 
 
 
 def _reader(folder: Path) -> Reader:
-    if not (folder / "checkpoints").is_dir():
-        raise RunError(f"{folder} has no checkpoint yet")
-    return Reader(folder / "checkpoints")
+    if not folder.is_dir():
+        said = "best evaluation: a run keeps one with eval_every" if folder.name == BEST else "checkpoint yet"
+        raise RunError(f"{folder.parent} has no {said}")
+    return Reader(folder)
 
 
 def _empty(x: Any, members: int) -> np.ndarray:
@@ -142,10 +149,11 @@ def _empty(x: Any, members: int) -> np.ndarray:
     return np.empty((members, *x.shape), x.dtype)
 
 
-def _best(folder: Path, cells: list[str], num_seeds: int) -> tuple[str, dict[str, int]]:
-    """The best cell, and the best seed of each."""
+def _best(folder: Path, cells: list[str], num_seeds: int, env_steps: int) -> tuple[str, dict[str, int]]:
+    """The best cell, and the best seed of each, in the last evaluation until ``env_steps``."""
     evaluations = folders.read_json(folder / "evaluations.json", [])
     try:
+        evaluations = [e for e in evaluations if e["env_steps"] <= env_steps]
         found = {cell: evaluations[-1]["cells"][cell] for cell in cells} if evaluations else {}
         seeds = {cell: report.best_member({cell: found[cell]}) if found else 0 for cell in cells}
         if not all(seed in range(num_seeds) for seed in seeds.values()):

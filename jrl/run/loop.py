@@ -100,7 +100,7 @@ def train(
         checkpoint_every: seconds between checkpoints.
         log_every: updates averaged into one row of metrics; None keeps at most about 1,000 rows.
         progress: show a progress bar.
-        gif: draw the best seed's greedy policy into ``run_dir``.
+        gif: draw the best seed's greedy policy into ``run_dir``: ``policy.gif``, of games of pgx ``policy.svg``.
         on_chunk: called with each ``Chunk``; if it returns True, the run is saved and left after the chunk that is in progress, and can
             be resumed. What it raises ends the run.
         loggers: where aggregates go besides ``run_dir``, such as ``run.loggers.wandb()``.
@@ -214,6 +214,7 @@ class _Run:
         self.evaluations: list[dict[str, Any]] = []
         self.seconds = self.seconds_per_update = 0.0
         self.show, self.on_chunk, self.told_to_stop = show, on_chunk, False
+        self.keeps_best = False  # as it is where a run is evaluated only at its end
         self.progress = self._progress()
 
     # The folder
@@ -282,7 +283,7 @@ class _Run:
 
     def loop(self, eval_every: int | None, checkpoint_every: float) -> bool:
         """Train to the end; returns false if a signal stopped it, with everything saved."""
-        self.saved_at = time.perf_counter()
+        self.saved_at, self.keeps_best = time.perf_counter(), eval_every is not None
         with StopOnSignal() as stop:
             try:
                 while not (stop.requested or self.told_to_stop):
@@ -376,6 +377,11 @@ class _Run:
         assert self.scorer is not None
         cells = self.scorer(self.state, EVAL_SEED, self.watch.broken(self.state))
         steps = self._steps()
+        if self.keeps_best and self.folder is not None and self.checkpoints is not None:
+            before = [report.best_score(e["cells"]) for e in self.evaluations if e["env_steps"] < steps]
+            if report.best_score(cells) > max(before, default=-np.inf):
+                with disk_errors(self.folder):
+                    self.checkpoints.keep_best(self.done)
         self.evaluations = [e for e in self.evaluations if e["env_steps"] != steps]  # a finished run that is resumed
         self.evaluations.append({"env_steps": steps, "episodes": self.scorer.episodes, "cells": cells})
         if self.folder is not None and self.log is not None:
@@ -403,7 +409,7 @@ class _Run:
                 if gif and finished:
                     best = report.best_member(cells)
                     state = jax.device_put(jax.tree.map(lambda x: x[best], self.state), self.layout.devices[0])
-                    record(self.algo, state, jax.random.key(EVAL_SEED), str(self.folder / "policy.gif"))
+                    record(self.algo, state, jax.random.key(EVAL_SEED), self.folder / f"policy{self.algo.env.drawn_as}")
         real = jax.tree.map(lambda x: x[: len(self.members.labels)], self.state)
         state = self._shaped(real)
         shaped = self._shaped({k: v for k, v in metrics.items() if k != "env_steps"})

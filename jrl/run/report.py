@@ -14,7 +14,12 @@ Cells = dict[str, dict[str, Any]]
 
 def best_cell(cells: Cells) -> str:
     """The cell with the highest greedy IQM; the first if none has a number."""
-    return max(cells, key=lambda cell: -np.inf if cells[cell]["iqm"] is None else cells[cell]["iqm"])
+    return max(cells, key=lambda cell: best_score({cell: cells[cell]}))
+
+
+def best_score(cells: Cells) -> float:
+    """The highest greedy IQM of a cell, minus infinity if none has a number."""
+    return max(-np.inf if scores["iqm"] is None else scores["iqm"] for scores in cells.values())
 
 
 def best_member(cells: Cells | None) -> int:

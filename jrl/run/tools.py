@@ -1,4 +1,4 @@
-"""The words of the command ``jrl`` that train nothing: ``show``, ``watch``, ``compare``, ``envs``."""
+"""The words of the command ``jrl`` that train nothing: ``show``, ``watch``, ``compare``, ``record``, ``envs``."""
 
 import math
 import sys
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 
 from jrl import envs
@@ -14,6 +15,8 @@ from jrl.envs import packages
 from jrl.numerics import checks
 from jrl.run import cli, compare, report, show
 from jrl.run.checkpoint import disk_errors
+from jrl.run.evaluate import check_drawn, record
+from jrl.run.load import load
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,24 @@ class Compare:
     picture: Path = Path("compare.png")  # File of the picture: .png (with an .svg beside it), .svg or .pdf.
     # Scores mapped to 0 and 1 when averaging over tasks, as TASK=LOW,HIGH; default: the lowest and the highest seed.
     scale: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Record:
+    """Play an episode with a trained policy and write it as an animation.
+
+    jrl record runs/mine
+
+    jrl record runs/mine --out policy.mp4 --best
+    """
+
+    folder: tyro.conf.Positional[Path]  # Folder of the run.
+    out: Path | None = None  # File: .gif or .mp4, of games of pgx .svg; default: policy.gif, or policy.svg.
+    best: bool = False  # The policy at the best evaluation instead of the last one; needs a run with --eval-every.
+    cell: str | None = None  # Cell of a sweep; default: the best.
+    seed: int | None = None  # Seed; default: the best.
+    episode: int = 0  # Which episode: another number begins and goes on differently.
+    env: Path | None = None  # File of the environment, for a run that was trained in one: it is not run unasked.
 
 
 @dataclass(frozen=True)
@@ -115,6 +136,15 @@ def _bounds(word: str) -> tuple[str, tuple[float, float]]:
     return task, (low, high)
 
 
+def _record(args: Record) -> None:
+    loaded = load(args.folder, env=None if args.env is None else envs.make(args.env), best=args.best)
+    out = args.out or Path(f"policy{loaded.algo.env.drawn_as}")
+    check_drawn(loaded.algo.env, out.suffix)
+    with disk_errors(out):
+        length = record(loaded.algo, loaded.member(args.seed, args.cell), jax.random.key(args.episode), out)
+    print(f"{out}: {length:,} steps")
+
+
 def _envs(args: Envs) -> None:
     found = packages.installed()
     print("\n".join([*envs.names(), *(name for names in found.values() for name in names)]))
@@ -126,6 +156,7 @@ TOOLS: dict[str, tuple[type, Callable[..., None]]] = {
     "show": (Show, _show),
     "watch": (Watch, _watch),
     "compare": (Compare, _compare),
+    "record": (Record, _record),
     "envs": (Envs, _envs),
 }
 

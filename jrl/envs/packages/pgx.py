@@ -63,7 +63,10 @@ def make(name: str, opponent: str | Opponent = "random") -> Environment:
         state, more = others(key_others, state, seat)
         return observe(state), (state, seat), earned + more, state.terminated, state.truncated
 
-    return Environment(name, reset, step, Discrete(env.num_actions))
+    def draw(states: list[Any], path: str) -> None:
+        pgx.save_svg_animation([state for state, _ in states], path, frame_duration_seconds=0.5)
+
+    return Environment(name, reset, step, Discrete(env.num_actions), draw=draw, drawn_as=".svg")
 
 
 def observe(state: Any) -> MaskedObs:
