@@ -104,7 +104,7 @@ class Args:
     step: float = 0.5  # Step of the policy along the true gradient, off-policy.
     samples: int = 4096  # Groups drawn to check each exact mean.
     seed: int = 0  # Seed of the policy and of the samples.
-    folder: Path = Path("runs/estimators")  # Folder for the table and the plot.
+    run_dir: cli.NamedFolder = Path("runs/estimators")  # Folder for the table and the plot.
 
 
 class Task(NamedTuple):
@@ -298,7 +298,7 @@ def main(argv: list[str]) -> None:
     with jax.enable_x64(True):
         rows = rows_of(args)
     report.print_table(
-        args.folder / "estimators.csv",
+        args.run_dir / "estimators.csv",
         [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows],
     )
     panels = []
@@ -310,8 +310,8 @@ def main(argv: list[str]) -> None:
         panels.append(
             plot.Panel(f"{policy}-policy: {column}", "group size", column, lines, "x" if column == "cosine" else "xy")
         )
-    plot.draw(args.folder / "estimators.png", panels)
-    print(f"{args.folder}/estimators.png")
+    plot.draw(args.run_dir / "estimators.png", panels)
+    print(f"{args.run_dir}/estimators.png")
 
 
 def check(args: Args) -> None:
@@ -335,7 +335,7 @@ def check(args: Args) -> None:
     answers = jax.ShapeDtypeStruct((args.samples, max(args.group_sizes), args.length), jnp.int32)
     gradients = jax.ShapeDtypeStruct((args.samples, numbers), jnp.float64)
     memory.refuse_if_too_large("samples and group_sizes", (answers, gradients))
-    args.folder.mkdir(parents=True, exist_ok=True)
+    args.run_dir.mkdir(parents=True, exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ Each method's run is in its folder; grpo.png and grpo.csv compare them: right an
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -22,7 +21,7 @@ from jrl.algos import grpo
 from jrl.algos.presets import grpo_preset
 from jrl.lm import tasks
 from jrl.numerics import checks
-from jrl.run import cli, plot, report, stats
+from jrl.run import cli, loggers, plot, report, stats
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,16 @@ class Args:
     updates: int = 500  # Updates of each seed; default: the preset's.
     num_seeds: int = 8  # Seeds trained together.
     seed: int = 0  # Seed from whose key every seed's key is split.
-    # Folder of all runs; default: runs/grpo-TASK. Runs found there are continued, finished ones are not repeated.
-    folder: Path | None = None
+    run_dir: cli.RunDir = None  # Folder of the runs; default: a new one in runs/.
+    resume: bool = False  # Continue the runs in run_dir, bit for bit; those that are finished are not repeated.
     sweep: tuple[str, ...] = ()  # Train a grid of hyperparameters in one program, as hyper.NAME=NUMBER,NUMBER ...
     eval_episodes: int = 256  # Problems in the evaluation of each seed.
+    eval_every: int | None = None  # Tokens between evaluations of each seed; default: evaluate only at the end.
     checkpoint_every: float = 60.0  # Seconds between checkpoints.
+    log_every: int | None = None  # Updates averaged into a row of metrics; default: at most about 1,000 rows.
+    seeds_at_once: int | None = None  # Seeds computed at once; default: as many as are fast and fit the memory.
+    devices: int | None = None  # Number of devices to use; default: all.
+    log: tuple[Literal["wandb"], ...] = ()  # Loggers besides the folder's table and TensorBoard events.
     config: grpo.Config = field(default_factory=grpo.Config)  # Static settings.
     hyper: grpo.Hyper = grpo.Hyper()  # Hyperparameters.
 
@@ -82,7 +86,7 @@ def main(argv: list[str]) -> None:
     task = tasks.make(args.task, **cli.parse_params(args.task_params))
     # All of them before the first is trained: one may be refused.
     algos = {name: grpo.make(task, *settings_of(name, args, preset)) for name in args.methods}
-    folder = args.folder or Path("runs") / f"grpo-{task.name}"
+    folder = cli.folder_of_runs(args.run_dir, args.resume, f"grpo-{task.name}")
     rows: list[dict[str, Any]] = []
     curves = []
     for name in args.methods:
@@ -97,9 +101,14 @@ def main(argv: list[str]) -> None:
             num_seeds=args.num_seeds,
             hypers=hypers,
             run_dir=home,
-            resume=home.exists(),
+            resume=True,
+            eval_every=args.eval_every,
             eval_episodes=args.eval_episodes,
             checkpoint_every=args.checkpoint_every,
+            log_every=args.log_every,
+            seeds_at_once=args.seeds_at_once,
+            devices=args.devices,
+            loggers=[loggers.NAMED[name]() for name in args.log],
         )
         if not result.finished:
             raise KeyboardInterrupt

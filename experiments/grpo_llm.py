@@ -3,7 +3,7 @@
 python experiments/grpo_llm.py --model SmolLM2-135M-Instruct.Q4_1.gguf          sums of reasoning-gym (chain_sum)
 python experiments/grpo_llm.py --model FOLDER --dataset countdown               a folder in Hugging Face's layout
 python experiments/grpo_llm.py --model FOLDER --dataset mine.py                 problems of your own: make(seed) -> verifiers.Source
-python experiments/grpo_llm.py --model MODEL --folder runs/mine                 and, after Ctrl-C, the same again: it goes on
+python experiments/grpo_llm.py --model MODEL --run-dir runs/mine                 and, after Ctrl-C, the same again: it goes on
 
 It trains matrices beside the frozen model (LoRA), which is the reference of the KL at no cost; --config.lora-rank 0 trains the
 model itself. Answers lie over the devices; --model-devices 4 cuts the model over four of them. Leaves metrics.csv, answers.txt,
@@ -72,7 +72,7 @@ class Args:
     seed: int = 0  # Seed of all random numbers.
     # Folder of the run. If it has a checkpoint, the run continues with its settings: only prompt_length, save_every, the devices and
     # config.micro_batches may differ, which change no mathematics.
-    folder: Path = Path("runs/grpo-llm")
+    run_dir: cli.NamedFolder = Path("runs/grpo-llm")
     config: grpo.Config = field(default_factory=lambda: CONFIG)  # Static settings; the model is that of the file.
     hyper: grpo.Hyper = grpo.Hyper(learning_rate=1e-4)  # Hyperparameters.
 
@@ -219,15 +219,15 @@ def main(argv: list[str]) -> None:
         with jax.set_mesh(mesh):
             return one_step(args, source, words, sample, learn, state, key_run, done, pad)
 
-    interrupt.on_leaving(f"interrupted; the same command goes on in {args.folder}")
+    interrupt.on_leaving(f"interrupted; the same command goes on in {args.run_dir}")
     settings = settings_of(args, config)
-    with folders.opened(args.folder, True, settings) as folder:
+    with folders.opened(args.run_dir, True, settings) as folder:
         done, rows = train(folder, args, settings, step, state, where)
     if passed := sum(row.get("overlong_prompts", 0) for row in rows):
         print(f"{passed:.0f} problems with prompts of over {args.prompt_length} tokens were passed over")
     lines = [(name, *_smooth(rows, name)) for name in ("correct", "reward") if rows]
-    plot.draw(args.folder / "curve.png", [plot.Panel(source.name, "update", "mean of ten updates", lines)])
-    print(f"{args.folder}/curve.png  metrics.csv  answers.txt")
+    plot.draw(args.run_dir / "curve.png", [plot.Panel(source.name, "update", "mean of ten updates", lines)])
+    print(f"{args.run_dir}/curve.png  metrics.csv  answers.txt")
     if done < args.steps:
         raise KeyboardInterrupt
 

@@ -46,7 +46,7 @@ class Args:
     num_layers: int | None = None  # Number of layers; default: 4 for text and 2 for needle.
     learning_rate: float = 2e-3  # Learning rate of AdamW, with a warm-up and a cosine to a tenth.
     seed: int = 0  # Seed of all random numbers.
-    folder: Path | None = None  # Folder of the results; default: runs/language-TASK.
+    run_dir: cli.RunDir = None  # Folder of the results; default: runs/language-TASK.
 
 
 DEFAULTS = {
@@ -194,7 +194,7 @@ def main(argv: list[str]) -> None:
     else:
         stages = [(n, haystack(batch * length // each, each)) for n, each in growing(args.steps, length)]
         test, vocab, sparse = haystack(batch, length), FILLER + VALUES + 1, nsa.Config(16, 8, 32, 8, window=64)
-    folder = args.folder or Path("runs") / f"language-{args.task}"
+    folder = args.run_dir or Path("runs") / f"language-{args.task}"
     decoders = {kind: decoder(kind, args, vocab, sparse) for kind in args.kinds}
     for config in decoders.values():
         refuse_if_too_large(config, test)

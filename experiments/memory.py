@@ -10,7 +10,6 @@ finished there is not made again, and one that was interrupted goes on.
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -39,7 +38,8 @@ class Args:
     env_steps: int | None = None  # Environment steps of each seed; default: 200,000 for chain and 1,200,000 for recall.
     num_seeds: int = 4  # Seeds of each kind.
     seed: int = 0  # Seed of all runs.
-    folder: Path | None = None  # Folder of the runs; default: runs/memory-TASK.
+    run_dir: cli.RunDir = None  # Folder of the runs; default: a new one in runs/.
+    resume: bool = False  # Continue the runs in run_dir, bit for bit; those that are finished are not repeated.
 
 
 def network(kind: str, length: int) -> nets.Config:
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
         checks.positive_int("lengths", length)
     for kind in kinds:
         checks.one_of("kinds", kind, KINDS)
-    folder = args.folder or Path("runs") / f"memory-{args.task}"
+    folder = cli.folder_of_runs(args.run_dir, args.resume, f"memory-{args.task}")
     rows: list[dict[str, Any]] = []
     curves = []
     scores: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
@@ -102,7 +102,7 @@ def main(argv: list[str]) -> None:
                 env_steps,
                 num_seeds=args.num_seeds,
                 run_dir=home,
-                resume=home.exists(),
+                resume=True,
             )
             if not result.finished:
                 raise KeyboardInterrupt

@@ -4,7 +4,7 @@ python experiments/optimizers.py
 python experiments/optimizers.py --optimizers adam lion schedule_free_adamw --learning-rates 1e-4 1e-3 1e-2
 python experiments/optimizers.py --env Acrobot-v1 --num-seeds 16
 
-A PPO run that is finished in the folder is not made again. It leaves optimizers.png and optimizers.csv there.
+With --resume, a PPO run that is finished in --run-dir is not made again. It leaves optimizers.png and optimizers.csv there.
 """
 
 from dataclasses import dataclass, replace
@@ -38,7 +38,8 @@ class Args:
     env_steps: int = 200_000  # Environment steps of each of PPO's seeds.
     toy_steps: int = 2_000  # Gradient steps of each of the toy problem's seeds.
     seed: int = 0  # Seed from whose key every seed's key is split.
-    folder: Path | None = None  # Folder of the runs; default: runs/optimizers-ENV.
+    run_dir: cli.RunDir = None  # Folder of the runs; default: a new one in runs/.
+    resume: bool = False  # Continue the runs in run_dir, bit for bit; those that are finished are not repeated.
 
 
 # A student network learns what a random teacher says of inputs whose sizes differ a hundredfold.
@@ -98,9 +99,7 @@ def train_ppo(args: Args, preset: Preset, name: str, folder: Path) -> tuple[np.n
     algo = ppo.make(envs.make(args.env), config, preset.hyper)
     grid = run.sweep.grid(algo.hyper, {"learning_rate": args.learning_rates})
     key, home = jax.random.key(args.seed), folder / name
-    result = run.train(
-        algo, key, args.env_steps, num_seeds=args.num_seeds, hypers=grid, run_dir=home, resume=home.exists()
-    )
+    result = run.train(algo, key, args.env_steps, num_seeds=args.num_seeds, hypers=grid, run_dir=home, resume=True)
     if not result.finished:
         raise KeyboardInterrupt
     m = result.metrics
@@ -128,7 +127,7 @@ def main(argv: list[str]) -> None:
     keys = jax.ShapeDtypeStruct((len(args.learning_rates), args.num_seeds, args.toy_steps, 2), jnp.uint32)
     memory.refuse_if_too_large("learning_rates, num_seeds and toy_steps", keys)
     preset = ppo_preset("auto", args.env)
-    folder = args.folder or Path("runs") / f"optimizers-{args.env}"
+    folder = cli.folder_of_runs(args.run_dir, args.resume, f"optimizers-{args.env}")
 
     rates = np.array(args.learning_rates)
     toy_steps = np.linspace(0, args.toy_steps, POINTS + 1)[1:]

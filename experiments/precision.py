@@ -4,7 +4,7 @@ python experiments/precision.py                                   all variants, 
 python experiments/precision.py --env Breakout-MinAtar --env-steps 2000000 --variants float32 bfloat16
 python experiments/precision.py --speed-widths 64 256 1024 4096   how fast one update is, by the width of the layers
 
-What is finished in the folder is not trained again. It leaves precision.png and precision.csv there.
+With --resume, what is finished in --run-dir is not trained again. It leaves precision.png and precision.csv there.
 """
 
 import time
@@ -48,7 +48,8 @@ class Args:
     env_steps: int | None = None  # Environment steps of each seed; default: the preset's.
     num_seeds: int = 16  # Seeds of each variant.
     seed: int = 0  # Seed from whose key every seed's key is split.
-    folder: Path | None = None  # Folder of the runs; default: runs/precision-ENV.
+    run_dir: cli.RunDir = None  # Folder of the runs; default: a new one in runs/.
+    resume: bool = False  # Continue the runs in run_dir, bit for bit; those that are finished are not repeated.
     memory_width: int = 1024  # Width of hidden layers for a second look at the memory; 0 for none.
     # Measure only the speed of an update, with hidden layers of these widths; on a GPU or TPU it is measured by default too, at 64,
     # 256, 1024 and 4096.
@@ -75,7 +76,7 @@ def compare(args: Args, preset: Preset, folder: Path) -> None:
         print(name, flush=True)
         algo, home = variant(preset, env, name), folder / name.replace(" ", "-")
         key = jax.random.key(args.seed)
-        result = run.train(algo, key, steps, num_seeds=args.num_seeds, run_dir=home, resume=home.exists())
+        result = run.train(algo, key, steps, num_seeds=args.num_seeds, run_dir=home, resume=True)
         if not result.finished:
             raise KeyboardInterrupt
         m, scores = result.metrics, result.summary["eval"]
@@ -164,7 +165,7 @@ def main(argv: list[str]) -> None:
     for name in args.variants:
         checks.one_of("variants", name, VARIANTS)
     preset = ppo_preset("auto", args.env)
-    folder = args.folder or Path("runs") / f"precision-{args.env}"
+    folder = cli.folder_of_runs(args.run_dir, args.resume, f"precision-{args.env}")
     accelerated = jax.default_backend() != "cpu"
     if not args.speed_widths:
         compare(args, preset, folder)

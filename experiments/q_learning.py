@@ -30,7 +30,7 @@ class Args:
     runs: int = 200  # Runs averaged into each point.
     episodes: int = 300  # Episodes of the cliff walk.
     seed: int = 0  # Seed of all runs.
-    folder: Path = Path("runs/q-learning")  # Folder for the plots.
+    run_dir: cli.NamedFolder = Path("runs/q-learning")  # Folder for the plots.
 
 
 def by_episode(
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     checks.not_empty(methods=args.methods)
     for method in args.methods:
         checks.one_of("methods", method, get_args(td.Method))
-    args.folder.mkdir(parents=True, exist_ok=True)
+    args.run_dir.mkdir(parents=True, exist_ok=True)
 
     cliff = envs.make("CliffWalking")
     hyper = td.Hyper(learning_rate=0.5, gamma=1.0, epsilon=0.1)
@@ -86,13 +86,13 @@ def main(argv: list[str]) -> None:
         print(f"  {method}: {left[:, :10].mean():.0f}% {left[:, -10:].mean():.0f}%", flush=True)
 
     plot.draw(
-        args.folder / "q_learning.png",
+        args.run_dir / "q_learning.png",
         [
             plot.Panel("6.4: cliff walk", "episodes", "sum of rewards (cut at -150)", walks),
             plot.Panel("6.5: maximization bias", "episodes", "% left from A", biases),
         ],
     )
-    print(f"{args.folder}/q_learning.png")
+    print(f"{args.run_dir}/q_learning.png")
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ python experiments/rainbow.py                                     all parts, 8 s
 python experiments/rainbow.py --env Acrobot-v1 --v-min -100 --v-max 0
 python experiments/rainbow.py --parts plain n-step rainbow --num-seeds 16
 
-What is finished in the folder is not trained again. It leaves rainbow.png and rainbow.csv there.
+With --resume, what is finished in --run-dir is not trained again. It leaves rainbow.png and rainbow.csv there.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -49,7 +48,8 @@ class Args:
     seed: int = 0  # Seed from whose key every seed's key is split.
     v_min: float = 0.0  # Smallest return that C51 can represent.
     v_max: float = 100.0  # Largest return that C51 can represent.
-    folder: Path | None = None  # Folder of the runs; default: runs/rainbow-ENV.
+    run_dir: cli.RunDir = None  # Folder of the runs; default: a new one in runs/.
+    resume: bool = False  # Continue the runs in run_dir, bit for bit; those that are finished are not repeated.
 
 
 def with_part(preset: Preset, env: envs.Environment, name: str, v_min: float, v_max: float) -> Algorithm:
@@ -66,13 +66,13 @@ def main(argv: list[str]) -> None:
     for name in args.parts:
         checks.one_of("parts", name, PARTS)
     preset, env = dqn_preset("auto", args.env), envs.make(args.env)
-    folder = args.folder or Path("runs") / f"rainbow-{args.env}"
+    folder = cli.folder_of_runs(args.run_dir, args.resume, f"rainbow-{args.env}")
     rows, curves = [], []
     for name in args.parts:
         print(name, flush=True)
         algo, home = with_part(preset, env, name, args.v_min, args.v_max), folder / name
         key = jax.random.key(args.seed)
-        result = run.train(algo, key, args.env_steps, num_seeds=args.num_seeds, run_dir=home, resume=home.exists())
+        result = run.train(algo, key, args.env_steps, num_seeds=args.num_seeds, run_dir=home, resume=True)
         if not result.finished:
             raise KeyboardInterrupt
         m, scores = result.metrics, result.summary["eval"]

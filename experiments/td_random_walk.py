@@ -1,7 +1,7 @@
 """The random walk of Sutton & Barto (2nd ed.): figures 6.2, 7.2, 12.3 and 12.6, each one compiled program.
 
 python experiments/td_random_walk.py
-python experiments/td_random_walk.py --runs 1000 --folder runs/walk
+python experiments/td_random_walk.py --runs 1000 --run-dir runs/walk
 
 Every curve averages the root-mean-square error of the state values over the states, the first 10 episodes and the runs;
 all runs, step sizes and settings of a figure are computed at once. It leaves td_random_walk.png and a CSV.
@@ -32,7 +32,7 @@ class Args:
 
     runs: int = 100  # Runs averaged into each point.
     seed: int = 0  # Seed of all runs.
-    folder: Path = Path("runs/td-random-walk")  # Folder for the plot and the table.
+    run_dir: cli.NamedFolder = Path("runs/td-random-walk")  # Folder for the plot and the table.
 
 
 # Of NumPy: an array of JAX would look for the platform before a wrong one can be refused.
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> None:
     checks.positive_int("runs", args.runs)
     transitions = jax.ShapeDtypeStruct((args.runs, EPISODES, LONGEST, 2 * 21 + 3), jnp.float32)  # two states of 21 each
     memory.refuse_if_too_large(f"runs = {args.runs:,}", transitions)
-    args.folder.mkdir(parents=True, exist_ok=True)
+    args.run_dir.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     keys = jax.random.split(jax.random.key(args.seed), args.runs)
     values, td_errors, mc_errors = jax.tree.map(np.asarray, figure_6_2(keys))
@@ -166,9 +166,9 @@ def main(argv: list[str]) -> None:
             rows.append(
                 {"method": name, "setting": s, "best alpha": f"{ALPHAS[best]:.2f}", "RMS error": f"{e[best]:.3f}"}
             )
-    plot.draw(args.folder / "td_random_walk.png", panels)
-    report.print_table(args.folder / "td_random_walk.csv", rows)
-    print(f"{args.runs} runs of each point in {seconds:.1f} s, compiling included; {args.folder}/td_random_walk.png")
+    plot.draw(args.run_dir / "td_random_walk.png", panels)
+    report.print_table(args.run_dir / "td_random_walk.csv", rows)
+    print(f"{args.runs} runs of each point in {seconds:.1f} s, compiling included; {args.run_dir}/td_random_walk.png")
 
 
 if __name__ == "__main__":

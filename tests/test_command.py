@@ -12,7 +12,8 @@ def test_the_first_word_names_an_algorithm(capsys):
     assert command.run(["--help"]) is None
     assert "jrl ppo" in capsys.readouterr().out
     with pytest.raises(
-        ValueError, match="the first word must be one of ppo, dqn, pqn, r2d2, show, watch, compare, record, envs; got 'sarsa'"
+        ValueError,
+        match="the first word must be one of ppo, dqn, pqn, r2d2, show, watch, compare, record, envs; got 'sarsa'",
     ):
         command.run(["sarsa", "--env", "CartPole-v1"])
 

@@ -105,7 +105,7 @@ def test_graded_rewards_are_exact_too():
 
 @pytest.mark.slow
 def test_it_leaves_a_table_and_a_picture(tmp_path, capsys):
-    words = "--vocabulary 3 --length 2 --group-sizes 2 3 --samples 64 --methods rloo grpo --folder"
+    words = "--vocabulary 3 --length 2 --group-sizes 2 3 --samples 64 --methods rloo grpo --run-dir"
     es.main([*words.split(), str(tmp_path)])
     rows = list(csv.DictReader((tmp_path / "estimators.csv").open()))
     assert [(r["policy"], r["group"], r["method"]) for r in rows] == [
@@ -127,5 +127,5 @@ def test_it_leaves_a_table_and_a_picture(tmp_path, capsys):
 )
 def test_wrong_words_say_what_is_allowed(words, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        es.main([*words.split(), "--folder", str(tmp_path)])
+        es.main([*words.split(), "--run-dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())

@@ -22,7 +22,7 @@ def model(tmp_path_factory):
 
 
 def arguments(model, folder, *more):
-    fixed = ("--model", model, "--dataset", model / "say.py", "--folder", folder, "--prompt-length", 4)
+    fixed = ("--model", model, "--dataset", model / "say.py", "--run-dir", folder, "--prompt-length", 4)
     sizes = ("--answer-length", 3, "--config.lora-rank", 4, "--hyper.learning-rate", 0.01, "--save-every", 2)
     return (*fixed, *sizes, *more)
 
@@ -80,7 +80,7 @@ def test_a_published_model_takes_steps_with_adapters(smollm2_file, tmp_path):
     problems = () if importlib.util.find_spec("reasoning_gym") else ("--dataset", tmp_path / "say.py")
     sizes = ("--config.num-prompts", 2, "--config.group-size", 2, "--config.micro-batches", 1, "--answer-length", 4)
     done = processes.experiment(
-        "grpo_llm", "--model", smollm2_file, "--folder", tmp_path / "run", "--steps", 2, *problems, *sizes
+        "grpo_llm", "--model", smollm2_file, "--run-dir", tmp_path / "run", "--steps", 2, *problems, *sizes
     )
     assert done.returncode == 0, done.stderr
     assert [row["update"] for row in rows_of(tmp_path / "run")] == [1, 2]

@@ -31,7 +31,7 @@ def train(model, tmp_path, monkeypatch):  # noqa: F811
         fixed = (
             "--model",
             model,
-            "--folder",
+            "--run-dir",
             tmp_path / "run",
             "--prompt-length",
             4,

@@ -123,7 +123,7 @@ def test_a_refusal_is_one_line_and_an_exit_status(tmp_path):
 @pytest.mark.slow
 def test_optimizers_are_compared(tmp_path):
     args = ("--optimizers", "sgd", "adam", "--learning-rates", "0.01", "0.1", "--num-seeds", 2, "--env", "Catch-bsuite")
-    args = (*args, "--env-steps", 1024, "--toy-steps", 100, "--folder", tmp_path)
+    args = (*args, "--env-steps", 1024, "--toy-steps", 100, "--run-dir", tmp_path)
     done = experiment(*args, name="optimizers")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "optimizers.csv").open()))
@@ -172,20 +172,20 @@ def test_comparisons_refuse_wrong_words(name, words, message, tmp_path, monkeypa
 @pytest.mark.slow
 def test_precisions_are_compared(tmp_path):
     args = ("--variants", "float32", "all bfloat16 stochastic", "--num-seeds", 2, "--env", "Catch-bsuite")
-    args = (*args, "--folder", tmp_path, "--memory-width", 0)
-    done = experiment(*args, "--env-steps", 1024, name="precision")
+    args = (*args, "--memory-width", 0, "--run-dir")
+    done = experiment(*args, tmp_path, "--env-steps", 1024, name="precision")
     assert done.returncode == 0, done.stderr
     wide, narrow = csv.DictReader((tmp_path / "precision.csv").open())
     assert int(narrow["state KiB"]) <= 0.51 * int(wide["state KiB"])
     assert narrow["overlaps float32"] in ("yes", "no") and (tmp_path / "precision.png").exists()
-    done = experiment(*args, "--speed-widths", 16, name="precision")
+    done = experiment(*args, tmp_path / "speed", "--speed-widths", 16, name="precision")
     assert done.returncode == 0, done.stderr
-    assert [r["width"] for r in csv.DictReader((tmp_path / "speed.csv").open())] == ["16", "16"]
+    assert [r["width"] for r in csv.DictReader((tmp_path / "speed/speed.csv").open())] == ["16", "16"]
 
 
 @pytest.mark.slow
 def test_the_random_walk_s_figures(tmp_path):
-    done = experiment("--runs", 8, "--folder", tmp_path, name="td_random_walk")
+    done = experiment("--runs", 8, "--run-dir", tmp_path, name="td_random_walk")
     assert done.returncode == 0, done.stderr
     rows = {
         (r["method"], r["setting"]): float(r["RMS error"])
@@ -203,7 +203,7 @@ def test_the_random_walk_s_figures(tmp_path):
 
 @pytest.mark.slow
 def test_the_cliff_s_figures(tmp_path):
-    args = ("--runs", 20, "--episodes", 100, "--methods", "sarsa", "q_learning", "--folder", tmp_path)
+    args = ("--runs", 20, "--episodes", 100, "--methods", "sarsa", "q_learning", "--run-dir", tmp_path)
     done = experiment(*args, name="q_learning")
     assert done.returncode == 0, done.stderr
     assert "the best possible: -13" in done.stdout and (tmp_path / "q_learning.png").exists()
@@ -211,7 +211,7 @@ def test_the_cliff_s_figures(tmp_path):
 
 @pytest.mark.slow
 def test_memories_are_compared(tmp_path):
-    args = ("--lengths", 3, "--kinds", "none", "--env-steps", 1024, "--num-seeds", 2, "--folder", tmp_path)
+    args = ("--lengths", 3, "--kinds", "none", "--env-steps", 1024, "--num-seeds", 2, "--run-dir", tmp_path)
     done = experiment(*args, name="memory")
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "memory.csv").open()))
@@ -219,7 +219,9 @@ def test_memories_are_compared(tmp_path):
         rows[0]["return"].split()[0]
     ) <= 1
     assert (tmp_path / "memory.png").stat().st_size > 10_000
-    again = experiment(*args, name="memory")  # nothing is trained twice
+    refused = experiment(*args, name="memory")
+    assert refused.returncode == 1 and "already contains runs or other files: resume it (--resume)" in refused.stderr
+    again = experiment(*args, "--resume", name="memory")  # nothing is trained twice
     assert again.returncode == 0 and list(csv.DictReader((tmp_path / "memory.csv").open())) == rows
     assert "resumed at 1,024 steps" in again.stderr
 
@@ -230,7 +232,7 @@ def test_memories_are_compared(tmp_path):
 )
 def test_language_models_are_compared(task, length, kind, name, tmp_path):
     args = ("--task", task, "--kinds", kind, "--length", length, "--steps", 4, "--batch-size", 1)
-    done = experiment(*args, "--dim", 8, "--num-layers", 1, "--folder", tmp_path, name="language")
+    done = experiment(*args, "--dim", 8, "--num-layers", 1, "--run-dir", tmp_path, name="language")
     assert done.returncode == 0, done.stderr
     (row,) = csv.DictReader((tmp_path / f"{name}.csv").open())
     assert (row["kind"], row["tokens"]) == (kind, str(length))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import jax
 import tyro
@@ -57,6 +57,25 @@ class Options:
     gif: bool = False  # Draw the best seed's final policy.
     log: tuple[Literal["wandb"], ...] = ()  # Loggers besides the folder's table and TensorBoard events.
     start: Path | None = None  # Folder of a run: every seed starts from the parameters and statistics of its best one.
+
+
+# A folder by the name that it has everywhere; --folder, which experiments of several runs once called it, is taken, too.
+RunDir = Annotated[Path | None, tyro.conf.arg(aliases=["--folder"])]
+NamedFolder = Annotated[Path, tyro.conf.arg(aliases=["--folder"])]
+
+
+def folder_of_runs(run_dir: Path | None, resume: bool, name: str) -> Path:
+    """The folder of an experiment of several runs, each of which may be trained with ``resume=True``: ``run_dir``, or a new one of that name.
+
+    Raises ``ValueError`` for ``resume`` without a folder, ``RunError`` for a folder that holds something already, unless it is resumed.
+    """
+    if resume and run_dir is None:
+        raise ValueError("--resume needs --run-dir")
+    folder = run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise RunError(f"{folder} already contains runs or other files: resume it (--resume), or choose another folder")
+    interrupt.on_leaving(f"interrupted; go on with --resume --run-dir {folder}")
+    return folder
 
 
 def preset_of(argv: list[str], options: type[Options] = Options) -> tuple[str, str]:

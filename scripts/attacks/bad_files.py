@@ -356,7 +356,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     ),
     "pqn.py": ("--env Pendulum-v1", "--config.num-minibatches 7", "--hyper.q-lambda 2", "--hyper.epsilon-end -1", "--config.num-epochs 0"),
     "r2d2.py": ("--env Pendulum-v1", "--config.network.gru 0", "--config.capacity 1", "--config.n-step 0", "--hyper.gamma 2", "--config.burn-in -1"),
-    "td_random_walk.py": ("--runs 0", "--runs -1", "--runs 1e10", "--runs 1e12", "--folder", "--seed 1e30", "--runs 1 2"),
+    "td_random_walk.py": ("--runs 0", "--runs -1", "--runs 1e10", "--runs 1e12", "--run-dir", "--seed 1e30", "--runs 1 2"),
     "q_learning.py": ("--methods", "--methods nope", "--methods sarsa nope", "--runs 0", "--episodes 0", "--episodes 1e12", "--runs 1e12", "--episodes 1e10"),
     "grpo.py": (
         "--methods", "--methods nope", "--methods grpo nope", "--task nope", "--task-params modulus=1", "--task-params nope=1", "--updates 0",

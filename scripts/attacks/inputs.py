@@ -58,16 +58,16 @@ SMALL: dict[str, tuple[str, ...]] = {
     "dqn.py": TINY,
     "pqn.py": TINY,
     "r2d2.py": TINY,
-    "td_random_walk.py": ("--runs", "1", "--folder", "out"),
-    "q_learning.py": ("--runs", "2", "--episodes", "20", "--folder", "out"),
-    "grpo.py": ("--updates", "1", "--num-seeds", "1", "--eval-episodes", "1", "--config.supervised", "0", "--folder", "out"),
-    "memory.py": ("--lengths", "5", "--kinds", "gru", "--env-steps", "8192", "--num-seeds", "1", "--folder", "out"),
-    "language.py": ("--kinds", "dense", "--steps", "2", "--length", "32", "--batch-size", "1", "--folder", "out"),
-    "optimizers.py": ("--optimizers", "sgd", "--learning-rates", "0.1", "--env-steps", "512", "--toy-steps", "50", "--folder", "out"),
-    "estimators.py": ("--methods", "rloo", "--samples", "2", "--group-sizes", "2", "--folder", "out"),
-    "precision.py": ("--env-steps", "512", "--num-seeds", "1", "--variants", "float32", "--folder", "out"),
-    "rainbow.py": ("--env-steps", "512", "--num-seeds", "1", "--parts", "plain", "--folder", "out"),
-    "grpo_llm.py": ("--model", "model", "--dataset", "say.py", "--steps", "1", "--answer-length", "2", "--folder", "out"),
+    "td_random_walk.py": ("--runs", "1", "--run-dir", "out"),
+    "q_learning.py": ("--runs", "2", "--episodes", "20", "--run-dir", "out"),
+    "grpo.py": ("--updates", "1", "--num-seeds", "1", "--eval-episodes", "1", "--config.supervised", "0", "--run-dir", "out"),
+    "memory.py": ("--lengths", "5", "--kinds", "gru", "--env-steps", "8192", "--num-seeds", "1", "--run-dir", "out"),
+    "language.py": ("--kinds", "dense", "--steps", "2", "--length", "32", "--batch-size", "1", "--run-dir", "out"),
+    "optimizers.py": ("--optimizers", "sgd", "--learning-rates", "0.1", "--env-steps", "512", "--toy-steps", "50", "--run-dir", "out"),
+    "estimators.py": ("--methods", "rloo", "--samples", "2", "--group-sizes", "2", "--run-dir", "out"),
+    "precision.py": ("--env-steps", "512", "--num-seeds", "1", "--variants", "float32", "--run-dir", "out"),
+    "rainbow.py": ("--env-steps", "512", "--num-seeds", "1", "--parts", "plain", "--run-dir", "out"),
+    "grpo_llm.py": ("--model", "model", "--dataset", "say.py", "--steps", "1", "--answer-length", "2", "--run-dir", "out"),
 }  # fmt: skip
 HELD: dict[str, dict[str, Any]] = {"grpo_llm.py": {"files": (("say.py", bad_files.SAY),), "model": ()}}
 LONG = "a" * 20_000
@@ -300,9 +300,9 @@ def _folders() -> Iterator[Case]:
         "optimizers.py",
     ):
         for folder in ("file", "file/x", "/dev/null", "/dev/null/x", "/proc/nope", "a" * 300):
-            yield Case(name, (*SMALL[name][:-2], "--folder", folder), there)
+            yield Case(name, (*SMALL[name][:-2], "--run-dir", folder), there)
     for folder in ("file", "/dev/null/x", "/proc/nope", "a" * 300):
-        given = (*SMALL["grpo_llm.py"][:-2], "--folder", folder)
+        given = (*SMALL["grpo_llm.py"][:-2], "--run-dir", folder)
         yield Case("grpo_llm.py", given, (*there, ("say.py", bad_files.SAY)), model=())
 
 

@@ -21,11 +21,11 @@ LEAVES_WITHIN = 5.0 + 1.0  # seconds after a signal; the last one for a machine 
 
 
 class Run(NamedTuple):
-    """An experiment and its words; its folder is named by ``option``."""
+    """An experiment and its words; ``goes_on`` where the same words continue it, without --resume."""
 
     script: str
     words: tuple[str, ...]
-    option: str = "--run-dir"
+    goes_on: bool = False
 
 
 NET = ("--config.network.hidden", "8")
@@ -63,9 +63,8 @@ RUNS = {
             *("--checkpoint-every", "0.2", "--config.model.dim", "16", "--config.model.num-layers", "1"),
             *("--config.num-prompts", "4", "--config.group-size", "4"),
         ),
-        "--folder",
     ),
-    "grpo_llm": Run("grpo_llm.py", (*language_model.WORDS, "--steps", "12", "--save-every", "2"), "--folder"),
+    "grpo_llm": Run("grpo_llm.py", (*language_model.WORDS, "--steps", "12", "--save-every", "2"), goes_on=True),
 }
 
 
@@ -146,8 +145,8 @@ def left_badly(ended: Ended, seconds: float) -> str | None:
 def start(name: str, folder: Path, log: Path) -> Process:
     """Begin the run, or go on with it."""
     run = RUNS[name]
-    words = [*run.words, run.option, str(folder)]
-    if run.option == "--run-dir" and (folder / "config.json").exists():
+    words = [*run.words, "--run-dir", str(folder)]
+    if not run.goes_on and folder.is_dir() and any(folder.iterdir()):
         words.append("--resume")
     return Process(command(run.script, words), log.parent, log)
 

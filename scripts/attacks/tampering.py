@@ -108,7 +108,7 @@ def command(root: Path, kind: str, folder: Path, *more: str) -> tuple[str, list[
             str(model),
             "--dataset",
             str(model / "say.py"),
-            "--folder",
+            "--run-dir",
             str(folder),
             *GRPO,
             *more,
