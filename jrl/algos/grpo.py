@@ -13,6 +13,7 @@ Everything is one pure function of a state, so that it vmaps over seeds and hype
 are verified outside of it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -157,18 +158,19 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
     return Learner(init, policy, draw, learn)
 
 
-def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
-    """GRPO on a task with a verifier; a step of the run is one token of an answer. ``hyper`` are the defaults that ``init`` takes.
+def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper(), *, model: Model | None = None) -> Algorithm:
+    """GRPO on a task with a verifier; a step of the run is one token of an answer. ``hyper`` are the defaults that ``init`` takes;
+    ``model`` takes the place of the decoder that ``config.model`` describes (``jrl.lm.own``).
 
     Raises ``ValueError`` for a setting out of range or one that does not fit the task.
     """
     checks.instances("grpo.make", task=(task, Task), config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
-    model = language_model(task, config.model, config.precision)
+    remake, own = functools.partial(make, task, hyper=hyper, model=model), model
+    model = language_model(task, config.model, config.precision, own)
     learning = learner(model, config, length=task.answer_length, end=END, pad=PAD)
-    before = sft.make(
-        task, sft.Config(config.model, optimizer=optim.OptimizerConfig("adamw"), precision=config.precision)
-    )
+    shown = sft.Config(config.model, optimizer=optim.OptimizerConfig("adamw"), precision=config.precision)
+    before = sft.make(task, shown, model=own)
     defaults = hyper
 
     def update(state: State) -> tuple[State, Metrics]:
@@ -213,7 +215,7 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
         config=config,
         hyper=hyper,
         uses_length=config.optimizer.uses_length,
-        remake=lambda config: make(task, config, hyper),
+        remake=remake,
         check_hyper=check_hyper,
     )
 

@@ -1,5 +1,6 @@
 """Supervised fine-tuning: cross-entropy on demonstrated answers, so that reinforcement learning has something to reinforce."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
 from jrl.equations import token_losses
 from jrl.lm.policy import language_model, reader
-from jrl.lm.sampling import Rollout, score
+from jrl.lm.sampling import Model, Rollout, score
 from jrl.lm.tasks import Task, answer_mask
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe, transformer
@@ -41,15 +42,17 @@ class Hyper(NamedTuple):
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
-def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algorithm:
-    """Supervised fine-tuning on a task's demonstrations; a step of the run is one token of an answer.
+def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper(), *, model: Model | None = None) -> Algorithm:
+    """Supervised fine-tuning on a task's demonstrations; a step of the run is one token of an answer. ``model`` takes the place of the
+    decoder that ``config.model`` describes.
 
     Raises ``ValueError`` for a setting out of range or one that does not fit the task.
     """
     checks.instances("sft.make", task=(task, Task), config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     token_losses.refuse_accumulation(config.optimizer.accumulate, "a larger config.batch_size")
-    model = language_model(task, config.model, config.precision)
+    remake = functools.partial(make, task, hyper=hyper, model=model)
+    model = language_model(task, config.model, config.precision, model)
     defaults = hyper
 
     def update(state: State) -> tuple[State, Metrics]:
@@ -96,7 +99,7 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper()) -> Algor
         config=config,
         hyper=hyper,
         uses_length=config.optimizer.uses_length,
-        remake=lambda config: make(task, config, hyper),
+        remake=remake,
         check_hyper=check_hyper,
     )
 

@@ -7,20 +7,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.lm.own import checked, computed_in
 from jrl.lm.sampling import Model, Rollout, Support, decoder, sample, supported
 from jrl.lm.tasks import END, PAD, Problem, Task
 from jrl.nets import transformer
-from jrl.numerics import optim, precision
+from jrl.numerics import checks, optim, precision
 from jrl.numerics.types import Params
 
 Array = jax.Array
 
 
-def language_model(task: Task, shape: transformer.Config, policy: str) -> Model:
-    """A decoder with the task's vocabulary, that computes as the precision policy says.
+def language_model(task: Task, shape: transformer.Config, policy: str, own: Model | None = None) -> Model:
+    """A decoder with the task's vocabulary, or the user's ``own`` model, that computes as the precision policy says.
 
-    Raises ``ValueError`` if the shape names another vocabulary.
+    Raises ``ValueError`` if the shape or the model has another vocabulary.
     """
+    if own is not None:
+        checks.instances("make", model=(own, Model))
+        if own.vocab_size != len(task.symbols):
+            raise ValueError(
+                f"model: {task.name} has {len(task.symbols)} symbols, the model a vocabulary of {own.vocab_size}"
+            )
+        return computed_in(checked(own, task.prompt_length), precision.parse(policy))
     if shape.vocab_size not in (0, len(task.symbols)):
         raise ValueError(
             f"config.model.vocab_size must be the {len(task.symbols)} symbols of {task.name}, or 0; got {shape.vocab_size}"
