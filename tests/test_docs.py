@@ -213,6 +213,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "jrl.equations.returns.gae" in (tmp_path / "reference/equations/index.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_as_it_is_written_and_shows_what_it_says(capsys):
     shown = []
     cells = json.loads((ROOT / "examples/first_steps.ipynb").read_text())["cells"]
