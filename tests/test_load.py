@@ -325,3 +325,22 @@ def test_pictures_become_an_mp4(tmp_path):
     pictures.animate(frames, str(tmp_path / "a.gif"))
     again = pictures.frames_of(str(tmp_path / "a.gif"))
     assert len(again) == 25 and again[3].shape == (31, 40, 3)
+
+
+def test_what_was_meant_otherwise_is_said_in_one_line(trained, tmp_path):
+    folder, _, _ = trained
+    loaded = run.load(folder)
+    for function in (
+        lambda state: run.evaluate(loaded.algo, state, jax.random.key(0), 1),
+        lambda state: run.record(loaded.algo, state, jax.random.key(0), tmp_path / "a.gif"),
+    ):
+        with pytest.raises(ValueError, match=r"the state must be of one seed, as loaded.member\(\) gives it"):
+            function(loaded.state)
+    with pytest.raises(ValueError, match=r"run.load: env must be a .*Environment; got 'CartPole-v1'"):
+        run.load(folder, env="CartPole-v1")
+    env = envs.make("Probe-value")
+    with pytest.raises(ValueError, match=r"optimizer: optax.adam must be called, as in optax.adam\(1e-3\)"):
+        jax.eval_shape(ppo.make(env, TINY, optimizer=optax.adam).init, jax.random.key(0))
+    raw = ppo.make(env, TINY)
+    with pytest.raises(ValueError, match="start was trained on observations as they are"):
+        ppo.make(env, dataclasses.replace(TINY, normalize_observations=True), start=raw.init(jax.random.key(0)))

@@ -56,6 +56,8 @@ def check(config: Config, hyper: Hyper, start: Any) -> None:
         raise ValueError("config.dual_clip needs config.loss=clip; got penalty")
     if getattr(start, "obs_stats", None) is not None and not config.normalize_observations:
         raise ValueError("start was trained on normalized observations: config.normalize_observations must be True")
+    if getattr(start, "obs_stats", 0) is None and config.normalize_observations:
+        raise ValueError("start was trained on observations as they are: config.normalize_observations must be False")
     num_parts = {"minibatch": config.num_minibatches, "batch": 1, "none": 0}[config.standardize_advantages]
     if config.num_envs * config.num_steps == num_parts:
         raise ValueError(

@@ -66,7 +66,9 @@ def make(name: str | Path, **params: Any) -> Environment:
     if name in gymnax.IDS:
         return strict(gymnax.make(name, **params))
     if name not in _registered:
-        raise ValueError(f"unknown environment {name!r}; {checks.suggestion(name, names())} (or a path to a .py file)")
+        raise ValueError(
+            f"unknown environment {name!r}; {checks.suggestion(name, names())} (or PACKAGE/NAME of {', '.join(packages.EXTRAS)}, or a path to a .py file)"
+        )
     made = strict(user_file.call(name, _registered[name], params))
     return with_settings(made, user_file.settings_of(_registered[name], params))
 

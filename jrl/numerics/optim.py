@@ -330,6 +330,11 @@ def own(optimizer: Any, hyper: Any, learning_rate: Array | float) -> optax.Gradi
     """A user's optimizer: an optax transformation, or what a function of the hyperparameters and the learning rate gives. Raises
     ``ValueError`` for anything else."""
     made = optimizer if isinstance(optimizer, optax.GradientTransformation) else None
+    if made is None and str(getattr(optimizer, "__module__", "")).startswith("optax"):
+        name = optimizer.__name__
+        raise ValueError(
+            f"optimizer: optax.{name} must be called, as in optax.{name}(1e-3), or stand in a function (hyper, learning_rate)"
+        )
     if made is None and callable(optimizer):
         made = optimizer(hyper, learning_rate)
     if not isinstance(made, optax.GradientTransformation):

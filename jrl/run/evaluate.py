@@ -30,6 +30,7 @@ def evaluate(algo: Algorithm, state: State, key: Array, episodes: int, greedy: b
 
     Every environment plays exactly one episode, so that short episodes are not counted more often than long ones.
     """
+    check_one(state)
     env = algo.env
     limit = env.time_limit or MAX_STEPS
     key_reset, key_first, key_run = jax.random.split(key, 3)
@@ -68,6 +69,7 @@ def record(algo: Algorithm, state: State, key: Array, path: str | Path) -> int:
     """
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"no such folder: {Path(path).parent}")
+    check_one(state)
     env, suffix = algo.env, Path(path).suffix
     check_drawn(env, suffix)
     render = env.host.render if env.host else None
@@ -92,6 +94,12 @@ def record(algo: Algorithm, state: State, key: Array, path: str | Path) -> int:
             env.draw(frames, f"{folder}/policy.gif")
             pictures.animate(pictures.frames_of(f"{folder}/policy.gif"), str(path))
     return len(shown)
+
+
+def check_one(state: State) -> None:
+    """Raise ``ValueError`` for a state whose hyperparameters are not single numbers: it is not of one seed."""
+    if any(jnp.ndim(x) for x in jax.tree.leaves(getattr(state, "hyper", ()))):
+        raise ValueError("the state must be of one seed, as loaded.member() gives it; got one with leading axes")
 
 
 def check_drawn(env: Environment, suffix: str) -> None:

@@ -76,8 +76,9 @@ def load(
     folder = Path(folder)
     if env is not None and algo is not None:
         raise ValueError("env or algo: the algorithm has its environment; give one of them")
-    if algo is not None:
-        checks.instances("run.load", algo=(algo, Algorithm))
+    for name, given, kind in (("env", env, Environment), ("algo", algo, Algorithm)):
+        if given is not None:
+            checks.instances("run.load", **{name: (given, kind)})
     settings = folders.saved_settings(folder)
     cells, num_seeds = folders.members_in(settings, folder)
     try:

@@ -72,7 +72,7 @@ def _one(folder: Path) -> str:
     else:
         lines.append("settings:")  # whose defaults only their author knows
     changed = {name: x for name, x in settings.items() if x != usual.get(name) and not name.startswith(RUNS)}
-    lines += [f"  {name.replace('..', '.')} = {_shown(x)}" for name, x in changed.items()] or ["  none"]
+    lines += [f"  {_readable(name, cells)} = {_shown(x)}" for name, x in changed.items()] or ["  none"]
     if not summary:
         return "\n".join([*lines, "it has not ended yet"])
     steps = f"{summary.get('env_steps', 0):,} steps a seed"
@@ -100,6 +100,14 @@ def _defaults(settings: dict[str, Any], cells: list[str]) -> dict[str, Any]:
         name = str(settings.get("env")).partition("(")[0]
         found |= {} if "/" in name or name.endswith(".py") else folders.made_of_env(envs.make(name))
     return found
+
+
+def _readable(name: str, cells: list[str]) -> str:
+    """The name of a setting; of a cell's hyperparameter as ``hyper[CELL].NAME``."""
+    for cell in cells:
+        if name.startswith(f"hyper.{cell}."):
+            return f"hyper{f'[{cell}]' if cell else ''}.{name.removeprefix(f'hyper.{cell}.')}"
+    return name
 
 
 def _shown(value: Any) -> str:

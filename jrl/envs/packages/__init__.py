@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import io
 from typing import Any
 
 from jrl import user_file
@@ -51,4 +52,5 @@ def _names(package: str) -> list[str]:
 
 
 def _adapter(package: str) -> Any:
-    return importlib.import_module(f"jrl.envs.packages.{package}")
+    with contextlib.redirect_stdout(io.StringIO()):  # some say what else could be installed
+        return importlib.import_module(f"jrl.envs.packages.{package}")
