@@ -26,7 +26,16 @@ Optimizer: TypeAlias = optax.GradientTransformation | Callable[[Hyper, Array], o
 
 # Metrics that are means over the episodes that ended, ``metrics["episodes"]`` of them; NaN where none did.
 PER_EPISODE = ("episode_return", "episode_length")
-LEARNED = ("params", "target_params", "opt_state", "obs_stats", "reward_stats", "kl_weight")
+LEARNED = (
+    "params",
+    "critic_params",
+    "target_params",
+    "opt_state",
+    "critic_opt_state",
+    "obs_stats",
+    "reward_stats",
+    "kl_weight",
+)
 
 
 def learned_fields(state: State) -> Any:
@@ -157,6 +166,20 @@ def start_learning(
         "num_updates": jnp.asarray(0 if num_updates is None else num_updates, jnp.int32),
         "hyper": hyper,
     }
+
+
+def gradient_steps(
+    learn: Callable[[State, Array], tuple[State, Metrics]],
+    state: State,
+    keys: Array,
+    ready: Array,
+    fields: tuple[str, ...],
+) -> tuple[State, Metrics]:
+    """One gradient step ``learn(state, key)`` per key; the ``fields`` that it changes keep their values, and metrics are 0, until ``ready``."""
+    learned, metrics = jax.lax.scan(learn, state, keys)
+    new, old = ({name: getattr(each, name) for name in fields} for each in (learned, state))
+    kept = jax.tree.map(lambda new, old: jnp.where(ready, new, old), new, old)
+    return state._replace(**kept), {name: jnp.where(ready, m.mean(), 0.0) for name, m in metrics.items()}
 
 
 def learn_from_replay(

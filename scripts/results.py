@@ -16,12 +16,12 @@ from pathlib import Path
 import jax
 
 from jrl import envs, run
-from jrl.algos import dqn, ppo, pqn, presets, r2d2
+from jrl.algos import dqn, ppo, pqn, presets, r2d2, sac, td3
 from jrl.algos.presets import Preset
 from jrl.numerics import checks, host
 from jrl.run import cli, stats
 
-MODULES = {"ppo": ppo, "dqn": dqn, "r2d2": r2d2, "pqn": pqn}
+MODULES = {"ppo": ppo, "dqn": dqn, "r2d2": r2d2, "pqn": pqn, "sac": sac, "td3": td3}
 
 # What others published, by preset.
 OTHERS = {
@@ -50,7 +50,7 @@ OTHERS = {
 class Args:
     """Train every preset and print the table."""
 
-    algos: tuple[str, ...] = ("ppo", "dqn", "r2d2", "pqn")  # Algorithms whose presets are run.
+    algos: tuple[str, ...] = ("ppo", "dqn", "r2d2", "pqn", "sac", "td3")  # Algorithms whose presets are run.
     only: tuple[str, ...] = ()  # Presets to run, like ppo/CartPole-v1; default: all.
     num_seeds: int = 8  # Seeds of each preset.
     folder: Path = Path("runs/results")  # Folder of the runs.
@@ -58,7 +58,14 @@ class Args:
 
 def chosen(args: Args) -> dict[str, Preset]:
     """The presets to train, with variants: the memory task for a network that cannot remember, PPO-Penalty, and a short CartPole."""
-    tables = {"ppo": presets.PPO, "dqn": presets.DQN, "r2d2": presets.R2D2, "pqn": presets.PQN}
+    tables = {
+        "ppo": presets.PPO,
+        "dqn": presets.DQN,
+        "r2d2": presets.R2D2,
+        "pqn": presets.PQN,
+        "sac": presets.SAC,
+        "td3": presets.TD3,
+    }
     found = {f"{algo}/{env}": preset for algo, table in tables.items() for env, preset in table.items()}
     memory = found["ppo/MemoryChain-bsuite"]
     forgetful = replace(memory.config, network=replace(memory.config.network, gru=0))

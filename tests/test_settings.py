@@ -10,7 +10,7 @@ import pytest
 from settings_table import descriptions
 
 from jrl import nets
-from jrl.algos import dqn, grpo, ppo, ppo_lm, pqn, r2d2, sft, td
+from jrl.algos import dqn, grpo, ppo, ppo_lm, pqn, r2d2, sac, sft, td, td3
 from jrl.attention import mla, nsa, rotary
 from jrl.nets import memory, moe, transformer
 from jrl.numerics import optim, settings
@@ -65,7 +65,7 @@ def test_hyperparameters_are_checked_with_those_of_the_optimizer_and_traced_ones
 KINDS = {
     f"{kind.__module__}.{kind.__name__}": kind
     for kind in (
-        *itertools.chain(*((m.Config, m.Hyper) for m in (dqn, grpo, ppo, ppo_lm, pqn, r2d2, sft, td))),
+        *itertools.chain(*((m.Config, m.Hyper) for m in (dqn, grpo, ppo, ppo_lm, pqn, r2d2, sac, sft, td, td3))),
         *(nets.Config, nets.ValueConfig, memory.AttentionConfig, moe.Config, transformer.Config),
         *(mla.Config, nsa.Config, rotary.Scaling, optim.OptimizerConfig, optim.Hyper),
     )

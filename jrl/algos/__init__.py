@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-__all__ = ["dqn", "grpo", "ppo", "ppo_lm", "pqn", "prediction", "presets", "r2d2", "sft", "td"]
+__all__ = ["dqn", "grpo", "ppo", "ppo_lm", "pqn", "prediction", "presets", "r2d2", "sac", "sft", "td", "td3"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,7 @@ import numpy as np
 from jrl import algorithm, nets
 from jrl.algorithm import Algorithm, Metrics
 from jrl.algos.ppo_settings import Config, Hyper, check
+from jrl.envs.spaces import to_env
 from jrl.envs.strict import strict
 from jrl.envs.types import Box, Discrete, Environment, MultiDiscrete, Space, observation_spec
 from jrl.equations import distributions, losses, returns
@@ -253,15 +254,3 @@ def action_distribution(space: Space, continuous: Literal["normal", "tanh_normal
                     f"config.continuous=tanh_normal needs finite bounds; {space} has infinite ones: take normal"
                 )
             return {"normal": distributions.normal, "tanh_normal": distributions.tanh_normal}[continuous](len(low))
-
-
-def to_env(space: Space, action: Array) -> Array:
-    """Convert a policy's action to the environment's: continuous ones are clipped to [-1, 1] and mapped onto finite bounds."""
-    if not isinstance(space, Box):
-        return action
-    low, high = np.array(space.low, np.float32), np.array(space.high, np.float32)
-    finite = np.isfinite(low) & np.isfinite(high)
-    least, most = np.where(finite, low, -1), np.where(finite, high, 1)
-    center, half = (least + most) / 2, (most - least) / 2
-    mapped = center + half * jnp.where(finite, jnp.clip(action, -1, 1), action)
-    return jnp.clip(mapped, low, high)

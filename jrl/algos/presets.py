@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jrl import nets
-from jrl.algos import dqn, grpo, ppo, pqn, r2d2
+from jrl.algos import dqn, grpo, ppo, pqn, r2d2, sac, td3
 from jrl.nets import transformer
 from jrl.numerics import optim
 
@@ -126,6 +126,29 @@ R2D2_DEFAULT = Preset(500_000, r2d2.Config(), r2d2.Hyper())
 R2D2: dict[str, Preset] = {"MemoryChain-bsuite": R2D2_DEFAULT}
 
 
+# The papers' settings, for every environment without one of its own.
+SAC_DEFAULT = Preset(1_000_000, sac.Config(), sac.Hyper())
+TD3_DEFAULT = Preset(1_000_000, td3.Config(learning_starts=25_000), td3.Hyper())
+
+# Small networks at a high learning rate, and half a gradient step for each step.
+_PENDULUM: dict[str, Any] = {
+    "num_envs": 4,
+    "num_gradient_steps": 2,
+    "batch_size": 128,
+    "capacity": 50_000,
+    "learning_starts": 1_000,
+    "network": nets.ContinuousConfig(hidden=(64, 64)),
+}
+
+SAC: dict[str, Preset] = {
+    "Pendulum-v1": Preset(20_000, sac.Config(**_PENDULUM), sac.Hyper(learning_rate=1e-3)),
+}
+
+TD3: dict[str, Preset] = {
+    "Pendulum-v1": Preset(20_000, td3.Config(**_PENDULUM), td3.Hyper(learning_rate=1e-3)),
+}
+
+
 def ppo_preset(name: str, env: str) -> Preset:
     """PPO's preset ``name`` for ``env``: see ``find``; ``penalty`` is PPO-Penalty's."""
     return find({**PPO, "penalty": PPO_PENALTY}, PPO_DEFAULT, name, env)
@@ -144,6 +167,16 @@ def dqn_preset(name: str, env: str) -> Preset:
 def r2d2_preset(name: str, env: str) -> Preset:
     """R2D2's preset ``name`` for ``env``: see ``find``."""
     return find(R2D2, R2D2_DEFAULT, name, env)
+
+
+def sac_preset(name: str, env: str) -> Preset:
+    """SAC's preset ``name`` for ``env``: see ``find``."""
+    return find(SAC, SAC_DEFAULT, name, env)
+
+
+def td3_preset(name: str, env: str) -> Preset:
+    """TD3's preset ``name`` for ``env``: see ``find``."""
+    return find(TD3, TD3_DEFAULT, name, env)
 
 
 def find(table: dict[str, Preset], default: Preset, name: str, env: str) -> Preset:

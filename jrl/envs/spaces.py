@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jrl.numerics import checks
+
+Array = jax.Array
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,18 @@ def as_space(space: Any) -> Space:
             low, high = (np.broadcast_to(np.asarray(x, float), space.shape) for x in (space.low, space.high))
             return Box(low, high)  # type: ignore[arg-type]
     raise ValueError(f"action_space must be Discrete, MultiDiscrete or Box (of jrl.envs or gymnasium); got {space!r}")
+
+
+def to_env(space: Space, action: Array) -> Array:
+    """Convert a policy's action to the environment's: continuous ones are clipped to [-1, 1] and mapped onto finite bounds."""
+    if not isinstance(space, Box):
+        return action
+    low, high = np.array(space.low, np.float32), np.array(space.high, np.float32)
+    finite = np.isfinite(low) & np.isfinite(high)
+    least, most = np.where(finite, low, -1), np.where(finite, high, 1)
+    center, half = (least + most) / 2, (most - least) / 2
+    mapped = center + half * jnp.where(finite, jnp.clip(action, -1, 1), action)
+    return jnp.clip(mapped, low, high)
 
 
 def _count(space: str, n: Any) -> int:

@@ -155,10 +155,6 @@ def tanh_normal(num_dims: int) -> Distribution:
     nodes = jnp.linspace(-6.0, 6.0, 64, dtype=jnp.float32)
     weights = jax.nn.softmax(-0.5 * jnp.square(nodes))
 
-    def log_slope(u: Array) -> Array:
-        # log(1 - tanh(u)^2), without the loss of digits at large |u|
-        return 2 * (math.log(2) - u - jax.nn.softplus(-2 * u))
-
     def from_noise(params: NormalParams, z: Array) -> Array:
         return jnp.tanh(base.from_noise(params, z))
 
@@ -168,15 +164,32 @@ def tanh_normal(num_dims: int) -> Distribution:
     def log_prob(params: NormalParams, x: Array) -> Array:
         edge = 1 - 1e-6  # float32 tanh rounds to 1 from u = 9; keep the inverse finite
         u = jnp.arctanh(jnp.clip(x, -edge, edge))
-        return base.log_prob(params, u) - jnp.sum(log_slope(u), axis=-1)
+        return base.log_prob(params, u) - jnp.sum(_log_slope(u), axis=-1)
 
     def entropy(params: NormalParams) -> Array:
         mean, std = _f32(params.mean), jnp.exp(_f32(params.log_std))
         std = jnp.broadcast_to(std, mean.shape)
         u = mean[..., None] + std[..., None] * _last(nodes, mean.ndim + 1)
-        return base.entropy(params) + jnp.sum(log_slope(u) * _last(weights, u.ndim), axis=(-2, -1))
+        return base.entropy(params) + jnp.sum(_log_slope(u) * _last(weights, u.ndim), axis=(-2, -1))
 
     return Distribution(base.noise, from_noise, mode, log_prob, entropy, base.kl)
+
+
+def squashed(params: NormalParams, z: Array) -> tuple[Array, Array]:
+    """The action ``tanh(mean + std z)`` of standard normal ``z [..., D]``, and its log-probability ``[...]`` under ``tanh_normal``, with gradients
+    through both (1801.01290, equation 21).
+
+    Computed before the squashing, where ``log_prob`` of the action would have to undo it.
+    """
+    mean, log_std = _f32(params.mean), _f32(params.log_std)
+    u = mean + jnp.exp(log_std) * z
+    log_normal = -0.5 * jnp.square(z) - log_std - 0.5 * math.log(2 * math.pi)
+    return jnp.tanh(u), jnp.sum(log_normal - _log_slope(u), axis=-1)
+
+
+def _log_slope(u: Array) -> Array:
+    """``log(1 - tanh(u)^2)``, without the loss of digits at large ``|u|``."""
+    return 2 * (math.log(2) - u - jax.nn.softplus(-2 * u))
 
 
 def _last(x: Array, rank: int) -> Array:

@@ -23,6 +23,7 @@ from jrl.numerics.host import device_memory
 from jrl.numerics.types import Observation
 
 Array = jax.Array
+CHOICE = jax.ShapeDtypeStruct((), jnp.int32)
 NOWHERE = 2**30  # a row that no buffer has
 MID, TERMINATED, TRUNCATED, FINAL = range(4)  # FINAL: only an observation, of a truncated episode's end
 
@@ -124,15 +125,16 @@ def make(
     n_step: int = 1,
     prioritized: bool = False,
     num_frames: int = 1,
+    action_spec: Any = CHOICE,
 ) -> Replay:
     """A replay of n-step transitions, of ``capacity`` rows (rounded down to a multiple of ``num_envs``).
 
     ``num_frames`` says how many frames are stacked along the last axis of observations of ``obs_spec`` (as
-    ``wrappers.frame_stack`` does): each frame is stored once.
+    ``wrappers.frame_stack`` does): each frame is stored once. ``action_spec`` is the shape of an action, of a choice if not given.
     Raises ``ValueError`` if it holds too few rows, or is larger than the device's memory.
     """
     checks.positive_int("replay: n_step", n_step)
-    store = _Store(obs_spec, num_envs, capacity, batch_size, 2, num_frames - 1, prioritized, num_frames)
+    store = _Store(obs_spec, num_envs, capacity, batch_size, 2, num_frames - 1, prioritized, num_frames, action_spec)
     store.check_capacity(capacity, n_step + num_frames + 1, "n_step + num_frames + 1")
 
     def sample(buffer: Buffer, key: Array, gamma: Array | float, beta: Array | float = 1.0) -> Batch:
@@ -193,11 +195,14 @@ def make_sequences(
 class _Store:
     """Rows and their priorities; a row can be drawn only if at least ``needs - 1`` rows follow it and ``before`` rows precede it."""
 
-    def __init__(self, obs_spec, num_envs, capacity, batch_size, needs, before, prioritized, num_frames):
+    def __init__(
+        self, obs_spec, num_envs, capacity, batch_size, needs, before, prioritized, num_frames, action_spec=CHOICE
+    ):
         for name, value in (("batch_size", batch_size), ("num_envs", num_envs), ("num_frames", num_frames)):
             checks.positive_int(f"replay: {name}", value)
         self.num_envs, self.length, self.batch_size = num_envs, capacity // num_envs, batch_size
         self.needs, self.before, self.prioritized, self.num_frames = needs, before, prioritized, num_frames
+        self.action_spec = action_spec
         self.leaves = 2 ** math.ceil(math.log2(max(1, num_envs * self.length))) if prioritized else 0
         self.frame_spec = obs_spec if num_frames == 1 else _one_frame(obs_spec, num_frames)
         self.bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(self.init)))
@@ -218,7 +223,7 @@ class _Store:
         shape = (self.num_envs, self.length)
         return Buffer(
             obs=jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape), x.dtype), self.frame_spec),
-            action=jnp.zeros(shape, jnp.int32),
+            action=jnp.zeros((*shape, *self.action_spec.shape), self.action_spec.dtype),
             reward=jnp.zeros(shape, jnp.float32),
             kind=jnp.full(shape, FINAL, jnp.uint8),  # so that the first row ever is the first of an episode
             written=jnp.zeros(self.num_envs, jnp.int32),

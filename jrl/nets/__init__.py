@@ -2,17 +2,21 @@
 
 from jrl.nets.action_values import ValueConfig, action_values, with_noise
 from jrl.nets.actor_critic import Config, actor_critic
+from jrl.nets.continuous import ContinuousConfig, critics, policy_head
 from jrl.nets.own import feed_forward, policy_network, starting_from, value_network
 from jrl.nets.types import Network, Outputs, step_one
 
 __all__ = [
     "Config",
+    "ContinuousConfig",
     "Network",
     "Outputs",
     "ValueConfig",
     "action_values",
     "actor_critic",
+    "critics",
     "feed_forward",
+    "policy_head",
     "policy_network",
     "starting_from",
     "step_one",

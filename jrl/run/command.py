@@ -3,6 +3,7 @@
 jrl ppo                                           16 seeds of CartPole-v1
 jrl dqn --env Acrobot-v1 --num-seeds 8
 jrl pqn --env my_env.py --run-dir runs/mine       and, after Ctrl-C, the same with --resume
+jrl sac --env gymnasium/HalfCheetah-v5            real actions, from replay; also td3
 jrl r2d2 --help                                   all settings
 jrl show runs/mine                                what was run, and what it reached; jrl show for a table of all runs
 jrl watch runs/mine                               follow a run
@@ -16,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-from jrl.algos import dqn, ppo, pqn, presets, r2d2
+from jrl.algos import dqn, ppo, pqn, presets, r2d2, sac, td3
 from jrl.run import Result, cli, tools
 
 
@@ -53,6 +54,24 @@ class R2D2(cli.Options):
     hyper: r2d2.Hyper = r2d2.Hyper()
 
 
+@dataclass(frozen=True)
+class SAC(cli.Options):
+    """Train SAC over many seeds in one compiled program."""
+
+    env: str = "Pendulum-v1"  # Environment id, or a Python file that defines reset, step and action_space.
+    config: sac.Config = field(default_factory=sac.Config)
+    hyper: sac.Hyper = sac.Hyper()
+
+
+@dataclass(frozen=True)
+class TD3(cli.Options):
+    """Train TD3 over many seeds in one compiled program."""
+
+    env: str = "Pendulum-v1"  # Environment id, or a Python file that defines reset, step and action_space.
+    config: td3.Config = field(default_factory=td3.Config)
+    hyper: td3.Hyper = td3.Hyper()
+
+
 class Command(NamedTuple):
     """What an algorithm can be told, the function that picks its preset, and the one that makes it."""
 
@@ -66,6 +85,8 @@ COMMANDS = {
     "dqn": Command(DQN, presets.dqn_preset, dqn.make),
     "pqn": Command(PQN, presets.pqn_preset, pqn.make),
     "r2d2": Command(R2D2, presets.r2d2_preset, r2d2.make),
+    "sac": Command(SAC, presets.sac_preset, sac.make),
+    "td3": Command(TD3, presets.td3_preset, td3.make),
 }
 
 
