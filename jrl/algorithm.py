@@ -175,11 +175,12 @@ def gradient_steps(
     ready: Array,
     fields: tuple[str, ...],
 ) -> tuple[State, Metrics]:
-    """One gradient step ``learn(state, key)`` per key; the ``fields`` that it changes keep their values, and metrics are 0, until ``ready``."""
+    """One gradient step ``learn(state, key)`` per key, which changes no more than ``fields``: these keep their values, and metrics are 0,
+    until ``ready``."""
     learned, metrics = jax.lax.scan(learn, state, keys)
     new, old = ({name: getattr(each, name) for name in fields} for each in (learned, state))
     kept = jax.tree.map(lambda new, old: jnp.where(ready, new, old), new, old)
-    return state._replace(**kept), {name: jnp.where(ready, m.mean(), 0.0) for name, m in metrics.items()}
+    return learned._replace(**kept), {name: jnp.where(ready, m.mean(), 0.0) for name, m in metrics.items()}
 
 
 def learn_from_replay(

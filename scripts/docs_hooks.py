@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 SHARED: dict[type, str] = {
     nets.Config: "nets.Config",
     nets.ValueConfig: "nets.ValueConfig",
+    nets.ContinuousConfig: "nets.ContinuousConfig",
     AttentionConfig: "nets.memory.AttentionConfig",
     optim.OptimizerConfig: "optim.OptimizerConfig",
     optim.Hyper: "optim.Hyper",

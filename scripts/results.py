@@ -38,6 +38,8 @@ OTHERS = {
     "dqn/Acrobot-v1": "-77 (SB3 zoo, 100k), -89 +- 2 (CleanRL, 500k)",
     "dqn/MountainCar-v0": "-101 (SB3 zoo, 120k)",
     "r2d2/MemoryChain-bsuite": "0.0 (gymnax-blines, chance)",
+    "sac/Pendulum-v1": "-157 +- 89 (SB3 zoo, 20k)",
+    "td3/Pendulum-v1": "-152 +- 90 (SB3 zoo, 20k)",
     "pqn/CartPole-v1": "495 +- 7 (CleanRL, 500k)",
     "pqn/Breakout-MinAtar": "about 40 (PPO of PureJaxRL, 10M)",
     "pqn/Asterix-MinAtar": "15 (gymnax-blines, 10M)",

@@ -73,16 +73,16 @@ def make(
     run = off_policy.run
 
     def update(state: State) -> tuple[State, Metrics]:
-        keys = jax.random.split(state.key, 2 + config.num_gradient_steps)
-        key, key_act = keys[:2]
+        key, key_act, key_learn = jax.random.split(state.key, 3)
+        keys = jax.random.split(key_learn, config.num_gradient_steps)
 
         def act(obs: Observation, noise: Array) -> Array:
             return explored(policy(state.params, obs), noise, state.hyper)
 
         state, steps, episodes = off_policy.act_and_store(parts, config, state, key_act, act)
         ready = state.updates + 1 >= parts.first_learning
-        state, metrics = algorithm.gradient_steps(learn, state, keys[2:], ready, LEARNED)
-        state = state._replace(key=key, updates=state.updates + 1, **normalize.after(state, steps))
+        state, metrics = algorithm.gradient_steps(learn, state._replace(key=key), keys, ready, LEARNED)
+        state = state._replace(updates=state.updates + 1, **normalize.after(state, steps))
         return state, metrics | episodes
 
     def learn(state: State, key: Array) -> tuple[State, Metrics]:
