@@ -10,7 +10,7 @@ import pytest
 
 from jrl import envs, run
 from jrl.algos import td
-from jrl.envs import tabular
+from jrl.envs import tabular, wrappers
 from jrl.envs.types import observation_spec
 from jrl.equations import distributions, mdp, returns
 
@@ -64,6 +64,76 @@ def test_frozen_lake_s_value_is_known():
 
 def test_the_cliff_takes_thirteen_steps():
     np.testing.assert_allclose(mdp.value_iteration(tabular.cliff(), 1.0)[36], -13, atol=1e-5)
+
+
+def test_the_key_and_the_door_take_the_shortest_way_by_the_key():
+    size, gamma = 8, 0.9
+    process = tabular.key_and_door(size)
+    to_key, to_goal = 7 + 3, 3 + 4 + 4  # down and right; up to the door's row, through it, and up to the goal
+    v = mdp.value_iteration(process, gamma)
+    np.testing.assert_allclose(v[0], gamma ** (to_key + to_goal - 1), rtol=1e-4)
+    row, column, has_key, steps = 0, 0, False, 0
+    policy = np.argmax(mdp.greedy_policy(process, mdp.action_values(process, v, gamma)), -1)
+    s = 0
+    while not process.terminal[s]:
+        s, steps = int(np.argmax(process.transition[s, policy[s]])), steps + 1
+        has_key = has_key or s == 64 + 7 * 8 + 3
+        row, column = divmod(s % 64, 8)
+        assert has_key or column < 4
+    assert has_key and (row, column, steps) == (0, 7, to_key + to_goal)
+    env = envs.make("KeyAndDoor", size=5)
+    assert envs.observation_spec(env).shape == (50,) and env.time_limit == 256
+    with pytest.raises(ValueError, match="size must be an integer of at least 5; got 4"):
+        tabular.key_and_door(4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_potential_keeps_the_optimal_policies_and_another_bonus_does_not(seed):
+    gamma = 0.9
+    process = tabular.garnet(jax.random.key(seed), 12, 3, 4)
+    process = process._replace(terminal=jnp.arange(12) == 0)
+    potential = 3 * jax.random.normal(jax.random.key(seed + 100), (12,))
+    v = mdp.value_iteration(process, gamma, 1e-7)
+    q = mdp.action_values(process, v, gamma)
+
+    def optimal(of):
+        q = np.asarray(mdp.action_values(of, mdp.value_iteration(of, gamma, 1e-7), gamma))[1:]
+        return np.abs(q - q.max(-1, keepdims=True)) < 1e-4
+
+    shaped = mdp.shaped(process, potential, gamma)
+    np.testing.assert_array_equal(optimal(shaped), optimal(process))
+    of_shaped = mdp.value_iteration(shaped, gamma, 1e-7)
+    np.testing.assert_allclose(of_shaped[1:], (v - potential)[1:], atol=1e-4)
+    bribed = process._replace(reward=process.reward + potential[None, None])  # for arriving, without a difference
+    assert (optimal(bribed) != optimal(process)).any()
+    # With the exact value as the potential the first sweep from 0 gives each action's advantage: the policy is found at once.
+    once = mdp.action_values(mdp.shaped(process, v, gamma), jnp.zeros(12), gamma)
+    np.testing.assert_allclose(once[1:], (q - v[:, None])[1:], atol=1e-4)
+
+
+def test_an_environment_is_shaped_by_a_potential_of_its_observations(key):
+    """A chain of places with potentials 0, 1, 3 (gamma 0.9): bonuses 0.9 and 1.7, or -1 where the second step terminates."""
+    potential = jnp.array([0.0, 1.0, 3.0])
+
+    def bonuses(terminal):
+        transition = np.zeros((3, 1, 3))
+        transition[[0, 1, 2], 0, [1, 2, 2]] = 1
+        process = mdp.make(transition, np.zeros((3, 1)), [False, False, terminal], [1, 0, 0])
+        env = envs.strict(wrappers.shaped(tabular.environment(process, time_limit=2), lambda obs: obs @ potential, 0.9))
+        _, state = env.reset(key)
+        rewards = []
+        for _ in range(2):
+            _, state, reward, terminated, truncated = env.step(key, state, jnp.int32(0))
+            rewards.append(reward)
+        assert bool(terminated) == terminal and truncated
+        by_array = mdp.shaped(process, potential, 0.9).reward[jnp.arange(2), 0, jnp.arange(2) + 1]
+        np.testing.assert_allclose(rewards, by_array, atol=1e-6)
+        return rewards
+
+    np.testing.assert_allclose(bonuses(False), [0.9, 1.7], atol=1e-6)
+    np.testing.assert_allclose(bonuses(True), [0.9, -1.0], atol=1e-6)
+    with pytest.raises(ValueError, match="shaped: gamma must be between 0 and 1; got 2"):
+        wrappers.shaped(envs.make("RandomWalk"), lambda obs: obs[0], 2)
 
 
 @pytest.mark.parametrize("seed", range(3))

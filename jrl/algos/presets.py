@@ -141,11 +141,11 @@ _PENDULUM: dict[str, Any] = {
 }
 
 SAC: dict[str, Preset] = {
-    "Pendulum-v1": Preset(20_000, sac.Config(**_PENDULUM), sac.Hyper(learning_rate=1e-3)),
+    "Pendulum-v1": Preset(50_000, sac.Config(**_PENDULUM), sac.Hyper(learning_rate=1e-3)),
 }
 
 TD3: dict[str, Preset] = {
-    "Pendulum-v1": Preset(20_000, td3.Config(**_PENDULUM), td3.Hyper(learning_rate=1e-3)),
+    "Pendulum-v1": Preset(50_000, td3.Config(**_PENDULUM), td3.Hyper(learning_rate=1e-3)),
 }
 
 

@@ -106,6 +106,36 @@ def frozen_lake(rows: Sequence[str] = FROZEN_LAKE, slippery: bool = True) -> MDP
     return gridworld(rows, rewards={"G": 1.0}, slip=1 / 3 if slippery else 0.0)
 
 
+def key_and_door(size: int = 8) -> MDP:
+    """Two rooms of a grid of ``size`` x ``size`` cells with a wall and a locked door between them: the key lies in the first room's far corner,
+    the goal in that of the second. 1 for the goal; nothing else is rewarded.
+
+    Actions are left, down, right, up. The key is taken by arriving on it, and the door is a wall without it. State ``s`` is the cell, row by
+    row, with ``size**2`` added once the key was taken. Raises ``ValueError`` for a size below 5.
+    """
+    checks.positive_int("size", size, at_least=5)
+    _check_size(states=2 * size**2)
+    rows = [["."] * size for _ in range(size)]
+    wall = size // 2
+    for row in rows:
+        row[wall] = "#"
+    rows[0][0], rows[size - 1][wall - 1], rows[size // 2][wall], rows[0][size - 1] = "S", "K", "D", "G"
+    plan = ["".join(row) for row in rows]
+    without = gridworld([row.replace("D", "#") for row in plan], rewards={"G": 1.0})
+    with_key = gridworld(plan, rewards={"G": 1.0})
+    cells = size**2
+    transition, reward = np.zeros((2 * cells, 4, 2 * cells)), np.zeros((2 * cells, 4, 2 * cells))
+    transition[:cells, :, :cells], transition[cells:, :, cells:] = without.transition, with_key.transition
+    reward[:cells, :, :cells], reward[cells:, :, cells:] = without.reward, with_key.reward
+    key = (size - 1) * size + wall - 1
+    transition[:cells, :, cells + key] = transition[:cells, :, key]  # who arrives on the key has it
+    transition[:cells, :, key] = 0.0
+    transition[key] = np.arange(2 * cells) == key  # nobody is there without it
+    terminal = np.concatenate([without.terminal, with_key.terminal])
+    terminal[key] = True
+    return mdps.make(transition, reward, terminal, np.concatenate([without.start, np.zeros(cells)]))
+
+
 def maximization_bias(num_actions: int = 10) -> MDP:
     """Example 6.7: from A (state 1), right (action 1) ends with 0; left leads to B (state 0), all whose actions end with
     noise of mean -0.1 and standard deviation 1. State 2 is terminal."""
@@ -203,9 +233,14 @@ def _garnet(
     return environment(process, "Garnet", time_limit, one_hot)
 
 
+def _key_and_door(size: int = 8, time_limit: int = 256, one_hot: bool = True) -> Environment:
+    return environment(key_and_door(size), "KeyAndDoor", time_limit, one_hot)
+
+
 NAMED: dict[str, Callable[..., Environment]] = {
     "RandomWalk": _walk,
     "CliffWalking": _cliff,
     "FrozenLake": _frozen_lake,
     "Garnet": _garnet,
+    "KeyAndDoor": _key_and_door,
 }

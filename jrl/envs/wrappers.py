@@ -120,6 +120,33 @@ def time_feature(env: Environment) -> Environment:
     return _wrapped(env, "time_feature", {}, reset=reset, step=step)
 
 
+def shaped(env: Environment, potential: Callable[[Observation], Array], gamma: float) -> Environment:
+    """Add ``gamma Phi(x') - Phi(x)`` to the reward, for a potential ``Phi``: ``observation -> float32 []`` (Ng, Harada and Russell 1999).
+
+    With the agent's ``gamma`` the optimal policies stay the same: ``Phi`` counts as 0 where an episode terminates, and as itself
+    where it is truncated. Returns in training and evaluation are those of the shaped reward.
+    """
+    checks.within("shaped: gamma", gamma, 0, 1)
+    checks.function("shaped: potential", potential)
+
+    def of(obs: Observation) -> Array:
+        return jnp.reshape(potential(obs), ()).astype(jnp.float32)
+
+    def reset(key: Array) -> tuple[Any, Any]:
+        obs, state = env.reset(key)
+        return obs, (state, of(obs))
+
+    def step(key: Array, state: EnvState, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+        inner, before = state
+        obs, inner, reward, terminated, truncated = env.step(key, inner, action)
+        after = of(obs)
+        bonus = gamma * jnp.where(terminated, 0.0, after) - before
+        return obs, (inner, after), reward + bonus, terminated, truncated
+
+    settings = {"potential": getattr(potential, "__name__", "function"), "gamma": gamma}
+    return _wrapped(env, "shaped", settings, reset=reset, step=step)
+
+
 def previous(env: Environment) -> Environment:
     """Show the previous action, one-hot where it is a choice, and the previous reward beside the observation, as recurrent agents are given them
     (Wang et al. 2016, arXiv 1611.05763; R2D2). At the beginning of an episode both are 0.

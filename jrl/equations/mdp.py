@@ -121,6 +121,18 @@ def evaluate_policy(mdp: MDP, policy: Array, gamma: Array | float) -> Array:
     return jnp.linalg.solve(jnp.eye(len(reward)) - flow, reward)
 
 
+@exact
+def shaped(mdp: MDP, potential: Array, gamma: Array | float) -> MDP:
+    """The process with ``r(s,a,s') + gamma Phi(s') - Phi(s)`` as its reward, for a potential ``Phi [S]`` that counts as 0 in terminal states
+    (Ng, Harada and Russell 1999, theorem 1).
+
+    At this ``gamma`` it has the same optimal policies; values become ``v(s) - Phi(s)``.
+    """
+    checks.same_shape("mdp.shaped", potential=potential, terminal=mdp.terminal)
+    bonus = (discounts(mdp, gamma) * potential)[None] - potential[:, None]
+    return mdp._replace(reward=mdp.reward + bonus[:, None, :])
+
+
 def uniform_policy(mdp: MDP) -> Array:
     """Every legal action with the same probability, ``[S, A]``."""
     return mdp.legal / jnp.maximum(mdp.legal.sum(1, keepdims=True), 1)
