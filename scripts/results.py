@@ -30,6 +30,7 @@ OTHERS = {
     "ppo/MountainCar-v0": "-110 (SB3 zoo, 1M)",
     "ppo/Pendulum-v1": "-172 (SB3 zoo, 100k), -160 (gymnax-blines, 1M)",
     "ppo/Breakout-MinAtar": "33 (gymnax-blines, 10M), about 40 (PureJaxRL, 10M)",
+    "ppo/Asterix-MinAtar": "15 (gymnax-blines, 10M)",
     "ppo/Catch-bsuite": "1.0 (gymnax-blines)",
     "ppo/MemoryChain-bsuite": "0.0 (gymnax-blines, chance)",
     "ppo/MemoryChain-bsuite, no memory": "0.0 (chance)",

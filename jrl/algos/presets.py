@@ -55,6 +55,16 @@ PPO: dict[str, Preset] = {
         ),
         ppo.Hyper(learning_rate=5e-3),
     ),
+    "Asterix-MinAtar": Preset(
+        10_000_000,
+        ppo.Config(
+            num_envs=64,
+            num_steps=128,
+            num_minibatches=8,
+            network=nets.Config(torso="mlp", hidden=(128, 128), activation="relu", norm="layer"),
+        ),
+        ppo.Hyper(learning_rate=2e-3),
+    ),
     "Catch-bsuite": Preset(200_000, ppo.Config(num_envs=16, num_steps=32), ppo.Hyper(learning_rate=1e-3)),
     "MemoryChain-bsuite": Preset(
         500_000,

@@ -14,7 +14,12 @@ ATARI_STEPS = 27_000  # half an hour of play, at four frames a step
 
 def names() -> list[str]:
     _register_atari()
-    return sorted(name for name in gymnasium.registry if not name.startswith(("GymV", "phys2d/", "tabular/")))
+    others = ("GymV", "phys2d/", "tabular/")  # wrappers of older versions, and environments in JAX of another kind
+    return sorted(
+        name
+        for name, spec in gymnasium.registry.items()
+        if not name.startswith(others) and ("ale_py" not in str(spec.entry_point) or name.startswith("ALE/"))
+    )
 
 
 def make(name: str, steps: int | None = None, num_frames: int = 1, **params: Any) -> Environment:
