@@ -4,8 +4,9 @@ import sys
 from dataclasses import fields
 
 import pytest
+from settings_table import descriptions
 
-from jrl.run import command
+from jrl.run import command, tools
 
 
 def test_the_first_word_names_an_algorithm(capsys):
@@ -40,3 +41,12 @@ def test_it_trains(tmp_path, capsys):
 def test_an_option_has_a_default():
     assert all(command.COMMANDS[name].options().num_seeds == 16 for name in command.COMMANDS)
     assert {"config", "hyper"} <= {f.name for f in fields(command.PPO)}
+
+
+@pytest.mark.parametrize(
+    "options", [*(c.options for c in command.COMMANDS.values()), *(t[0] for t in tools.TOOLS.values())]
+)
+def test_every_option_says_what_it_is(options):
+    described = descriptions(options)
+    for field in fields(options):
+        assert field.name in ("config", "hyper") or described[field.name].endswith((".", "...")), field.name

@@ -74,7 +74,7 @@ def test_an_episode_is_gymnasiums_own(key):
         assert (float(reward), bool(terminated), bool(truncated)) == tuple(others)
         if terminated:
             break
-    assert terminated and state.steps == 0  # the next episode has begun
+    assert terminated and state.clock == t + 3  # two resets among them: the next episode has begun
     expected, _ = theirs.reset(seed=int(host.seed_of(jax.random.fold_in(key, t))))
     np.testing.assert_array_equal(env.host.restart(state)[0], expected)
 
@@ -122,9 +122,73 @@ def test_an_episode_whose_simulator_is_gone_or_elsewhere_is_truncated_at_its_las
         corridor.step(key, state, jnp.int32(0))
     next_obs, state, reward, terminated, truncated = again.step(key, state, jnp.int32(1))
     jax.tree.map(np.testing.assert_array_equal, next_obs, obs)
-    assert truncated and not terminated and reward == 0 and state.steps == 0
+    assert truncated and not terminated and reward == 0
     _, state, reward, _, truncated = again.step(key, state, jnp.int32(0))
-    assert reward == 1 and not truncated and state.steps == 1
+    assert reward == 1 and not truncated
+
+
+def test_a_state_that_is_older_than_its_simulator_never_joins_another_episode(key, corridor):
+    _, old = corridor.reset(key)
+    _, old, *_ = corridor.step(key, old, jnp.int32(0))
+    state = old
+    for _ in range(3):  # on to the next episode, and to its first step
+        _, state, *_ = corridor.step(key, state, jnp.int32(0))
+    next_obs, _, reward, _, truncated = corridor.step(key, old, jnp.int32(0))
+    jax.tree.map(np.testing.assert_array_equal, next_obs, old.obs)
+    assert truncated and reward == 0
+
+
+class Odd(gymnasium.Env):
+    """Gives what it is made of."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, space, obs, step=None, reset=None):
+        self.observation_space, self.obs, self.returned, self.begun = space, obs, step, reset
+
+    def reset(self, *, seed=None, options=None):
+        return (self.obs, {}) if self.begun is None else self.begun
+
+    def step(self, action):
+        if isinstance(self.returned, Exception):
+            raise self.returned
+        return (self.obs, 1.0, False, False, {}) if self.returned is None else self.returned
+
+
+IMAGE, UNIT = spaces.Box(0, 255, (2, 3), np.uint8), spaces.Box(0, 1, (1,))
+
+
+@pytest.mark.parametrize(
+    "odd, message",
+    [
+        ((IMAGE, np.zeros((3, 2), np.uint8)), r"must have shape \(2, 3\); got \(3, 2\)"),
+        ((IMAGE, np.full((2, 3), 0.5)), "must be uint8; got float64"),
+        ((spaces.Discrete(3, start=1), 4), "an observation is not in its space Discrete"),
+        ((spaces.Discrete(3), 1.5), "an observation is not in its space Discrete"),
+        ((UNIT, np.zeros(1), (np.zeros(1), 0.0, False, {})), r"step must return \(obs, .*\); got 4 values"),
+        ((UNIT, np.zeros(1), (np.zeros(1), None, False, False, {})), "a number as the reward; got None"),
+        ((UNIT, np.zeros(1), (np.zeros(1), np.ones(2), False, False, {})), "a number as the reward"),
+        ((UNIT, np.zeros(1), None, np.zeros(1)), r"reset must return \(obs, info\); got ndarray"),
+        ((UNIT, np.zeros(1), RuntimeError("the cable is out")), "RuntimeError: the cable is out"),
+    ],
+)
+def test_what_a_simulator_does_wrong_is_said_with_its_name(odd, message, key):
+    env = envs.on_host(lambda: Odd(*odd), "Odd")
+    with pytest.raises(Exception, match=f"Odd: .*{message}"):
+        jax.block_until_ready(env.step(key, env.reset(key)[1], jnp.int32(0)))
+
+
+def test_wide_integers_become_floats_and_what_is_no_maker_is_refused():
+    wide = spaces.Box(0, 2**40, (1,), np.int64)
+    assert host.to_arrays(wide, np.array([2**33])).tolist() == [2.0**33]
+    assert host.to_arrays(spaces.Box(0, 9, (1,), np.int64), np.array([3])).dtype == np.int32
+    for make, message in (
+        (lambda: None, "make must return an environment with gymnasium's interface; got None"),
+        (lambda: Odd, "make must return an environment with gymnasium's interface; got <class"),
+        (Odd(UNIT, np.zeros(1)), "on_host: make must be a function"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            envs.on_host(make)
 
 
 def test_an_evaluation_gives_its_simulators_back_and_repeats_itself(key):

@@ -252,7 +252,7 @@ def network_of(env: Environment, config: Config, own: nets.Network | None, start
         raise ValueError("config.network.noisy has no effect on a network of your own: leave it False")
     if network.remembers:
         raise ValueError(
-            "config.network.gru and attention: DQN replays single transitions; R2D2 and PQN train recurrent networks"
+            "config.network.gru, lstm and attention: DQN replays single transitions; R2D2 and PQN train recurrent networks"
         )
     return precision.apply_to_network(config.precision, nets.starting_from(network, start))
 

@@ -1,15 +1,17 @@
 """Environments that live on the host, such as gymnasium's, behind the protocol of pure functions.
 
 ``step`` of all agents is one call from the compiled program to the host, which steps one simulator for each. The state is a ticket: the number
-of the simulator, the steps it has taken, and the newest observation. A simulator whose episode ends begins the next one at once, so that
+of the simulator, how often it was stepped or reset, and the newest observation. A simulator whose episode ends begins the next one at once, so that
 ``Host.restart`` only hands out what is there.
 
 A simulator's own state is not part of a run's. Where a ticket fits none, since the run was resumed in another process or a state is used for a
 second time, the episode counts as truncated after its last observation, and another begins.
 """
 
+import contextlib
+import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,7 @@ from jax.experimental import io_callback
 from jrl.envs.pictures import animate, without_a_screen
 from jrl.envs.spaces import Box, Discrete, MultiDiscrete, Space, as_space
 from jrl.envs.types import Environment, Host
+from jrl.numerics import checks
 
 Array = jax.Array
 
@@ -29,7 +32,7 @@ class Ticket(NamedTuple):
     """The state of an environment on the host."""
 
     simulator: Any  # int32 []
-    steps: Any  # int32 [], taken in the episode under way
+    clock: Any  # int32 [], its steps and resets so far
     obs: Any  # the observation that the next action is for
 
 
@@ -41,7 +44,7 @@ class Stepped(NamedTuple):
     reward: Any
     terminated: Any
     truncated: Any
-    lost: Any  # no simulator was at the step that the ticket names
+    lost: Any  # no simulator stands where the ticket says
 
 
 def on_host(make: Callable[[], Any], name: str = "", time_limit: int | None = None) -> Environment:
@@ -49,9 +52,13 @@ def on_host(make: Callable[[], Any], name: str = "", time_limit: int | None = No
 
     Observations keep their structure (a dictionary or a tuple of arrays stays one); float64 becomes float32, int64 int32, and discrete ones
     one-hot. ``make`` is called once now, and again for each agent that acts at a time.
-    Raises ``ValueError`` for spaces that have no arrays, such as texts.
+    Raises ``ValueError`` for what is no such function, and for spaces that have no arrays, such as texts.
     """
+    checks.function("on_host: make", make)
     first = make()
+    missing = [part for part in ("reset", "step", "action_space", "observation_space") if not hasattr(first, part)]
+    if missing or isinstance(first, type):
+        raise ValueError(f"on_host: make must return an environment with gymnasium's interface; got {first!r}")
     name = name or getattr(first.spec, "id", None) or type(first.unwrapped).__name__
     try:
         action_space, to_host = actions(first.action_space)
@@ -59,7 +66,7 @@ def on_host(make: Callable[[], Any], name: str = "", time_limit: int | None = No
         spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), to_arrays(space, space.sample()))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    simulators = Simulators(make, first, to_host)
+    simulators = Simulators(make, first, to_host, name)
     scalar = {dtype: jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32, jnp.bool_)}
     ticket = Ticket(scalar[jnp.int32], scalar[jnp.int32], spec)
     flag = scalar[jnp.bool_]
@@ -73,7 +80,7 @@ def on_host(make: Callable[[], Any], name: str = "", time_limit: int | None = No
         return ticket.obs, ticket
 
     def step(key: Array, state: Ticket, action: Array) -> tuple[Any, Ticket, Array, Array, Array]:
-        after = on_step(jnp.stack([state.simulator, state.steps, seed_of(key)]), action)  # each argument costs time
+        after = on_step(jnp.stack([state.simulator, state.clock, seed_of(key)]), action)  # each argument costs time
         obs = jax.tree.map(lambda old, new: jnp.where(after.lost, old, new), state.obs, after.obs)
         return obs, after.ticket, after.reward, after.terminated, after.truncated
 
@@ -120,32 +127,46 @@ def batched(
 
 
 class Simulator:
-    """An environment on the host, and the steps it has taken in its episode."""
+    """An environment on the host, and how often it was stepped or reset."""
 
     def __init__(self, env: Any) -> None:
-        self.env, self.steps = env, 0
+        self.env, self.clock = env, 0
 
     def reset(self, seed: int) -> Any:
-        self.steps = 0
-        return to_arrays(self.env.observation_space, self.env.reset(seed=seed)[0])
+        self.clock += 1
+        returned = self.env.reset(seed=seed)
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise ValueError(f"reset must return (obs, info); got {_number_of(returned)}")
+        return to_arrays(self.env.observation_space, returned[0])
 
     def step(self, action: Any, seed: int) -> tuple[Any, ...]:
         """``(next observation, the one to act on, reward, terminated, truncated)``: these differ where the episode ends."""
-        obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.clock += 1
+        returned = self.env.step(action)
+        if not isinstance(returned, tuple) or len(returned) != 5:
+            raise ValueError(f"step must return (obs, reward, terminated, truncated, info); got {_number_of(returned)}")
+        obs, reward, terminated, truncated, _ = returned
         obs = to_arrays(self.env.observation_space, obs)
-        self.steps += 1
+        if reward is None or np.size(reward) != 1:
+            raise ValueError(f"step must return a number as the reward; got {reward!r}")
         following = self.reset(seed) if terminated or truncated else obs
-        return obs, following, reward, terminated, truncated
+        return obs, following, float(np.reshape(reward, ())), bool(terminated), bool(truncated)
+
+
+def _number_of(returned: Any) -> str:
+    return f"{len(returned)} values" if isinstance(returned, tuple) else type(returned).__name__
 
 
 class Simulators:
     """All simulators of an environment. The methods are called from compiled programs, with a row for each agent."""
 
-    def __init__(self, make: Callable[[], Any], first: Any, to_host: Callable[[np.ndarray], Any]) -> None:
-        self._make, self._to_host = make, to_host
+    def __init__(self, make: Callable[[], Any], first: Any, to_host: Callable[[np.ndarray], Any], name: str) -> None:
+        self._make, self._to_host, self._name = make, to_host, name
         self._free = [Simulator(first)]
         self._busy: dict[int, Simulator] = {}
-        self._made = 0
+        self._made = secrets.randbits(
+            30
+        )  # so that the tickets of another process, in a checkpoint, fit none of this one
         self._lock = threading.Lock()
 
     def _take(self) -> int:
@@ -157,23 +178,35 @@ class Simulators:
 
     def reset(self, seeds: np.ndarray) -> Ticket:
         numbers = [self._take() for _ in seeds]
-        obs = [self._busy[number].reset(int(seed)) for number, seed in zip(numbers, seeds, strict=True)]
-        return Ticket(np.array(numbers), np.zeros_like(seeds), stacked(obs))
+        taken = [self._busy[number] for number in numbers]
+        with self._blamed():
+            obs = [simulator.reset(int(seed)) for simulator, seed in zip(taken, seeds, strict=True)]
+        return Ticket(np.array(numbers), np.array([simulator.clock for simulator in taken]), stacked(obs))
 
     def step(self, tickets: np.ndarray, actions: np.ndarray) -> Stepped:
-        rows = [self._step(ticket, action) for ticket, action in zip(tickets.tolist(), actions, strict=True)]
+        with self._blamed():
+            rows = [self._step(ticket, action) for ticket, action in zip(tickets.tolist(), actions, strict=True)]
         after, obs, *rest = zip(*rows, strict=True)
         return Stepped(stacked(after), stacked(obs), *map(np.array, rest))
 
     def _step(self, ticket: list[int], action: np.ndarray) -> tuple[Any, ...]:
-        number, steps, seed = ticket
+        number, clock, seed = ticket
         simulator = self._busy.get(number)
-        if simulator is None or simulator.steps != steps:
+        if simulator is None or simulator.clock != clock:
             number = self._take() if simulator is None else number
-            obs = self._busy[number].reset(seed)
-            return Ticket(number, 0, obs), obs, 0.0, False, True, True
+            simulator = self._busy[number]
+            obs = simulator.reset(seed)
+            return Ticket(number, simulator.clock, obs), obs, 0.0, False, True, True
         obs, following, *rest = simulator.step(self._to_host(action), seed)
-        return Ticket(number, simulator.steps, following), obs, *rest, False
+        return Ticket(number, simulator.clock, following), obs, *rest, False
+
+    @contextlib.contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """Name the environment in whatever its simulators raise."""
+        try:
+            yield
+        except Exception as error:
+            raise ValueError(f"{self._name}: {type(error).__name__}: {error}") from error
 
     def release(self, numbers: np.ndarray) -> np.ndarray:
         with self._lock:
@@ -184,6 +217,28 @@ class Simulators:
         """The picture of a simulator as it is now."""
         without_a_screen()
         return np.asarray(self._busy[int(state.simulator)].env.render())
+
+
+def _one_hot(counts: Any, values: Any, space: Any) -> np.ndarray:
+    """Choices one-hot and side by side, float32. Raises ``ValueError`` for one that the space does not have."""
+    parts = [np.arange(n) == x for n, x in zip(counts, values, strict=True)]
+    if not all(part.any() for part in parts):
+        raise ValueError(f"an observation is not in its space {space}")
+    return np.concatenate(parts).astype(np.float32)
+
+
+def _narrow(space: Any) -> Any:
+    """The dtype of a space's observations here: 64 bits become 32, and integers that these do not hold float32."""
+    if space.dtype in (np.float64, np.uint64, np.uint32):
+        return np.float32
+    if space.dtype != np.int64:
+        return space.dtype
+    bound = 2**31 - 1
+    held = type(space).__name__ != "Box" or (
+        np.abs(np.asarray(space.low, float)).max(initial=0) <= bound
+        and np.abs(np.asarray(space.high, float)).max(initial=0) <= bound
+    )
+    return np.int32 if held else np.float32
 
 
 def stacked(trees: Any) -> Any:
@@ -210,13 +265,14 @@ def to_arrays(space: Any, value: Any) -> Any:
         case "Tuple":
             return tuple(to_arrays(part, x) for part, x in zip(space.spaces, value, strict=True))
         case "Discrete":
-            return (np.arange(space.n) == value - space.start).astype(np.float32)
+            return _one_hot([space.n], [value - space.start], space)
         case "MultiDiscrete":
-            counts = space.nvec.ravel()
-            parts = zip(counts, np.ravel(value - space.start), strict=True)
-            return np.concatenate([np.arange(n) == x for n, x in parts]).astype(np.float32)
+            return _one_hot(space.nvec.ravel(), np.ravel(value - space.start), space)
         case "Box" | "MultiBinary":
             value = np.asarray(value)
-            narrow = {np.dtype(np.float64): np.float32, np.dtype(np.int64): np.int32}
-            return value.astype(narrow.get(value.dtype, value.dtype))
+            if value.shape != space.shape:
+                raise ValueError(f"observations of the space {space} must have shape {space.shape}; got {value.shape}")
+            if not np.can_cast(value.dtype, space.dtype, "same_kind"):
+                raise ValueError(f"observations of the space {space} must be {space.dtype}; got {value.dtype}")
+            return value.astype(_narrow(space))
     raise ValueError(f"observations must be arrays; got the space {space}")

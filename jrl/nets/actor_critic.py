@@ -43,6 +43,10 @@ class Config(TorsoConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.log_std_min <= self.log_std_max:
+            raise ValueError(
+                f"network.log_std_min must be at most log_std_max; got {self.log_std_min:g} and {self.log_std_max:g}"
+            )
         if not self.log_std_min <= self.log_std <= self.log_std_max:
             raise ValueError(
                 f"network.log_std must be between log_std_min and log_std_max, {self.log_std_min:g} and {self.log_std_max:g}; "

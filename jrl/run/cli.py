@@ -36,9 +36,8 @@ class Options:
 
     env: str = "CartPole-v1"  # Environment id, or a Python file that defines reset, step and action_space.
     env_params: tuple[str, ...] = ()  # Parameters of the environment, as NAME=VALUE ...
-    wrap: tuple[
-        str, ...
-    ] = ()  # Wrappers around it, the first innermost, such as previous, time_limit=200 or sticky_actions=0.25.
+    # Wrappers around it, the first innermost, such as previous, time_limit=200 or sticky_actions=0.25.
+    wrap: tuple[str, ...] = ()
     preset: str = "auto"  # auto (the environment's preset, else the default), none, or the name of a preset.
     env_steps: int = 500_000  # Environment steps of each seed; default: the preset's.
     num_seeds: int = 16  # Seeds trained together.
@@ -72,6 +71,8 @@ def folder_of_runs(run_dir: Path | None, resume: bool, name: str) -> Path:
     if resume and run_dir is None:
         raise ValueError("--resume needs --run-dir")
     folder = run_dir or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "config.json").exists():
+        raise RunError(f"{folder} contains a single run; choose another folder")
     if not resume and folder.is_dir() and any(folder.iterdir()):
         raise RunError(f"{folder} already contains runs or other files: resume it (--resume), or choose another folder")
     interrupt.on_leaving(f"interrupted; go on with --resume --run-dir {folder}")
@@ -297,7 +298,8 @@ def _runtime_error(error: MemoryError | RuntimeError) -> str:
     """What a user can do about memory that is short, or a platform that is not there. Raises any other error again."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in first or "Out of memory" in first:
-        return f"out of memory: {first}; fewer seeds, environments or episodes of evaluation, or a smaller replay, take less"
+        said = first.rstrip(".")
+        return f"out of memory: {said}; fewer seeds, environments or episodes of evaluation, or a smaller replay or batch, take less"
     if "allback" in first and "Traceback" in first:  # of an environment or a task: there are none in jrl
         return _callback_error(str(error))
     if "nable to initialize backend" in first or "nknown backend" in first:

@@ -89,6 +89,8 @@ def _points(
     at = None if lengths and steps is None else _column(path, table.names, STEPS, steps)
     found, total = [], 0.0
     for number, row in enumerate(table.rows, 2):
+        if len(row) != len(table.names):
+            raise RunError(f"{path}, row {number}, has {len(row)} of {len(table.names)} columns")
         try:
             if lengths:  # a monitor file: the length of each episode
                 total += float(row[lengths[0]])
@@ -98,7 +100,7 @@ def _points(
                     task = table.task or "".join(row[j] for j in tasks[:1])
                     step = total if at is None else float(row[at])
                     found.append((task, (*(row[j] for j in apart), seed), step, value))
-        except (IndexError, ValueError) as error:
+        except ValueError as error:
             raise RunError(f"{path}, row {number}, holds something that is not a number: {error}") from None
     return found
 
@@ -121,8 +123,8 @@ def _columns(path: Path, table: _Table, metric: str | None) -> list[tuple[int, s
 def _column(path: Path, names: list[str], known: Sequence[str], wanted: str | None) -> int:
     """The column that is wanted, or whose name, or the last part of it, as in ``time/total_timesteps``, is known."""
     if wanted is not None:
-        if wanted not in names:
-            raise RunError(f"{path} has no column {wanted!r}; it has: {', '.join(names)}")
+        if names.count(wanted) != 1:
+            raise RunError(f"{path} has {names.count(wanted) or 'no'} column {wanted!r}; it has: {', '.join(names)}")
         return names.index(wanted)
     whole = [name.lower() for name in names]
     last = [name.rpartition("/")[2] for name in whole]

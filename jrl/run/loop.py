@@ -154,8 +154,10 @@ def train(
         eval_every = max(1, eval_every // algo.env_steps_per_update) if eval_episodes else None
     with opened as folder:
         if progress:
-            where = f"{stats.seeds(num_seeds)} on {host.description()}"
+            where = f"{stats.seeds(num_seeds)} on {'the host and one device' if algo.env.host else host.description()}"
             print(f"{algo.name} on {algo.env.name}: {where}", file=sys.stderr, flush=True)
+            if getattr(algo.config, "learning_starts", 0) >= env_steps:
+                print("  nothing is learned: learning_starts is not below env_steps", file=sys.stderr, flush=True)
         if folder is not None:  # import what the files need while the compiler works
             threading.Thread(target=_import, args=(SLOW_IMPORTS,), daemon=True).start()
         names = list(metrics)

@@ -97,6 +97,9 @@ def _compare(args: Compare) -> None:
     if args.threshold is not None and not math.isfinite(args.threshold):
         raise ValueError(f"--threshold must be a finite number; got {args.threshold}")
     labelled = [_labelled(word) for word in args.runs]
+    for path, _ in labelled:
+        if [Path(other).resolve() for other, _ in labelled].count(Path(path).resolve()) > 1:
+            raise ValueError(f"{path} is given twice")
     names = [Path(path).stem if Path(path).is_file() else Path(path).name for path, _ in labelled]
     alike = {name for name in names if names.count(name) > 1}  # these are called by their whole path
     words = [
