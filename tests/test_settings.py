@@ -10,7 +10,7 @@ import pytest
 from settings_table import descriptions
 
 from jrl import nets
-from jrl.algos import dqn, grpo, ppo, ppo_lm, pqn, r2d2, sac, sft, td, td3
+from jrl.algos import dqn, grpo, off_policy, ppo, ppo_lm, pqn, r2d2, sac, sft, td, td3
 from jrl.attention import mla, nsa, rotary
 from jrl.nets import memory, moe, transformer
 from jrl.numerics import optim, settings
@@ -66,7 +66,15 @@ KINDS = {
     f"{kind.__module__}.{kind.__name__}": kind
     for kind in (
         *itertools.chain(*((m.Config, m.Hyper) for m in (dqn, grpo, ppo, ppo_lm, pqn, r2d2, sac, sft, td, td3))),
-        *(nets.Config, nets.ValueConfig, memory.AttentionConfig, moe.Config, transformer.Config),
+        *(
+            off_policy.OffPolicyConfig,
+            nets.Config,
+            nets.ValueConfig,
+            nets.ContinuousConfig,
+            memory.AttentionConfig,
+            moe.Config,
+            transformer.Config,
+        ),
         *(mla.Config, nsa.Config, rotary.Scaling, optim.OptimizerConfig, optim.Hyper),
     )
 }

@@ -45,9 +45,8 @@ class OffPolicyConfig(Settings):
     normalize_observations: bool = False  # Standardize observations by running statistics.
     normalize_rewards: bool = False  # Divide rewards by the running deviation of discounted returns.
     reward_clip: NonNegative = 0.0  # Bound that rewards are cut off at, above and below 0; 0 for none.
-    network: nets.ContinuousConfig = field(
-        default_factory=nets.ContinuousConfig
-    )  # Shape of the policy and of each critic.
+    # Shape of the policy and of each critic.
+    network: nets.ContinuousConfig = field(default_factory=nets.ContinuousConfig)
     optimizer: optim.OptimizerConfig = field(default_factory=constant_adam)  # What the optimizers are made of.
     # float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
     precision: Precision = "float32"

@@ -164,9 +164,8 @@ class Simulators:
         self._make, self._to_host, self._name = make, to_host, name
         self._free = [Simulator(first)]
         self._busy: dict[int, Simulator] = {}
-        self._made = secrets.randbits(
-            30
-        )  # so that the tickets of another process, in a checkpoint, fit none of this one
+        # Numbers begin anywhere, so that the tickets of another process, in a checkpoint, fit none of this one.
+        self._made = secrets.randbits(30)
         self._lock = threading.Lock()
 
     def _take(self) -> int:

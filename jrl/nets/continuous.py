@@ -29,10 +29,7 @@ Array = jax.Array
 class ContinuousConfig(TorsoConfig):
     """Shape of the policy and of each critic."""
 
-    hidden: tuple[Positive, ...] = (
-        256,
-        256,
-    )  # Widths of the dense layers (for images, of those after the convolutions).
+    hidden: tuple[Positive, ...] = (256, 256)  # Widths of the dense layers (for images, of those after them).
     activation: Activation = "relu"  # Activation between layers.
 
 
