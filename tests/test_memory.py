@@ -172,7 +172,7 @@ def test_truncated_episodes_are_valued_with_their_memory():
             lambda: AttentionConfig("dense", context=0),
             "network.attention.context must be an integer of at least 1; got 0",
         ),
-        (lambda: nets.Config(gru=8, attention=DENSE), "network.attention needs network.gru = 0"),
+        (lambda: nets.Config(gru=8, attention=DENSE), "network.attention needs network.gru = network.lstm = 0"),
         (lambda: nets.Config(hidden=(9,), attention=DENSE), "transformer.dim must be a multiple of num_heads = 2"),
         (lambda: AttentionConfig("nsa", selected=2), "nsa.selected must be at least"),
     ],

@@ -83,6 +83,7 @@ def scaled(env, factor):
     return strict(env._replace(reset=reset, step=step))
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_what_is_learned_does_not_depend_on_the_scale_of_observations_and_rewards(name, key):
     env = envs.make("CartPole-v1")
@@ -105,6 +106,7 @@ def test_what_is_learned_does_not_depend_on_the_scale_of_observations_and_reward
     assert one.reward_stats.stats.mean > 0
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("name", ["dqn", "pqn", "r2d2"])
 def test_rewards_are_clipped_where_asked_for(name, key):
     env = envs.make("CartPole-v1")
