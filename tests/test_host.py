@@ -55,7 +55,10 @@ def walk(env, key, actions):
     @jax.jit
     def played(key):
         actors = rollout.start(env, key, actions.shape[1], ())
-        act = lambda memory, obs, first, action: (memory, action, ())  # noqa: E731
+
+        def act(memory, obs, first, action):
+            return memory, action, ()
+
         return rollout.collect(env, actors, act, jnp.asarray(actions), key, len(actions))
 
     return played(key)
@@ -83,7 +86,10 @@ def test_the_observation_before_the_reset_is_kept_and_the_clock_truncates(key, c
     actions = np.zeros((6, NUM_ENVS), np.int32)
     actions[:, 0] = 1
     _, steps, episodes = walk(corridor, key, actions)
-    place = lambda obs: np.argmax(obs["place"], -1) + 1  # noqa: E731
+
+    def place(obs):
+        return np.argmax(obs["place"], -1) + 1
+
     assert not steps.terminated[:, 1:].any() and not steps.truncated[:, 0].any()
     np.testing.assert_array_equal(steps.truncated[:, 1], [False, False, True] * 2)
     np.testing.assert_array_equal(place(steps.next_obs)[:, 0] == 4, steps.terminated[:, 0])

@@ -234,7 +234,10 @@ def test_a_dictionary_of_a_picture_and_a_vector_is_read(make, key):
     network = make(spec, torso="nature", hidden=(8,))
     params = network.init(key)
     obs = {name: random_obs(key, part, 2) * (200 if name == "picture" else 1) for name, part in spec.items()}
-    of = lambda obs: jax.tree.leaves(network.step(params, network.memory, obs, jnp.zeros(2, bool))[1])[0]  # noqa: E731
+
+    def of(obs):
+        return jax.tree.leaves(network.step(params, network.memory, obs, jnp.zeros(2, bool))[1])[0]
+
     for name, part in obs.items():
         changed = obs | {name: part + jnp.ones_like(part)}
         assert (of(changed) != of(obs)).any(), name

@@ -72,13 +72,16 @@ ALGORITHMS = {
 }
 
 
-def scaled(env, factor):
+def scaled(env, of_observations, of_rewards):
     """The environment with observations and rewards that are so many times as large."""
-    reset = lambda key: (lambda obs, state: (factor * obs, state))(*env.reset(key))  # noqa: E731
+
+    def reset(key):
+        obs, state = env.reset(key)
+        return of_observations * obs, state
 
     def step(key, state, action):
         obs, state, reward, *ends = env.step(key, state, action)
-        return factor * obs, state, factor * reward, *ends
+        return of_observations * obs, state, of_rewards * reward, *ends
 
     return strict(env._replace(reset=reset, step=step))
 
@@ -90,7 +93,7 @@ def test_what_is_learned_does_not_depend_on_the_scale_of_observations_and_reward
 
     @jax.jit
     def learned(factor):
-        algo = ALGORITHMS[name](scaled(env, factor))
+        algo = ALGORITHMS[name](scaled(env, factor, factor))
         state = algo.init(key)
         seen = normalize.Stats(jnp.float32(64), factor * jnp.arange(4.0), factor**2 * jnp.arange(1.0, 5.0))
         earned = normalize.Stats(jnp.float32(64), jnp.float32(0), jnp.float32(factor**2))
@@ -110,15 +113,10 @@ def test_what_is_learned_does_not_depend_on_the_scale_of_observations_and_reward
 @pytest.mark.parametrize("name", ["dqn", "pqn", "r2d2"])
 def test_rewards_are_clipped_where_asked_for(name, key):
     env = envs.make("CartPole-v1")
-    rewarding = lambda env, factor: env._replace(  # noqa: E731
-        step=lambda key, state, action: (lambda obs, s, reward, *ends: (obs, s, factor * reward, *ends))(
-            *env.step(key, state, action)
-        )
-    )
 
     @functools.partial(jax.jit, static_argnums=1)
     def learned(factor, bound):
-        algo = ALGORITHMS[name](rewarding(env, factor))
+        algo = ALGORITHMS[name](scaled(env, 1.0, factor))
         algo = algo.remake(
             replace(algo.config, reward_clip=bound, normalize_observations=False, normalize_rewards=False)
         )

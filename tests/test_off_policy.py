@@ -153,7 +153,7 @@ def test_truncation_bootstraps(module):
     state = jax.jit(run.train_fn(algo, 4_000))(jax.random.key(0))[0]
     parts = off_policy.make_parts(algo.env, algo.config, module.__name__, width=1)
     obs = jax.tree.map(lambda x: x[None], algo.env.reset(jax.random.key(1))[0])
-    value = off_policy.run(parts.critics, state.critic_params, (obs, jnp.zeros((1, 1))))
+    value = nets.outputs(parts.critics, state.critic_params, (obs, jnp.zeros((1, 1))))
     np.testing.assert_allclose(value, 10.0, rtol=0.1)
 
 

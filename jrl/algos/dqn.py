@@ -84,7 +84,9 @@ def make(
         """One minibatch; priorities stay as they are until ``ready``."""
         h = state.hyper
         key_batch, key_online, key_target, key_select = jax.random.split(key, 4) if noisy else (key, None, None, None)
-        batch = normalized(state, store.sample(state.buffer, key_batch, h.gamma, algorithm.importance_exponent(state)))
+        batch = normalize.transitions(
+            state, store.sample(state.buffer, key_batch, h.gamma, algorithm.importance_exponent(state))
+        )
         next_outputs = outputs(state.target_params, batch.next_obs, key_target)
         if config.double:
             chooser = values(outputs(state.params, batch.next_obs, key_select), batch.next_obs, h)
@@ -154,14 +156,10 @@ def make(
                 error = jnp.sum((target - jax.nn.softmax(taken)) * support(hyper)[0], axis=-1)
                 return error, each, jnp.maximum(each - entropy, 0.0)
 
-    def normalized(state: State, batch: replay.Batch) -> replay.Batch:
-        obs, next_obs = (normalize.observations(state.obs_stats, x) for x in (batch.obs, batch.next_obs))
-        return batch._replace(obs=obs, next_obs=next_obs, reward=normalize.rewards(state.reward_stats, batch.reward))
-
     def outputs(params: Params, obs: Observation, key: Array | None) -> Array:
         """The network's output ``[N, A]`` or ``[N, A, atoms]``, noisy with a key."""
         params = nets.with_noise(params, key) if noisy and key is not None else params
-        return network.step(params, (), obs, jnp.zeros(jax.tree.leaves(obs)[0].shape[0], bool))[1]
+        return nets.outputs(network, params, obs)
 
     def values(output: Array, obs: Observation, hyper: Hyper) -> Array:
         """Expected returns ``[N, A]``, minus infinity where an action is illegal."""
@@ -199,7 +197,7 @@ def make(
         params = network.init(key_params)
         return State(
             **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer),
-            target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
+            target_params=optim.copied(params),
             actors=rollout.start(env, key_envs, config.num_envs, ()),
             **normalize.start(config, observation_spec(env), start),
             buffer=store.init(),

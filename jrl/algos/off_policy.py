@@ -80,11 +80,6 @@ def make_parts(env: Environment, config: OffPolicyConfig, name: str, width: int 
     return Parts(env, num_actions, policy, critics, store, -(-config.learning_starts // per_update))
 
 
-def run(network: nets.Network, params: Params, obs: Observation) -> Array:
-    """The output of a network without a memory for observations ``[N]``."""
-    return network.step(params, (), obs, jnp.zeros(jax.tree.leaves(obs)[0].shape[0], bool))[1]
-
-
 def act_and_store(
     parts: Parts, config: OffPolicyConfig, state: Any, key: Array, act: Callable[[Observation, Array], Array]
 ) -> tuple[Any, rollout.Steps, Metrics]:
@@ -110,9 +105,7 @@ def act_and_store(
 
 def sample(parts: Parts, state: Any, key: Array) -> replay.Batch:
     """A minibatch with normalized observations and rewards, whose weight is 0 for a row that is no transition."""
-    batch = parts.store.sample(state.buffer, key, state.hyper.gamma)
-    obs, next_obs = (normalize.observations(state.obs_stats, x) for x in (batch.obs, batch.next_obs))
-    return batch._replace(obs=obs, next_obs=next_obs, reward=normalize.rewards(state.reward_stats, batch.reward))
+    return normalize.transitions(state, parts.store.sample(state.buffer, key, state.hyper.gamma))
 
 
 def mean(batch: replay.Batch, x: Array) -> Array:
@@ -127,7 +120,7 @@ def critic_step(
     """One step of all critics towards ``target [N]``: half the squared error, summed over critics."""
 
     def loss(params: Params) -> tuple[Array, Metrics]:
-        values = run(parts.critics, params, (batch.obs, batch.action))
+        values = nets.outputs(parts.critics, params, (batch.obs, batch.action))
         each = 0.5 * jnp.square(values - jax.lax.stop_gradient(target)[:, None]).sum(-1)
         return mean(batch, each), {"critic_loss": mean(batch, each), "q": mean(batch, values.mean(-1))}
 
@@ -175,11 +168,6 @@ def _like(name: str, given: Params, wanted: Params) -> Params:
     if shapes[0] != shapes[1]:
         raise ValueError(f"start: {name} must have the shapes {shapes[1]}; got {shapes[0]}")
     return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given, wanted)
-
-
-def copied(params: Params) -> Params:
-    """Parameters of a target network, float32."""
-    return jax.tree.map(jnp.copy, precision.cast(params, "float32"))
 
 
 def check(config: OffPolicyConfig, env: Environment, obs_spec: Any, name: str) -> int:

@@ -165,7 +165,7 @@ def make(
         params = network.init(key_params)
         return State(
             **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer),
-            target_params=jax.tree.map(jnp.copy, precision.cast(params, "float32")),
+            target_params=optim.copied(params),
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
             **normalize.start(config, observation_spec(env), start),
             buffer=store.init(),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import algorithm
+from jrl import algorithm, nets
 from jrl.algorithm import Algorithm, Metrics
 from jrl.algos import off_policy
 from jrl.algos.off_policy import OffPolicyConfig, mean
@@ -71,7 +71,6 @@ def make(
     check_hyper(hyper)
     parts, defaults = off_policy.make_parts(env, config, "sac", width=2), hyper
     remake = functools.partial(make, env, hyper=hyper, optimizer=optimizer, start=start)
-    run = off_policy.run
 
     def update(state: State) -> tuple[State, Metrics]:
         key, key_act, key_learn = jax.random.split(state.key, 3)
@@ -105,7 +104,7 @@ def make(
 
     def target(state: State, batch: replay.Batch, z: Array) -> Array:
         action, log_prob = distributions.squashed(policy(state.params, batch.next_obs), z)
-        value = run(parts.critics, state.target_params, (batch.next_obs, action)).min(-1)
+        value = nets.outputs(parts.critics, state.target_params, (batch.next_obs, action)).min(-1)
         return batch.reward + batch.discount * (value - jnp.exp(state.params["log_alpha"]) * log_prob)
 
     def policy_and_temperature_loss(
@@ -113,7 +112,7 @@ def make(
     ) -> tuple[Array, Metrics]:
         alpha, fixed = jnp.exp(params["log_alpha"]), jax.lax.stop_gradient
         action, log_prob = distributions.squashed(policy(params, batch.obs), z)
-        value = run(parts.critics, state.critic_params, (batch.obs, action)).min(-1)
+        value = nets.outputs(parts.critics, state.critic_params, (batch.obs, action)).min(-1)
         policy_loss = mean(batch, fixed(alpha) * log_prob - value)
         wanted = state.hyper.target_entropy * parts.num_actions
         temperature_loss = -alpha * mean(batch, fixed(log_prob) + wanted)
@@ -122,7 +121,7 @@ def make(
 
     def policy(params: Params, obs: Observation) -> NormalParams:
         """The normal behind the policy, for observations ``[N]``; its deviation is bounded smoothly."""
-        mean, raw = jnp.split(run(parts.policy, params["policy"], obs), 2, axis=-1)
+        mean, raw = jnp.split(nets.outputs(parts.policy, params["policy"], obs), 2, axis=-1)
         low, high = LOG_STD
         return NormalParams(mean, low + 0.5 * (high - low) * (jnp.tanh(raw) + 1))
 
@@ -135,7 +134,7 @@ def make(
             return {"policy": parts.policy.init(key), "log_alpha": log_alpha}
 
         fields = off_policy.start_learning(parts, config, hyper, key, num_updates, optimizer, params_of, start)
-        return State(**fields, target_params=off_policy.copied(fields["critic_params"]))
+        return State(**fields, target_params=optim.copied(fields["critic_params"]))
 
     def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
         params = optim.eval_params(state.opt_state, state.params)

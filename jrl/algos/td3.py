@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import algorithm
+from jrl import algorithm, nets
 from jrl.algorithm import Algorithm, Metrics
 from jrl.algos import off_policy
 from jrl.algos.off_policy import OffPolicyConfig, mean
@@ -70,7 +70,6 @@ def make(
     check_hyper(hyper)
     parts, defaults = off_policy.make_parts(env, config, "td3"), hyper
     remake = functools.partial(make, env, hyper=hyper, optimizer=optimizer, start=start)
-    run = off_policy.run
 
     def update(state: State) -> tuple[State, Metrics]:
         key, key_act, key_learn = jax.random.split(state.key, 3)
@@ -94,7 +93,7 @@ def make(
         state, metrics = off_policy.critic_step(parts, tx, state, batch, target(state, batch, noise))
 
         def loss(params: Params) -> tuple[Array, Metrics]:
-            value = run(parts.critics, state.critic_params, (batch.obs, policy(params, batch.obs)))[:, 0]
+            value = nets.outputs(parts.critics, state.critic_params, (batch.obs, policy(params, batch.obs)))[:, 0]
             return -mean(batch, value), {"policy_loss": -mean(batch, value)}
 
         step = optim.minimize(tx, loss, state.params, state.opt_state)
@@ -111,12 +110,12 @@ def make(
         h = state.hyper
         smooth = jnp.clip(h.target_noise * noise, -h.target_noise_clip, h.target_noise_clip)
         action = jnp.clip(policy(state.target_params["policy"], batch.next_obs) + smooth, -1.0, 1.0)
-        value = run(parts.critics, state.target_params["critics"], (batch.next_obs, action)).min(-1)
+        value = nets.outputs(parts.critics, state.target_params["critics"], (batch.next_obs, action)).min(-1)
         return batch.reward + batch.discount * value
 
     def policy(params: Params, obs: Observation) -> Array:
         """Actions ``[N, A]`` for observations ``[N]``."""
-        return jnp.tanh(run(parts.policy, params, obs))
+        return jnp.tanh(nets.outputs(parts.policy, params, obs))
 
     def explored(action: Array, noise: Array, hyper: Hyper) -> Array:
         return jnp.clip(action + hyper.exploration_noise * noise, -1.0, 1.0)
@@ -125,7 +124,7 @@ def make(
         hyper = hyper or defaults
         check_hyper(hyper)
         fields = off_policy.start_learning(parts, config, hyper, key, num_updates, optimizer, parts.policy.init, start)
-        targets = off_policy.copied({"policy": fields["params"], "critics": fields["critic_params"]})
+        targets = optim.copied({"policy": fields["params"], "critics": fields["critic_params"]})
         return State(**fields, target_params=targets, gradient_steps=jnp.int32(0))
 
     def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:

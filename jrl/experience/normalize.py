@@ -120,6 +120,12 @@ def rewards(stats: RewardStats | None, reward: Array) -> Array:
     return reward if stats is None else scale(stats.stats, reward)
 
 
+def transitions(state: Any, batch: Any) -> Any:
+    """A minibatch from the replay with observations and rewards as they are learned from, by the statistics of ``state``."""
+    obs, next_obs = (observations(state.obs_stats, x) for x in (batch.obs, batch.next_obs))
+    return batch._replace(obs=obs, next_obs=next_obs, reward=rewards(state.reward_stats, batch.reward))
+
+
 def clipped(bound: float, reward: Array) -> Array:
     """Rewards between ``-bound`` and ``bound``; as they are if that is 0."""
     return jnp.clip(reward, -bound, bound) if bound else reward

@@ -45,6 +45,11 @@ class Network(NamedTuple):
         return bool(jax.tree.leaves(self.memory))
 
 
+def outputs(network: Network, params: Params, obs: Observation) -> Any:
+    """The output of a network without a memory for observations ``[B]``."""
+    return network.step(params, (), obs, jnp.zeros(jax.tree.leaves(obs)[0].shape[0], bool))[1]
+
+
 def step_one(network: Network, params: Params, obs: Observation, memory: Memory | None = None) -> tuple[Memory, Any]:
     """``network.step`` on one observation, without axis ``B``; ``memory=None`` begins an episode."""
     first = jnp.bool_(memory is None)

@@ -368,6 +368,11 @@ def eval_params(opt_state: OptState, params: Params) -> Any:
     return params
 
 
+def copied(params: Params) -> Params:
+    """The parameters of a target network when it begins: those of the other, float32, in memory of their own."""
+    return jax.tree.map(jnp.copy, precision.cast(params, "float32"))
+
+
 def target_share(every: int, updates: Array, tau: Array | float) -> Array:
     """How far a target network goes after ``updates`` updates: all the way at each ``every`` of them, or ``tau`` if that is 0."""
     return jnp.where(updates % every == 0, 1.0, 0.0) if every else jnp.asarray(tau)
