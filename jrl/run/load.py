@@ -19,15 +19,8 @@ from jrl.run.program import LoopState
 
 T = TypeVar("T")
 MADE_OF = ("algorithm", "env", "env_params", "config")  # settings of an algorithm, not of a run
-KNOWN = (
-    "ppo",
-    "dqn",
-    "pqn",
-    "r2d2",
-    "sac",
-    "td",
-    "td3",
-)  # algorithms that can be made again from a folder's settings alone
+# Algorithms that can be made again from a folder's settings alone.
+KNOWN = ("ppo", "dqn", "pqn", "r2d2", "sac", "td", "td3")
 
 
 class Loaded(NamedTuple):
