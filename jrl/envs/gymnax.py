@@ -4,6 +4,7 @@ gymnax is imported when an environment is made, since it takes seconds. Its own 
 adapter calls ``step_env`` and leaves the reset to the rollout, which draws each reset state once.
 """
 
+import inspect
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 
 from jrl.envs.pictures import without_a_screen
 from jrl.envs.types import Box, Discrete, Environment, Space, with_settings
+from jrl.numerics import checks
 from jrl.numerics.types import EnvState, Observation
 from jrl.user_file import same_kind
 
@@ -46,7 +48,8 @@ IDS = [
 
 
 def make(name: str, **params: Any) -> Environment:
-    """A gymnax environment by id; ``params`` replace fields of its ``EnvParams`` (``memory_length=10``).
+    """A gymnax environment by id; ``params`` replace fields of its ``EnvParams`` (``memory_length=10``) or numbers that it is built with
+    (``size=20`` of DeepSea).
 
     Observations keep gymnax's dtype, with two exceptions: those of a discrete space (FrozenLake) come one-hot as
     float32, and MinAtar's binary planes as bool, a quarter of the memory.
@@ -55,12 +58,19 @@ def make(name: str, **params: Any) -> Environment:
     import gymnax
 
     env, defaults = gymnax.make(name)
-    allowed = list(vars(defaults))
+    numbers = _numbers(type(env))
+    allowed = vars(defaults) | numbers
     for field in params:
         if field not in allowed:
             raise ValueError(f"{name} has no parameter {field!r}; it has: {', '.join(allowed)}")
-        same_kind(f"{name}: {field}", params[field], getattr(defaults, field))
-    env_params = defaults.replace(**params)
+        same_kind(f"{name}: {field}", params[field], allowed[field])
+    built = {field: value for field, value in params.items() if field in numbers}
+    for field, value in built.items():
+        if not isinstance(value, bool):
+            checks.positive_int(f"{name}: {field}", value, at_least=min(numbers[field], 1))
+    if built:
+        env, defaults = gymnax.make(name, **built)
+    env_params = defaults.replace(**{field: value for field, value in params.items() if field not in built})
     num_values = getattr(env.observation_space(env_params), "n", None)
 
     def observe(obs: Observation) -> Any:
@@ -86,7 +96,13 @@ def make(name: str, **params: Any) -> Environment:
         first_truncation=int(env_params.max_steps_in_episode),
         draw=_drawer(env, env_params),
     )
-    return with_settings(made, vars(env_params))
+    return with_settings(made, vars(env_params) | built)
+
+
+def _numbers(kind: type) -> dict[str, Any]:
+    """The whole numbers and switches that an environment is built with, and their defaults."""
+    found = inspect.signature(kind).parameters.values()
+    return {x.name: x.default for x in found if isinstance(x.default, int)}
 
 
 def _space(space: Any) -> Space:
