@@ -211,7 +211,7 @@ def test_wrong_settings_and_spaces_are_refused(module):
         rf"{name} needs real actions \(Box\); CartPole-v1 has Discrete": lambda: made(module, "CartPole-v1"),
         rf"{name} needs finite bounds of actions; Pendulum-v1 has Box": lambda: made(module, endless),
         "config.learning_starts must be at most capacity": lambda: made(module, learning_starts=201),
-        "transitions are replayed one by one, without a memory": lambda: made(
+        "what is learned from single transitions has no memory": lambda: made(
             module, network=nets.ContinuousConfig(gru=4)
         ),
         "config.num_critics must be an integer of at least 1; got 0": lambda: made(module, num_critics=0),

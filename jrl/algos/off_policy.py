@@ -69,7 +69,7 @@ def make_parts(env: Environment, config: OffPolicyConfig, name: str, width: int 
     obs_spec = observation_spec(env)
     num_actions = check(config, env, obs_spec, name)
     networks = (
-        nets.policy_head(config.network, obs_spec, width * num_actions),
+        nets.head(config.network, obs_spec, width * num_actions, scale=0.01),
         nets.critics(config.network, obs_spec, num_actions, config.num_critics),
     )
     policy, critics = (precision.apply_to_network(config.precision, network) for network in networks)

@@ -1,6 +1,6 @@
 """Probe environments: each fails for one fault of an agent, and is learned in seconds.
 
-After Andy Jones's "Debugging RL, without the agonizing pain" (2021), with two for memory and for truncation.
+After Andy Jones's "Debugging RL, without the agonizing pain" (2021), with more for memory, truncation and curiosity.
 """
 
 from collections.abc import Callable
@@ -142,6 +142,31 @@ def truncation(limit: int = 20) -> Environment:
     return Environment("Probe-truncation", reset, step, Discrete(1), time_limit=limit)
 
 
+def television(channels: int = 16, length: int = 12) -> Environment:
+    """A corridor with a goal at its end (+1), and a television that shows a random channel whenever it is switched: the best return is 1.
+
+    Actions are left, right and switch. The channel cannot be foreseen, so that an agent that is paid for surprise may switch for ever.
+    """
+
+    def observe(place: Array, channel: Array) -> Array:
+        shown = jax.nn.one_hot(channel, channels, dtype=jnp.float32)
+        return jnp.concatenate([jax.nn.one_hot(place, length, dtype=jnp.float32), shown])
+
+    def reset(key: Array) -> tuple[Array, Any]:
+        state = (jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        return observe(*state[:2]), state
+
+    def step(key: Array, state: EnvState, action: Array) -> tuple[Array, Any, Array, Array, Array]:
+        place, channel, t = state
+        place = jnp.clip(place + (action == 1) - (action == 0), 0, length - 1)
+        channel = jnp.where(action == 2, jax.random.randint(key, (), 0, channels), channel)
+        arrived = place == length - 1
+        state = (place, channel, t + 1)
+        return observe(place, channel), state, arrived.astype(jnp.float32), arrived, t + 1 >= 4 * length
+
+    return Environment("Probe-television", reset, step, Discrete(3), time_limit=4 * length)
+
+
 PROBES: dict[str, Callable[[], Environment]] = {
     "Probe-value": value,
     "Probe-observation": value_from_observation,
@@ -153,4 +178,5 @@ PROBES: dict[str, Callable[[], Environment]] = {
     "Probe-credit": credit,
     "Probe-memory": memory,
     "Probe-truncation": truncation,
+    "Probe-television": television,
 }

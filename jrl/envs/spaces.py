@@ -91,6 +91,27 @@ def to_env(space: Space, action: Array) -> Array:
     return jnp.clip(mapped, low, high)
 
 
+def counts(space: Space) -> tuple[int, ...]:
+    """How many choices each part of an action has; 1 for a real number."""
+    match space:
+        case Discrete(n):
+            return (n,)
+        case MultiDiscrete(nvec):
+            return nvec
+        case Box(low):
+            return (1,) * len(low)
+
+
+def to_vector(space: Space, action: Array) -> Array:
+    """Actions ``[...]`` as float32 ``[..., sum(counts(space))]``: one-hot for each choice, real numbers as they are."""
+    if isinstance(space, Box):
+        return action.astype(jnp.float32)
+    parts = action[..., None] if isinstance(space, Discrete) else action
+    return jnp.concatenate(
+        [jax.nn.one_hot(parts[..., i], n, dtype=jnp.float32) for i, n in enumerate(counts(space))], axis=-1
+    )
+
+
 def _count(space: str, n: Any) -> int:
     n = int(n) if isinstance(n, np.integer) or (getattr(n, "shape", None) == () and n == int(n)) else n
     checks.positive_int(f"{space}: the number of choices", n)

@@ -136,6 +136,27 @@ def key_and_door(size: int = 8) -> MDP:
     return mdps.make(transition, reward, terminal, np.concatenate([without.start, np.zeros(cells)]))
 
 
+def delayed_choice(delay: int = 50, num_actions: int = 4, noise: float = 1.0) -> MDP:
+    """A choice that is paid ``delay`` steps later: the first action counts, the last of them pays 1 on average and the others 0, with
+    normal noise of standard deviation ``noise``. Later actions do nothing.
+
+    State 0 is the start, ``1 + a delay + t`` is t steps after action a, the last state is terminal.
+    """
+    checks.positive_int("delay", delay)
+    _check_size(num_actions=num_actions, states=num_actions * delay + 2)
+    n = num_actions * delay + 2
+    transition, reward, std = np.zeros((n, num_actions, n)), np.zeros((n, num_actions, n)), np.zeros((n, num_actions))
+    for a in range(num_actions):
+        first = 1 + a * delay
+        transition[0, a, first] = 1
+        for s in range(first, first + delay):
+            transition[s, :, s + 1 if s < first + delay - 1 else n - 1] = 1
+        std[first + delay - 1] = noise
+    transition[n - 1, :, n - 1] = 1
+    reward[n - 2] = 1
+    return mdps.make(transition, reward, np.arange(n) == n - 1, np.arange(n) == 0, reward_std=std)
+
+
 def maximization_bias(num_actions: int = 10) -> MDP:
     """Example 6.7: from A (state 1), right (action 1) ends with 0; left leads to B (state 0), all whose actions end with
     noise of mean -0.1 and standard deviation 1. State 2 is terminal."""
@@ -237,10 +258,15 @@ def _key_and_door(size: int = 8, time_limit: int = 256, one_hot: bool = True) ->
     return environment(key_and_door(size), "KeyAndDoor", time_limit, one_hot)
 
 
+def _delayed_choice(delay: int = 50, num_actions: int = 4, noise: float = 1.0, one_hot: bool = True) -> Environment:
+    return environment(delayed_choice(delay, num_actions, noise), "DelayedChoice", delay + 1, one_hot)
+
+
 NAMED: dict[str, Callable[..., Environment]] = {
     "RandomWalk": _walk,
     "CliffWalking": _cliff,
     "FrozenLake": _frozen_lake,
     "Garnet": _garnet,
     "KeyAndDoor": _key_and_door,
+    "DelayedChoice": _delayed_choice,
 }

@@ -31,6 +31,11 @@ class MaskedObs(NamedTuple):
     mask: Array
 
 
+def without_mask(obs: Any) -> Any:
+    """An observation without the mask of illegal actions."""
+    return obs.obs if isinstance(obs, MaskedObs) else obs
+
+
 class Host(NamedTuple):
     """What an environment can do besides whose ``step`` calls the host (``jrl.envs.host``), and begins the next episode by itself.
 

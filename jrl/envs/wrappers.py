@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl import user_file
-from jrl.envs.spaces import Discrete, MultiDiscrete
+from jrl.envs.spaces import counts, to_vector
 from jrl.envs.types import Environment, MaskedObs, example_action, observation_spec, with_settings
 from jrl.numerics import checks
 from jrl.numerics.types import EnvState, Observation
@@ -34,7 +34,7 @@ def time_limit(env: Environment, steps: int) -> Environment:
 
     limit = steps if env.time_limit is None else min(steps, env.time_limit)
     first = None if env.first_truncation is None else min(steps, env.first_truncation)
-    return _wrapped(
+    return wrapped_as(
         env, "time_limit", {"steps": steps}, reset=reset, step=step, time_limit=limit, first_truncation=first
     )
 
@@ -58,7 +58,7 @@ def sticky_actions(env: Environment, probability: float = 0.25) -> Environment:
         obs, inner, reward, terminated, truncated = env.step(key_step, inner, action)
         return obs, (inner, action, jnp.bool_(False)), reward, terminated, truncated
 
-    return _wrapped(env, "sticky_actions", {"probability": probability}, reset=reset, step=step)
+    return wrapped_as(env, "sticky_actions", {"probability": probability}, reset=reset, step=step)
 
 
 def shared_resets(env: Environment, steps: int = 16) -> Environment:
@@ -67,7 +67,7 @@ def shared_resets(env: Environment, steps: int = 16) -> Environment:
     If two episodes of an environment end within these steps, both are followed by the same first state.
     """
     checks.positive_int("shared_resets: steps", steps)
-    return _wrapped(env, "shared_resets", {"steps": steps}, same_state=True, steps_per_reset=steps)
+    return wrapped_as(env, "shared_resets", {"steps": steps}, same_state=True, steps_per_reset=steps)
 
 
 def frame_stack(env: Environment, num_frames: int = 4) -> Environment:
@@ -91,7 +91,7 @@ def frame_stack(env: Environment, num_frames: int = 4) -> Environment:
         frames = jnp.concatenate([frames[1:], obs[None]])
         return _merge(frames), (inner, frames), reward, terminated, truncated
 
-    return _wrapped(env, "frame_stack", {"num_frames": num_frames}, reset=reset, step=step)
+    return wrapped_as(env, "frame_stack", {"num_frames": num_frames}, reset=reset, step=step)
 
 
 def time_feature(env: Environment) -> Environment:
@@ -117,7 +117,7 @@ def time_feature(env: Environment) -> Environment:
         obs, inner, reward, terminated, truncated = env.step(key, inner, action)
         return add(obs, t + 1), (inner, t + 1), reward, terminated, truncated
 
-    return _wrapped(env, "time_feature", {}, reset=reset, step=step)
+    return wrapped_as(env, "time_feature", {}, reset=reset, step=step)
 
 
 def shaped(env: Environment, potential: Callable[[Observation], Array], gamma: float) -> Environment:
@@ -144,7 +144,30 @@ def shaped(env: Environment, potential: Callable[[Observation], Array], gamma: f
         return obs, (inner, after), reward + bonus, terminated, truncated
 
     settings = {"potential": getattr(potential, "__name__", "function"), "gamma": gamma}
-    return _wrapped(env, "shaped", settings, reset=reset, step=step)
+    return wrapped_as(env, "shaped", settings, reset=reset, step=step)
+
+
+def goal_reward(env: Environment) -> Environment:
+    """Reward 1 where an episode terminates and 0 elsewhere, as where nothing but arriving counts (MountainCar's goal)."""
+    return _rewarded(env, "goal_reward", {}, lambda reward, terminated: terminated)
+
+
+def reward_above(env: Environment, threshold: float) -> Environment:
+    """Reward 1 where the reward is above ``threshold`` and 0 elsewhere, so that a dense reward becomes a sparse one (Pendulum's above -0.5)."""
+    checks.within("reward_above: threshold", threshold, -1e30, 1e30)
+    return _rewarded(env, "reward_above", {"threshold": threshold}, lambda reward, terminated: reward > threshold)
+
+
+def _rewarded(
+    env: Environment, name: str, settings: dict[str, Any], reward_of: Callable[[Array, Array], Array]
+) -> Environment:
+    """The environment with the reward ``reward_of(reward, terminated)``."""
+
+    def step(key: Array, state: EnvState, action: Array) -> tuple[Any, Any, Array, Array, Array]:
+        obs, state, reward, terminated, truncated = env.step(key, state, action)
+        return obs, state, jnp.asarray(reward_of(reward, terminated), jnp.float32), terminated, truncated
+
+    return wrapped_as(env, name, settings, same_state=True, step=step)
 
 
 def previous(env: Environment) -> Environment:
@@ -153,9 +176,7 @@ def previous(env: Environment) -> Environment:
 
     They are appended to an observation that is a vector, also beside a mask; any other becomes a dictionary of ``obs`` and ``previous``.
     """
-    space = env.action_space
-    counts = (space.n,) if isinstance(space, Discrete) else space.nvec if isinstance(space, MultiDiscrete) else ()
-    width = sum(counts) or len(example_action(space))
+    width = sum(counts(env.action_space))
 
     def add(obs: Observation, before: Array) -> Any:
         if isinstance(obs, MaskedObs):
@@ -170,16 +191,24 @@ def previous(env: Environment) -> Environment:
 
     def step(key: Array, state: EnvState, action: Array) -> tuple[Any, Any, Array, Array, Array]:
         obs, inner, reward, terminated, truncated = env.step(key, state[0], action)
-        parts = [jax.nn.one_hot(a, n, dtype=jnp.float32) for a, n in zip(jnp.atleast_1d(action), counts, strict=False)]
-        before = jnp.concatenate([*(parts or [action]), jnp.reshape(reward, 1)])
+        before = jnp.concatenate([to_vector(env.action_space, action), jnp.reshape(reward, 1)])
         return add(obs, before), (inner,), reward, terminated, truncated
 
-    return _wrapped(env, "previous", {}, reset=reset, step=step)
+    return wrapped_as(env, "previous", {}, reset=reset, step=step)
 
 
 NAMED: dict[str, Callable[..., Environment]] = {
     wrapper.__name__: wrapper
-    for wrapper in (time_limit, sticky_actions, shared_resets, frame_stack, time_feature, previous)
+    for wrapper in (
+        time_limit,
+        sticky_actions,
+        shared_resets,
+        frame_stack,
+        time_feature,
+        goal_reward,
+        reward_above,
+        previous,
+    )
 }
 
 
@@ -220,7 +249,7 @@ def _merge(frames: Array) -> Array:
     return jnp.concatenate(list(jnp.atleast_1d(frames)), axis=-1) if frames.ndim > 1 else frames
 
 
-def _wrapped(
+def wrapped_as(
     env: Environment, name: str, settings: dict[str, Any], same_state: bool = False, **changed: Any
 ) -> Environment:
     """The environment with other functions, whose states hold the inner state first unless they are the ``same_state``; the wrapper is put

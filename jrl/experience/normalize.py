@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.envs.types import without_mask
 from jrl.equations.losses import deviation
 from jrl.numerics.types import Observation
 
@@ -55,6 +56,11 @@ def standardize(stats: Stats, x: Array, clip: float = 10.0) -> Array:
     return jnp.clip(scaled, -clip, clip)
 
 
+def destandardize(stats: Stats, x: Array) -> Array:
+    """What ``standardize`` made ``x`` of, but for its clipping."""
+    return stats.mean + x * jnp.sqrt(stats.variance + 1e-8)
+
+
 def scale(stats: Stats, x: Array, clip: float = 10.0) -> Array:
     """``x / std``, clipped: for rewards, whose sign and zero must stay; as it is where nothing varied."""
     varies = stats.variance > jnp.square(8 * jnp.finfo(jnp.float32).eps * stats.mean)
@@ -86,7 +92,7 @@ def update_rewards(state: RewardStats, reward: Array, ended: Array, gamma: Array
 
 def check(config: Any, obs_spec: Any) -> None:
     """Raise ``ValueError`` where observations that are to be normalized are not one array."""
-    if config.normalize_observations and not hasattr(_array(obs_spec), "shape"):
+    if config.normalize_observations and not hasattr(without_mask(obs_spec), "shape"):
         raise ValueError("config.normalize_observations needs observations of one array; got a tree of them")
 
 
@@ -94,7 +100,7 @@ def start(config: Any, obs_spec: Any, trained: Any) -> dict[str, Any]:
     """The fields ``obs_stats`` and ``reward_stats`` of a learner's state, None where ``config`` does not ask for them. Statistics of
     observations are those of ``trained`` if it has some."""
     return {
-        "obs_stats": starting_from(_array(obs_spec).shape, trained) if config.normalize_observations else None,
+        "obs_stats": starting_from(without_mask(obs_spec).shape, trained) if config.normalize_observations else None,
         "reward_stats": init_rewards(config.num_envs) if config.normalize_rewards else None,
     }
 
@@ -103,16 +109,11 @@ def after(state: Any, steps: Any) -> dict[str, Any]:
     """The same fields after a rollout: ``state`` has them before it, and ``hyper.gamma``."""
     obs_stats, reward_stats = state.obs_stats, state.reward_stats
     if obs_stats is not None:
-        obs_stats = update(obs_stats, _array(steps.obs))
+        obs_stats = update(obs_stats, without_mask(steps.obs))
     if reward_stats is not None:
         ended = steps.terminated | steps.truncated
         reward_stats = update_rewards(reward_stats, steps.reward, ended, state.hyper.gamma)
     return {"obs_stats": obs_stats, "reward_stats": reward_stats}
-
-
-def _array(obs: Any) -> Any:
-    """An observation without its mask."""
-    return obs.obs if hasattr(obs, "mask") else obs
 
 
 def rewards(stats: RewardStats | None, reward: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from jrl.nets.action_values import ValueConfig, action_values, with_noise
 from jrl.nets.actor_critic import Config, actor_critic
-from jrl.nets.continuous import ContinuousConfig, critics, policy_head
+from jrl.nets.continuous import ContinuousConfig, critics, head
 from jrl.nets.own import feed_forward, policy_network, starting_from, value_network
 from jrl.nets.types import Network, Outputs, outputs, step_one
 
@@ -16,8 +16,8 @@ __all__ = [
     "actor_critic",
     "critics",
     "feed_forward",
+    "head",
     "outputs",
-    "policy_head",
     "policy_network",
     "starting_from",
     "step_one",

@@ -1,4 +1,4 @@
-"""Networks for real actions that are learned from replay: a policy's numbers for an observation, and critics of observation and action."""
+"""Networks that learn from single transitions: numbers for an observation, and critics of observation and action."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +33,14 @@ class ContinuousConfig(TorsoConfig):
     activation: Activation = "relu"  # Activation between layers.
 
 
-def policy_head(config: TorsoConfig, obs_spec: Any, width: int) -> Network:
-    """A network of ``width`` numbers for an observation, float32 ``[..., width]``. Raises ``ValueError`` for one with a memory."""
+def head(config: TorsoConfig, obs_spec: Any, width: int, scale: float) -> Network:
+    """A network of ``width`` numbers for an observation, float32 ``[..., width]``, the last layer orthogonal times ``scale`` at first.
+
+    Raises ``ValueError`` for one with a memory.
+    """
     _refuse_memory(config)
     shapes = observation_shapes(config, obs_spec)
-    return as_network(Heads(config, shapes, width, scale=0.01), config, obs_spec, ())
+    return as_network(Heads(config, shapes, width, scale), config, obs_spec, ())
 
 
 def critics(config: TorsoConfig, obs_spec: Any, num_actions: int, number: int) -> Network:
@@ -51,9 +54,7 @@ def critics(config: TorsoConfig, obs_spec: Any, num_actions: int, number: int) -
 
 def _refuse_memory(config: TorsoConfig) -> None:
     if config.remembers:
-        raise ValueError(
-            "config.network.gru, lstm and attention: transitions are replayed one by one, without a memory"
-        )
+        raise ValueError("network.gru, lstm and attention: what is learned from single transitions has no memory")
 
 
 class Heads(nn.Module):
