@@ -6,7 +6,19 @@ from typing import Any
 from jrl.numerics.host import use_cpu_cores
 
 __version__ = "0.2.0"
-__all__ = ["algorithm", "algos", "attention", "envs", "equations", "experience", "lm", "nets", "numerics", "run"]
+__all__ = [
+    "algorithm",
+    "algos",
+    "attention",
+    "envs",
+    "equations",
+    "experience",
+    "intrinsic",
+    "lm",
+    "nets",
+    "numerics",
+    "run",
+]
 
 use_cpu_cores()
 

@@ -34,6 +34,7 @@ LEARNED = (
     "critic_opt_state",
     "obs_stats",
     "reward_stats",
+    "bonus",
     "kl_weight",
 )
 

@@ -8,7 +8,7 @@ import jrl
 ROOT = Path(jrl.__file__).parent
 FLOORS = {
     "user_file": 1, "equations": 1, "numerics": 1, "attention": 1,
-    "envs": 2, "nets": 2, "experience": 2, "lm": 2,
+    "envs": 2, "nets": 2, "experience": 2, "intrinsic": 2, "lm": 2,
     "algorithm": 3, "algos": 3,
     "run": 4,
 }  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import algorithm, nets
+from jrl import algorithm, intrinsic, nets
 from jrl.algorithm import Algorithm, Metrics, exploration
 from jrl.algos.dqn_settings import RAINBOW as RAINBOW
 from jrl.algos.dqn_settings import Config, Hyper, check, check_hyper
@@ -44,17 +44,21 @@ def make(
     *,
     network: nets.Network | None = None,
     optimizer: algorithm.Optimizer | None = None,
+    bonus: intrinsic.Intrinsic | None = None,
     start: Any = None,
 ) -> Algorithm:
-    """DQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network`` and ``optimizer`` take the place
-    of those that ``config`` describes; ``start``, the state of one trained seed, gives the parameters to begin with.
+    """DQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network``, ``optimizer`` and ``bonus`` take
+    the place of those that ``config`` describes; ``start``, the state of one trained seed, gives the parameters to begin with.
 
     Raises ``ValueError`` for a setting that is wrong or does not fit the environment, or a replay larger than memory.
     """
     check(config, hyper)
     unstacked, defaults = strict(env), hyper
     env = strict(wrappers.frame_stack(unstacked, config.num_frames)) if config.num_frames > 1 else unstacked
-    remake = functools.partial(make, unstacked, hyper=hyper, network=network, optimizer=optimizer, start=start)
+    remake = functools.partial(
+        make, unstacked, hyper=hyper, network=network, optimizer=optimizer, bonus=bonus, start=start
+    )
+    curiosity = intrinsic.make(config.bonus, env, (config.num_gradient_steps, 1), bonus)
     normalize.check(config, observation_spec(env))
     network, store = network_of(env, config, network, start), replay_of(env, config)
     num_actions = env.action_space.n  # type: ignore[union-attr]
@@ -64,7 +68,8 @@ def make(
 
     def update(state: State) -> tuple[State, Metrics]:
         # Few draws: on a CPU each costs as much as a layer of the network.
-        keys = jax.random.split(state.key, 4 + config.num_gradient_steps)
+        learning = slice(4, 4 + config.num_gradient_steps)
+        keys = jax.random.split(state.key, learning.stop + (1 if curiosity else 0))
         key, key_noise, key_envs, key_weights = keys[:4]
         noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), num_actions)
         weight_keys = jax.random.split(key_weights, config.num_steps) if noisy else None
@@ -75,18 +80,18 @@ def make(
         rows = replay.Step(steps.obs, steps.extras, reward, steps.terminated, steps.truncated, steps.next_obs)
         buffer, _ = jax.lax.scan(lambda b, s: (store.add(b, s), None), state.buffer, rows)
         state = state._replace(actors=actors, buffer=buffer, key=key)
+        state, paid = explore(state, steps, *keys[learning.stop :])
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
-        state, metrics = algorithm.learn_from_replay(learn, state, keys[4:], ready, config.target_every)
+        state, metrics = algorithm.learn_from_replay(learn, state, keys[learning], ready, config.target_every)
         state = state._replace(**normalize.after(state, steps))
-        return state, metrics | {"epsilon": epsilon_of(state)} | rollout.episode_metrics(episodes)
+        return state, metrics | paid | {"epsilon": epsilon_of(state)} | rollout.episode_metrics(episodes)
 
     def learn(state: State, key: Array, ready: Array) -> tuple[State, Metrics]:
         """One minibatch; priorities stay as they are until ``ready``."""
         h = state.hyper
         key_batch, key_online, key_target, key_select = jax.random.split(key, 4) if noisy else (key, None, None, None)
-        batch = normalize.transitions(
-            state, store.sample(state.buffer, key_batch, h.gamma, algorithm.importance_exponent(state))
-        )
+        stored = store.sample(state.buffer, key_batch, h.gamma, algorithm.importance_exponent(state))
+        batch = with_bonus(state, stored, normalize.transitions(state, stored))
         next_outputs = outputs(state.target_params, batch.next_obs, key_target)
         if config.double:
             chooser = values(outputs(state.params, batch.next_obs, key_select), batch.next_obs, h)
@@ -113,6 +118,22 @@ def make(
         if config.distribution == "categorical":  # much mass at an edge: returns lie beyond the support
             metrics |= {"mass_at_v_min": target[:, 0].sum() / number, "mass_at_v_max": target[:, -1].sum() / number}
         return state, metrics | {"grad_norm": step.grad_norm}
+
+    def explore(state: State, steps: rollout.Steps, *key: Array) -> tuple[State, Metrics]:
+        """Learn the bonus for what is new from a rollout, if there is one."""
+        if not curiosity:
+            return state, {}
+        transitions = intrinsic.Transitions(steps.obs, steps.extras, steps.next_obs)
+        learned, _, metrics = curiosity.update(state.bonus, transitions, state.hyper.bonus, *key)
+        return state._replace(bonus=learned), metrics
+
+    def with_bonus(state: State, stored: replay.Batch, batch: replay.Batch) -> replay.Batch:
+        """A minibatch with the bonus of today in its rewards; the replay does not store the end that a bonus may depend on."""
+        if not curiosity:
+            return batch
+        paid = curiosity.bonus(state.bonus, intrinsic.Transitions(stored.obs, stored.action, stored.next_obs))
+        paid = jnp.where(batch.discount > 0, paid, 0.0) if curiosity.uses_next else paid
+        return batch._replace(reward=batch.reward + state.hyper.bonus.weight * paid)
 
     def targets(state: State, batch: replay.Batch, next_outputs: Array, best: Array) -> Array:
         """Targets of the values of the actions taken ``[N]``, or of their distributions: probabilities or quantiles ``[N, atoms]``."""
@@ -193,13 +214,14 @@ def make(
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
         check_hyper(hyper)
-        key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
+        key_params, key_envs, key_run, key_optimizer, *key_bonus = jax.random.split(key, 5 if curiosity else 4)
         params = network.init(key_params)
         return State(
             **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer),
             target_params=optim.copied(params),
             actors=rollout.start(env, key_envs, config.num_envs, ()),
             **normalize.start(config, observation_spec(env), start),
+            bonus=curiosity.init(*key_bonus, config.num_envs) if curiosity else None,
             buffer=store.init(),
             key=key_run,
         )
@@ -235,6 +257,7 @@ class State(NamedTuple):
     actors: rollout.Actors
     obs_stats: normalize.Stats | None
     reward_stats: normalize.RewardStats | None
+    bonus: Any  # intrinsic.State; None without a bonus
     buffer: replay.Buffer
     key: Array
     updates: Array  # int32: done so far

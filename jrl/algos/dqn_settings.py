@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 
-from jrl import nets
+from jrl import intrinsic, nets
 from jrl.experience import replay
 from jrl.numerics import checks, optim, settings
 from jrl.numerics.settings import AboveZero, Finite, NonNegative, NonNegativeInt, Positive, Precision, Settings, Unit
@@ -36,6 +36,7 @@ class Config(Settings):
     # Shape of the network; dueling and noisy are here.
     network: nets.ValueConfig = field(default_factory=lambda: nets.ValueConfig(norm="none"))
     optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)  # What the optimizer is made of.
+    bonus: intrinsic.Config = field(default_factory=intrinsic.Config)  # Bonus for what is new.
     # float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
     precision: Precision = "float32"
 
@@ -57,6 +58,7 @@ class Hyper(NamedTuple):
     v_min: Finite = 0.0  # Smallest return of C51.
     v_max: Finite = 100.0  # Largest return of C51.
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
+    bonus: intrinsic.Numbers = intrinsic.Hyper()  # Numbers of the bonus.
 
 
 def check(config: Config, hyper: Hyper) -> None:
@@ -64,6 +66,8 @@ def check(config: Config, hyper: Hyper) -> None:
     checks.instances("dqn.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     replay.check_learning_starts(config)
+    if config.bonus.kind != "none" and config.n_step > 1:
+        raise ValueError(f"config.bonus pays single transitions: config.n_step must be 1; got {config.n_step}")
     if config.munchausen and config.distribution != "mean":
         raise ValueError("config.munchausen needs config.distribution=mean")
     if config.distribution != "mean" and config.atoms < 2:

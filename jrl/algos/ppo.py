@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl import algorithm, nets
+from jrl import algorithm, intrinsic, nets
 from jrl.algorithm import Algorithm, Metrics
+from jrl.algos import self_imitation
 from jrl.algos.ppo_settings import Config, Hyper, check
 from jrl.envs.spaces import to_env
 from jrl.envs.strict import strict
@@ -44,9 +45,10 @@ def make(
     *,
     network: nets.Network | None = None,
     optimizer: algorithm.Optimizer | None = None,
+    bonus: intrinsic.Intrinsic | None = None,
     start: Any = None,
 ) -> Algorithm:
-    """PPO in ``env``. ``hyper`` are the defaults of ``init``; ``network`` and ``optimizer`` take the place of those that ``config``
+    """PPO in ``env``. ``hyper`` are the defaults of ``init``; ``network``, ``optimizer`` and ``bonus`` take the place of those that ``config``
     describes; ``start``, the state of one trained seed, gives the parameters and the statistics of observations to begin with.
 
     Raises ``ValueError`` for a setting that is wrong or does not fit.
@@ -54,20 +56,27 @@ def make(
     check(config, hyper, start)
     env, defaults = strict(env), hyper
     obs_spec = observation_spec(env)
-    remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, start=start)
+    remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, bonus=bonus, start=start)
+    curiosity = intrinsic.make(config.bonus, env, (config.num_epochs, config.num_minibatches), bonus)
     network = nets.starting_from(nets.policy_network(network, config.network, obs_spec, env.action_space), start)
     rollout.check_minibatches(config, network.remembers)
     normalize.check(config, obs_spec)
     network = precision.apply_to_network(config.precision, network)
     distribution = action_distribution(env.action_space, config.continuous)
+    imitation = self_imitation.make(config.imitation, env, config.num_envs, network, distribution)
 
     def update(state: State) -> tuple[State, Metrics]:
-        key, key_noise, key_envs, key_learn = jax.random.split(state.key, 4)
+        key, key_noise, key_envs, key_learn, *more_keys = jax.random.split(
+            state.key, 6 if curiosity or imitation else 4
+        )
         noise = distribution.noise(key_noise, (config.num_steps, config.num_envs))
         actors, steps, episodes = rollout.collect(env, state.actors, actor(state), noise, key_envs, config.num_steps)
-        batch = with_advantages(state, steps)
+        state, bonus_advantage, paid = explore(state, steps, actors.obs, *more_keys[:1])
+        batch = with_advantages(state, steps, bonus_advantage)
         state, metrics = learn(state, batch, key_learn)
+        state, imitated = imitate(state, steps, *more_keys[1:])
         state = state._replace(actors=actors, key=key, updates=state.updates + 1, **normalize.after(state, steps))
+        metrics |= paid | imitated
         metrics["explained_variance"] = losses.explained_variance(batch.value, batch.target)
         return state, metrics | rollout.episode_metrics(episodes)
 
@@ -115,7 +124,25 @@ def make(
 
         return act
 
-    def with_advantages(state: State, steps: rollout.Steps) -> Batch:
+    def explore(state: State, steps: rollout.Steps, last_obs: Observation, *key: Array) -> tuple[State, Any, Metrics]:
+        """Learn the bonus for what is new; what it adds to the advantages, None if there is none."""
+        if not curiosity:
+            return state, None, {}
+        transitions = intrinsic.Transitions(steps.obs, steps.extras[0], steps.next_obs)
+        learned, advantage, metrics = curiosity.advantages(
+            state.bonus, transitions, last_obs, state.hyper.bonus, state.hyper.gae_lambda, *key
+        )
+        return state._replace(bonus=learned), state.hyper.bonus.weight * advantage, metrics
+
+    def imitate(state: State, steps: rollout.Steps, *key: Array) -> tuple[State, Metrics]:
+        """Learn from what went better than expected, if that is asked for."""
+        if not imitation:
+            return state, {}
+        return imitation.update(
+            state, steps, steps.extras[0], *key, algorithm.current_optimizer(config, state, optimizer)
+        )
+
+    def with_advantages(state: State, steps: rollout.Steps, bonus_advantage: Array | None) -> Batch:
         """Values and advantages of a rollout, as training sequences."""
         obs = normalize.observations(state.obs_stats, steps.obs)
         memories, outputs = network.unroll(state.params, state.actors.memory, obs, steps.first)
@@ -126,6 +153,8 @@ def make(
         over_envs = jax.vmap(returns.gae, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
         advantage = over_envs(outputs.value, reward, discount_t, v_t, continue_t, state.hyper.gae_lambda)
         target = advantage + outputs.value
+        if bonus_advantage is not None:
+            advantage = advantage + bonus_advantage
         if config.standardize_advantages == "batch":
             advantage = losses.standardize(advantage)
         action, policy = steps.extras
@@ -181,13 +210,15 @@ def make(
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
         check_hyper(hyper)
-        key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
+        key_params, key_envs, key_run, key_optimizer, *key_bonus = jax.random.split(key, 5 if curiosity else 4)
         length = num_updates if config.optimizer.uses_length else None
         learner = algorithm.start_learning(config, hyper, network.init(key_params), key_optimizer, length, optimizer)
         return State(
             **learner,
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
             **normalize.start(config, obs_spec, start),
+            bonus=curiosity.init(*key_bonus, config.num_envs) if curiosity else None,
+            imitation=imitation.init() if imitation else None,
             kl_weight=learner["hyper"].kl_weight,
             key=key_run,
         )
@@ -221,6 +252,8 @@ class State(NamedTuple):
     actors: rollout.Actors
     obs_stats: normalize.Stats | None
     reward_stats: normalize.RewardStats | None
+    bonus: Any  # intrinsic.State; None without a bonus
+    imitation: Any  # replay.Buffer; None without self-imitation
     kl_weight: Array
     key: Array
     updates: Array  # int32: done so far

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from jrl import nets
+from jrl import intrinsic, nets
+from jrl.algos import self_imitation
 from jrl.numerics import checks, optim
 from jrl.numerics.settings import AboveZero, AtLeastOne, NonNegative, Positive, Precision, Settings, Unit, check_hyper
 
@@ -26,6 +27,9 @@ class Config(Settings):
     continuous: Literal["normal", "tanh_normal"] = "normal"  # Policy for continuous actions, in units of the bounds.
     network: nets.Config = field(default_factory=nets.Config)  # Shape of the network.
     optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)  # What the optimizer is made of.
+    bonus: intrinsic.Config = field(default_factory=intrinsic.Config)  # Bonus for what is new.
+    # Learning from one's own good past, beside PPO's loss.
+    imitation: self_imitation.Config = field(default_factory=self_imitation.Config)
     # float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
     precision: Precision = "float32"
 
@@ -45,6 +49,8 @@ class Hyper(NamedTuple):
     target_kl: AboveZero = 0.01  # KL to which the penalty steers; kl_stop stops at 1.5 times it.
     kl_weight: NonNegative = 1.0  # Initial weight of the KL penalty, which is adapted within a factor of 100.
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
+    bonus: intrinsic.Numbers = intrinsic.Hyper()  # Numbers of the bonus.
+    imitation: self_imitation.Numbers = self_imitation.Hyper()  # Numbers of self-imitation.
 
 
 def check(config: Config, hyper: Hyper, start: Any) -> None:

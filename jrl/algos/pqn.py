@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl import algorithm, nets
+from jrl import algorithm, intrinsic, nets
 from jrl.algorithm import Algorithm, Metrics, exploration
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
@@ -45,6 +45,7 @@ class Config(Settings):
     reward_clip: NonNegative = 0.0  # Bound that rewards are cut off at, above and below 0; 0 for none.
     network: nets.ValueConfig = field(default_factory=nets.ValueConfig)  # Shape of the network.
     optimizer: optim.OptimizerConfig = field(default_factory=optim.OptimizerConfig)  # What the optimizer is made of.
+    bonus: intrinsic.Config = field(default_factory=intrinsic.Config)  # Bonus for what is new.
     # float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
     precision: Precision = "float32"
 
@@ -61,6 +62,7 @@ class Hyper(NamedTuple):
     max_grad_norm: AboveZero = 10.0  # Largest global norm of a gradient, or the bound of config.optimizer.clip.
     reward_scale: NonNegative = 1.0  # Factor on the rewards that are learned from.
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
+    bonus: intrinsic.Numbers = intrinsic.Hyper()  # Numbers of the bonus.
 
 
 def make(
@@ -70,17 +72,19 @@ def make(
     *,
     network: nets.Network | None = None,
     optimizer: algorithm.Optimizer | None = None,
+    bonus: intrinsic.Intrinsic | None = None,
     start: Any = None,
 ) -> Algorithm:
-    """PQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network`` and ``optimizer`` take the place
-    of those that ``config`` describes; ``start``, the state of one trained seed, gives the parameters to begin with.
+    """PQN in ``env``, which must have discrete actions. ``hyper`` are the defaults of ``init``; ``network``, ``optimizer`` and ``bonus`` take
+    the place of those that ``config`` describes; ``start``, the state of one trained seed, gives the parameters to begin with.
 
     Raises ``ValueError`` for a setting that is wrong or does not fit the environment.
     """
     checks.instances("pqn.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     env, defaults = strict(env), hyper
-    remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, start=start)
+    remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, bonus=bonus, start=start)
+    curiosity = intrinsic.make(config.bonus, env, (config.num_epochs, config.num_minibatches), bonus)
     normalize.check(config, observation_spec(env))
     network = nets.value_network(network, config.network, observation_spec(env), env.action_space)
     network = nets.starting_from(network, start)
@@ -88,12 +92,13 @@ def make(
     network = precision.apply_to_network(config.precision, network)
 
     def update(state: State) -> tuple[State, Metrics]:
-        key, key_noise, key_envs, key_learn = jax.random.split(state.key, 4)
+        key, key_noise, key_envs, key_learn, *key_bonus = jax.random.split(state.key, 5 if curiosity else 4)
         noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), env.action_space.n)  # type: ignore[union-attr]
         actors, steps, episodes = rollout.collect(env, state.actors, actor(state), noise, key_envs, config.num_steps)
-        state, metrics = learn(state, with_targets(state, steps), key_learn)
+        state, reward, paid = rewards(state, steps, *key_bonus)
+        state, metrics = learn(state, with_targets(state, steps, reward), key_learn)
         state = state._replace(actors=actors, key=key, updates=state.updates + 1, **normalize.after(state, steps))
-        return state, metrics | rollout.episode_metrics(episodes)
+        return state, metrics | paid | rollout.episode_metrics(episodes)
 
     def loss(params: Params, memory: Memory, batch: Batch) -> tuple[Array, Metrics]:
         """The mean squared error of the values of the actions taken; half of it is descended, as the paper does."""
@@ -113,7 +118,17 @@ def make(
 
         return act
 
-    def with_targets(state: State, steps: rollout.Steps) -> Batch:
+    def rewards(state: State, steps: rollout.Steps, *key: Array) -> tuple[State, Array, Metrics]:
+        """The rewards that are learned from, the bonus for what is new among them, whose model learns."""
+        reward = normalize.rewards(state.reward_stats, normalize.clipped(config.reward_clip, steps.reward))
+        reward = reward * state.hyper.reward_scale
+        if not curiosity:
+            return state, reward, {}
+        transitions = intrinsic.Transitions(steps.obs, steps.extras, steps.next_obs)
+        learned, bonus, metrics = curiosity.update(state.bonus, transitions, state.hyper.bonus, *key)
+        return state._replace(bonus=learned), reward + state.hyper.bonus.weight * bonus, metrics
+
+    def with_targets(state: State, steps: rollout.Steps, reward: Array) -> Batch:
         """Lambda returns of a rollout, as training sequences."""
         obs = normalize.observations(state.obs_stats, steps.obs)
         memories, q = network.unroll(state.params, state.actors.memory, obs, steps.first)
@@ -127,8 +142,6 @@ def make(
         discount_t = state.hyper.gamma * (1 - steps.terminated)
         continue_t = 1.0 - (steps.terminated | steps.truncated)
         over_envs = jax.vmap(returns.lambda_returns, in_axes=(1, 1, 1, 1, None), out_axes=1)
-        reward = normalize.rewards(state.reward_stats, normalize.clipped(config.reward_clip, steps.reward))
-        reward = reward * state.hyper.reward_scale
         target = over_envs(reward, discount_t, v_t, continue_t, state.hyper.q_lambda)
         batch = Batch(obs, steps.first, steps.extras, target)
         return batch if network.remembers else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
@@ -152,11 +165,12 @@ def make(
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
         check_hyper(hyper)
-        key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
+        key_params, key_envs, key_run, key_optimizer, *key_bonus = jax.random.split(key, 5 if curiosity else 4)
         return State(
             **algorithm.start_learning(config, hyper, network.init(key_params), key_optimizer, num_updates, optimizer),
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
             **normalize.start(config, observation_spec(env), start),
+            bonus=curiosity.init(*key_bonus, config.num_envs) if curiosity else None,
             key=key_run,
         )
 
@@ -188,6 +202,7 @@ class State(NamedTuple):
     actors: rollout.Actors
     obs_stats: normalize.Stats | None
     reward_stats: normalize.RewardStats | None
+    bonus: Any  # intrinsic.State; None without a bonus
     key: Array
     updates: Array  # int32: done so far
     num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown

@@ -81,6 +81,15 @@ def clipped_value_loss(v: Array, v_old: Array, target: Array, clip_eps: Array | 
     return jnp.maximum(value_loss(v, target), value_loss(clipped, target))
 
 
+def self_imitation(log_prob: Array, value: Array, target: Array) -> tuple[Array, Array, Array]:
+    """Losses of policy and value, and the advantage ``(R - V)+`` that weighs them (Oh et al. 2018, arXiv 1806.05635, eqs. 2 and 3).
+
+    ``-log pi(a|x) (R - V)+`` and ``1/2 ((R - V)+)^2`` for returns ``target`` that were reached; where V is higher, nothing is to be learned.
+    """
+    advantage = jnp.maximum(wide(target) - wide(value), 0.0)
+    return -wide(log_prob) * jax.lax.stop_gradient(advantage), 0.5 * jnp.square(advantage), advantage
+
+
 def standardize(x: Array, eps: float = 1e-8) -> Array:
     """Zero mean and unit standard deviation over all elements; 0 where they are equal."""
     return deviation(x, x.mean()) / (x.std() + eps)

@@ -25,6 +25,7 @@ from jrl.numerics.types import Observation
 Array = jax.Array
 CHOICE = jax.ShapeDtypeStruct((), jnp.int32)
 NOWHERE = 2**30  # a row that no buffer has
+UNROLLED = 8  # steps of n-step returns that are compiled one after the other
 MID, TERMINATED, TRUNCATED, FINAL = range(4)  # FINAL: only an observation, of a truncated episode's end
 
 
@@ -152,15 +153,29 @@ def make(
 
     def assemble(buffer: Buffer, env: Array, row: Array, gamma: Array | float) -> tuple[Array, ...]:
         """Rewards summed, discount, and the row to bootstrap from."""
-        reward, discount = jnp.zeros(batch_size, jnp.float32), jnp.ones(batch_size, jnp.float32)
-        going = jnp.ones(batch_size, bool)
-        newest, end = store.wrap(buffer.written[env] - 1), row
-        for _ in range(n_step):
+        newest = store.wrap(buffer.written[env] - 1)
+
+        def further(carry: Any) -> Any:
+            n, going, reward, discount, end = carry
             kind = buffer.kind[env, end]
             reward = jnp.where(going, reward + discount * buffer.reward[env, end], reward)
             discount = jnp.where(going, discount * gamma * (kind != TERMINATED), discount)
-            end = jnp.where(going, store.wrap(end + 1), end)
-            going = going & (kind == MID) & (end != newest)
+            following = jnp.where(going, store.wrap(end + 1), end)
+            return n + 1, going & (kind == MID) & (following != newest), reward, discount, following
+
+        carry: Any = (
+            0,
+            jnp.ones(batch_size, bool),
+            jnp.zeros(batch_size, jnp.float32),
+            jnp.ones(batch_size, jnp.float32),
+            row,
+        )
+        if n_step <= UNROLLED:
+            for _ in range(n_step):
+                carry = further(carry)
+        else:
+            carry = jax.lax.while_loop(lambda c: (c[0] < n_step) & c[1].any(), further, carry)
+        _, _, reward, discount, end = carry
         return reward, discount, end
 
     return Replay(store.init, store.add, sample, store.update, store.size, store.bytes)
