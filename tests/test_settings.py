@@ -9,8 +9,23 @@ import jax
 import pytest
 from settings_table import descriptions
 
-from jrl import nets
-from jrl.algos import dqn, grpo, off_policy, ppo, ppo_lm, pqn, r2d2, sac, sft, td, td3
+from jrl import intrinsic, nets
+from jrl.algos import (
+    dqn,
+    ebu,
+    grpo,
+    off_policy,
+    ppo,
+    ppo_lm,
+    pqn,
+    r2d2,
+    rudder,
+    sac,
+    self_imitation,
+    sft,
+    td,
+    td3,
+)
 from jrl.attention import mla, nsa, rotary
 from jrl.nets import memory, moe, transformer
 from jrl.numerics import optim, settings
@@ -65,7 +80,14 @@ def test_hyperparameters_are_checked_with_those_of_the_optimizer_and_traced_ones
 KINDS = {
     f"{kind.__module__}.{kind.__name__}": kind
     for kind in (
-        *itertools.chain(*((m.Config, m.Hyper) for m in (dqn, grpo, ppo, ppo_lm, pqn, r2d2, sac, sft, td, td3))),
+        *itertools.chain(
+            *(
+                (m.Config, m.Hyper)
+                for m in (
+                    *(dqn, ebu, grpo, intrinsic, ppo, ppo_lm, pqn, r2d2, rudder, sac, self_imitation, sft, td, td3),
+                )
+            )
+        ),
         *(
             off_policy.OffPolicyConfig,
             nets.Config,

@@ -3,7 +3,22 @@
 import importlib
 from typing import Any
 
-__all__ = ["dqn", "grpo", "ppo", "ppo_lm", "pqn", "prediction", "presets", "r2d2", "sac", "sft", "td", "td3"]
+__all__ = [
+    "dqn",
+    "ebu",
+    "grpo",
+    "ppo",
+    "ppo_lm",
+    "pqn",
+    "prediction",
+    "presets",
+    "r2d2",
+    "rudder",
+    "sac",
+    "sft",
+    "td",
+    "td3",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from jrl import nets
-from jrl.algos import dqn, grpo, ppo, pqn, r2d2, sac, td3
+from jrl import intrinsic, nets
+from jrl.algos import dqn, ebu, grpo, ppo, pqn, r2d2, sac, td3
 from jrl.nets import transformer
 from jrl.numerics import optim
 
@@ -64,6 +64,11 @@ PPO: dict[str, Preset] = {
             network=nets.Config(torso="mlp", hidden=(128, 128), activation="relu", norm="layer"),
         ),
         ppo.Hyper(learning_rate=2e-3),
+    ),
+    "DeepSea-bsuite": Preset(
+        300_000,
+        ppo.Config(num_envs=16, num_steps=80, bonus=intrinsic.Config(kind="counts")),
+        ppo.Hyper(learning_rate=1e-3, entropy_weight=0.0),
     ),
     "Catch-bsuite": Preset(200_000, ppo.Config(num_envs=16, num_steps=32), ppo.Hyper(learning_rate=1e-3)),
     "MemoryChain-bsuite": Preset(
@@ -159,6 +164,17 @@ TD3: dict[str, Preset] = {
 }
 
 
+EBU_DEFAULT = Preset(500_000, ebu.Config(), ebu.Hyper())
+
+EBU: dict[str, Preset] = {
+    "DelayedChoice": Preset(
+        50_000,
+        ebu.Config(capacity=20_000, network=nets.ValueConfig(norm="none")),
+        ebu.Hyper(learning_rate=3e-3, gamma=1.0, diffusion=1.0, epsilon_fraction=0.4),
+    ),
+}
+
+
 def ppo_preset(name: str, env: str) -> Preset:
     """PPO's preset ``name`` for ``env``: see ``find``; ``penalty`` is PPO-Penalty's."""
     return find({**PPO, "penalty": PPO_PENALTY}, PPO_DEFAULT, name, env)
@@ -172,6 +188,11 @@ def pqn_preset(name: str, env: str) -> Preset:
 def dqn_preset(name: str, env: str) -> Preset:
     """DQN's preset ``name`` for ``env``: see ``find``."""
     return find(DQN, DQN_DEFAULT, name, env)
+
+
+def ebu_preset(name: str, env: str) -> Preset:
+    """EBU's preset ``name`` for ``env``: see ``find``."""
+    return find(EBU, EBU_DEFAULT, name, env)
 
 
 def r2d2_preset(name: str, env: str) -> Preset:

@@ -102,6 +102,37 @@ def n_step_transitions(r_t: Array, discount_t: Array, continue_t: Array, n: int)
     return whole[0], whole[1], jnp.minimum(t + n - 1, end)
 
 
+def backward_targets(
+    r_t: Array, discount_t: Array, q_t: Array, a_t: Array, continue_t: Array, beta: Array | float
+) -> Array:
+    """Targets of action values along an episode, each from the one after it (Lee et al. 2019, arXiv 1805.12375, algorithm 2).
+
+        y_t = r_t + discount_t max_a q~_t(a)       q~_t = q_t, but for the action taken next, with beta y_{t+1} + (1 - beta) q_t(a_t)
+
+    Args:
+        r_t: rewards ``[T]``.
+        discount_t: gamma, or 0 after a termination, ``[T]``.
+        q_t: values of all actions where the step ended, ``[T, A]``; minus infinity where one is illegal.
+        a_t: the action that was taken there, int ``[T]``; any where ``continue_t`` is 0.
+        continue_t: 0 where the episode ended or nothing is known of its next step, else 1, ``[T]``.
+        beta: Diffusion factor. 0 gives one-step targets, 1 returns of the actions taken where these seem best.
+
+    Returns float32 ``[T]``.
+    """
+    same_shape("backward_targets", r_t=r_t, discount_t=discount_t, a_t=a_t, continue_t=continue_t, q_t=q_t[:, 0])
+    actions = jnp.arange(q_t.shape[-1])
+
+    def step(y_next: Array, x: tuple[Array, ...]) -> tuple[Array, Array]:
+        r, discount, q, a, goes_on = x
+        mixed = jnp.where((actions == a) & (goes_on > 0), beta * y_next + (1 - beta) * q, q)
+        best = jnp.where(discount > 0, mixed.max(), 0.0)  # of a terminal state all may be minus infinity
+        y = r + discount * best
+        return y, y
+
+    _, y = jax.lax.scan(step, jnp.float32(0), (r_t, discount_t, q_t, a_t, continue_t), reverse=True)
+    return y
+
+
 def gae(v_tm1: Array, r_t: Array, discount_t: Array, v_t: Array, continue_t: Array, lambda_: Array | float) -> Array:
     """Generalized advantage estimates ``[T]`` (Schulman et al. 2016, arXiv 1506.02438, eq. 16).
 

@@ -3,6 +3,7 @@
 jrl ppo                                           16 seeds of CartPole-v1
 jrl dqn --env Acrobot-v1 --num-seeds 8
 jrl pqn --env my_env.py --run-dir runs/mine       and, after Ctrl-C, the same with --resume
+jrl ebu --env DelayedChoice                       DQN whose targets are made backwards along episodes
 jrl sac --env gymnasium/HalfCheetah-v5            real actions, from replay; also td3
 jrl r2d2 --help                                   all settings
 jrl show runs/mine                                what was run, and what it reached; jrl show for a table of all runs
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-from jrl.algos import dqn, ppo, pqn, presets, r2d2, sac, td3
+from jrl.algos import dqn, ebu, ppo, pqn, presets, r2d2, sac, td3
 from jrl.run import Result, cli, tools
 
 
@@ -35,6 +36,15 @@ class DQN(cli.Options):
 
     config: dqn.Config = field(default_factory=dqn.Config)
     hyper: dqn.Hyper = dqn.Hyper()
+
+
+@dataclass(frozen=True)
+class EBU(cli.Options):
+    """Train EBU over many seeds in one compiled program."""
+
+    env: str = "DelayedChoice"  # Environment id, or a Python file that defines reset, step and action_space.
+    config: ebu.Config = field(default_factory=ebu.Config)
+    hyper: ebu.Hyper = ebu.Hyper()
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "ppo": Command(PPO, presets.ppo_preset, ppo.make),
     "dqn": Command(DQN, presets.dqn_preset, dqn.make),
+    "ebu": Command(EBU, presets.ebu_preset, ebu.make),
     "pqn": Command(PQN, presets.pqn_preset, pqn.make),
     "r2d2": Command(R2D2, presets.r2d2_preset, r2d2.make),
     "sac": Command(SAC, presets.sac_preset, sac.make),

@@ -1,0 +1,237 @@
+"""Rewards carried backwards, and learning from one's own past: equations by hand, and what every algorithm promises."""
+
+import bits
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrl import algorithm, envs, nets, run
+from jrl.algos import ebu, ppo, rudder, self_imitation
+from jrl.equations import losses, returns
+from jrl.experience import replay
+from jrl.run import loop
+
+RANK_PROMOTION = "allow"  # gymnax promotes ranks
+NETWORK = nets.ValueConfig(hidden=(8,), norm="none")
+IMITATION = self_imitation.Config(num_gradient_steps=2, batch_size=8, capacity=100, horizon=20)
+
+
+def made_ebu(env="CartPole-v1", hyper=ebu.Hyper(), **more):
+    small = {"num_envs": 2, "batch_size": 3, "length": 6, "capacity": 100, "learning_starts": 20, "network": NETWORK}
+    return ebu.make(envs.make(env) if isinstance(env, str) else env, ebu.Config(**(small | more)), hyper)
+
+
+def made_sil(env="CartPole-v1", **more):
+    small = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "network": nets.Config(hidden=(8,))}
+    return ppo.make(envs.make(env), ppo.Config(**(small | {"imitation": IMITATION} | more)))
+
+
+def made_rudder(env="DelayedChoice", **more):
+    small = {"num_envs": 4, "num_gradient_steps": 2, "batch_size": 4, "capacity": 8, "lstm": 4, "hidden": (4,)}
+    made = envs.make(env, **({"delay": 5} if env == "DelayedChoice" else {}))
+    return rudder.make(made, rudder.Config(**(small | more)))
+
+
+MAKERS = pytest.mark.parametrize("make", [made_ebu, made_sil, made_rudder], ids=["ebu", "sil", "rudder"])
+
+
+@pytest.mark.parametrize(
+    "beta, wanted", [(0.5, [0.2025, 0.45, 1.0]), (1.0, [0.81, 0.9, 1.0]), (0.0, [0.18, 0.09, 1.0])]
+)
+def test_backward_targets_by_hand(beta, wanted):
+    r, discount = jnp.array([0.0, 0.0, 1.0]), jnp.array([0.9, 0.9, 0.0])
+    q = jnp.array([[0.2, 0.0], [0.0, 0.1], [-jnp.inf, -jnp.inf]])  # at the end no action is legal
+    y = returns.backward_targets(r, discount, q, jnp.array([1, 0, 0]), jnp.array([1.0, 1.0, 0.0]), beta)
+    np.testing.assert_allclose(y, wanted, rtol=1e-6)
+
+
+def test_backward_targets_of_a_truncated_episode_bootstrap_from_its_end():
+    cut = returns.backward_targets(
+        jnp.array([1.0, 5.0]),
+        jnp.array([0.5, 0.5]),
+        jnp.array([[2.0, 4.0], [6.0, 0.0]]),
+        jnp.array([0, 0]),
+        jnp.zeros(2),
+        1.0,
+    )
+    np.testing.assert_allclose(cut, [3.0, 8.0])  # nothing of the second step, which is of the next episode
+    with pytest.raises(ValueError, match="backward_targets: arguments must have one shape"):
+        returns.backward_targets(jnp.zeros(2), jnp.zeros(3), jnp.zeros((2, 2)), jnp.zeros(2, int), jnp.zeros(2), 1.0)
+
+
+def test_without_diffusion_the_targets_are_those_of_q_learning():
+    keys = jax.random.split(jax.random.key(0), 5)
+    r, q = jax.random.normal(keys[0], (9,)), jax.random.normal(keys[1], (9, 3))
+    discount = 0.9 * jax.random.bernoulli(keys[2], 0.8, (9,))
+    a, goes_on = jax.random.randint(keys[3], (9,), 0, 3), 1.0 * jax.random.bernoulli(keys[4], 0.7, (9,))
+    np.testing.assert_allclose(
+        returns.backward_targets(r, discount, q, a, goes_on, 0.0), r + discount * q.max(-1), rtol=1e-6
+    )
+
+
+def test_self_imitation_by_hand():
+    log_prob, value, target = jnp.log(jnp.array([0.25, 0.5])), jnp.array([1.2, 0.9]), jnp.array([2.0, 0.5])
+    policy, worth, advantage = losses.self_imitation(log_prob, value, target)
+    np.testing.assert_allclose(advantage, [0.8, 0.0], rtol=1e-6)
+    np.testing.assert_allclose([policy.mean(), worth.mean()], [0.55452, 0.16], rtol=1e-4)
+    slopes = jax.grad(lambda lp, v: sum(x.sum() for x in losses.self_imitation(lp, v, target)[:2]), argnums=(0, 1))
+    by_policy, by_value = slopes(log_prob, value)
+    np.testing.assert_allclose(by_policy, [-0.8, 0.0], rtol=1e-6)  # where the return was lower, nothing is learned
+    np.testing.assert_allclose(by_value, [-0.8, 0.0], rtol=1e-6)  # of the value's loss alone
+
+
+def test_long_returns_are_those_of_short_steps():
+    """More steps than are compiled one by one: the rewards of whole episodes, discounted."""
+    spec, n = jax.ShapeDtypeStruct((1,), jnp.float32), 12
+    store = replay.make(spec, 1, 60, 16, n_step=n)
+    reward, ends = jax.random.normal(jax.random.key(0), (50,)), np.zeros((2, 50), bool)
+    ends[0, [8, 30]], ends[1, [15]] = True, True  # terminated, truncated
+    obs = jnp.arange(51.0)[:, None, None]
+    rows = replay.Step(obs[:-1], jnp.zeros((50, 1), int), reward[:, None], *jnp.asarray(ends)[..., None], obs[1:])
+    buffer, _ = jax.lax.scan(lambda b, s: (store.add(b, s), None), store.init(), rows)
+    batch = jax.jit(lambda key: store.sample(buffer, key, 0.9))(jax.random.key(1))
+    for i in np.flatnonzero(batch.weight > 0):
+        t = first = int(batch.obs[i, 0])
+        total, discount = 0.0, 1.0
+        while True:
+            total, discount = total + discount * reward[t], discount * 0.9
+            last = ends[:, t].any() or t + 1 - first == n or t + 1 == 49  # of the newest step the end is not known
+            if last:
+                break
+            t += 1
+        np.testing.assert_allclose(batch.reward[i], total, rtol=1e-4)
+        np.testing.assert_allclose(batch.discount[i], 0.0 if ends[0, t] else discount, rtol=1e-5)
+
+
+def test_predicted_returns_are_paid_as_they_change_and_sum_to_the_return():
+    """An untrained predictor, in an environment that truncates and one that terminates."""
+    for name, env in (("CartPole-v1", None), ("DelayedChoice", None)):
+        predictor = made_rudder(name)
+        state = jax.jit(predictor.init)(jax.random.key(0))
+        state = state._replace(
+            return_stats=state.return_stats._replace(mean=jnp.float32(2.0), variance=jnp.float32(9.0))
+        )
+        easier, env = rudder.redistributed(predictor, state), predictor.env
+        obs, inner = env.reset(jax.random.key(1))
+        easier_obs, carried = easier.reset(jax.random.key(1))
+        rewards, new = [], []
+        step, easier_step = jax.jit(env.step), jax.jit(easier.step)
+        for t in range(500):
+            key = jax.random.key(t)
+            action = jnp.int32(t % 2)
+            obs, inner, reward, terminated, truncated = step(key, inner, action)
+            easier_obs, carried, paid, *ends = easier_step(key, carried, action)
+            np.testing.assert_allclose(obs, easier_obs, atol=1e-6)
+            assert ends == [terminated, truncated]
+            rewards.append(reward)
+            new.append(paid)
+            if terminated | truncated:
+                break
+        np.testing.assert_allclose(sum(new), sum(rewards), atol=1e-4)
+        assert np.abs(new[0] - rewards[0]) > 1e-3
+        np.testing.assert_allclose(new[0], 2.0, atol=3.5)  # the first prediction, in units of returns
+
+
+def test_the_first_episode_of_each_environment_is_what_is_learned_from():
+    predictor = made_rudder("CartPole-v1")
+    state, metrics = jax.jit(predictor.update)(jax.jit(predictor.init)(jax.random.key(0)))
+    episodes = state.episodes
+    lengths = episodes.alive[:4].sum(1)
+    np.testing.assert_allclose(episodes.total[:4], lengths)  # CartPole pays 1 a step
+    assert (np.diff(episodes.alive[:4].astype(int), axis=1) <= 0).all() and not episodes.alive[4:].any()
+    np.testing.assert_allclose(metrics["episode_length"], lengths.mean())
+
+
+@pytest.mark.thorough(2)
+@MAKERS
+def test_keys_are_not_reused_and_precision_and_hyperparameters_are_settings(make):
+    algo = make(precision="pure_bfloat16")
+    with jax.debug_key_reuse(True):
+        state, metrics = jax.jit(algo.update)(jax.jit(algo.init)(jax.random.key(0)))
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert np.isfinite(metrics["loss"])
+    swept = algorithm.over_hypers(algo)
+    hypers = jax.tree.map(lambda x: jnp.full(2, x), algo.hyper)._replace(learning_rate=jnp.array([1e-3, 1e-2]))
+    assert jax.eval_shape(lambda k: swept.update(swept.init(k, hypers))[1]["loss"], jax.random.key(0)).shape == (2,)
+
+
+@pytest.mark.thorough(1)
+@MAKERS
+def test_a_run_is_resumed_bit_for_bit_and_loaded(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHUNK_SECONDS", 0.0)  # one update at a time
+    algo = make()
+    more = {"num_seeds": 2, "progress": False, "eval_episodes": 0}
+    steps = 16 * algo.env_steps_per_update
+    whole = run.train(algo, jax.random.key(0), steps, **more, run_dir=tmp_path / "whole")
+    run.train(algo, jax.random.key(0), steps, **more, run_dir=tmp_path / "half", on_chunk=lambda chunk: True)
+    resumed = run.train(algo, jax.random.key(0), steps, **more, run_dir=tmp_path / "half", resume=True)
+    bits.assert_same(resumed.state, whole.state)
+    bits.assert_same(run.load(tmp_path / "whole").state, whole.state)
+
+
+def test_the_exact_values_of_the_delayed_choice():
+    from jrl.envs import tabular
+    from jrl.equations import mdp
+
+    process = tabular.delayed_choice(delay=3, num_actions=2)
+    v = mdp.value_iteration(process, 0.5)
+    np.testing.assert_allclose(v, [0.125, 0, 0, 0, 0.25, 0.5, 1.0, 0], atol=1e-6)
+    np.testing.assert_array_equal(mdp.action_values(process, v, 0.5)[0], [0, 0.125])
+
+
+def test_wrong_settings_are_refused():
+    recurrent = nets.Config(hidden=(8,), gru=4)
+    for message, make in {
+        "config.capacity must be at least 18, length": lambda: made_ebu(capacity=17, learning_starts=1),
+        "R2D2 and PQN train recurrent networks": lambda: made_ebu(network=nets.ValueConfig(gru=4)),
+        "config.network.noisy is an option of DQN": lambda: made_ebu(network=nets.ValueConfig(noisy=True)),
+        "hyper.diffusion must be": lambda: made_ebu(hyper=ebu.Hyper(diffusion=2.0)),
+        "config.imitation replays single transitions": lambda: made_sil(network=recurrent, num_minibatches=1),
+        "imitation.horizon must be": lambda: self_imitation.Config(horizon=0),
+        "rudder needs episodes that end; RandomWalk has no time limit": lambda: made_rudder("RandomWalk"),
+        "config.capacity must be at least num_envs and batch_size; got 3": lambda: made_rudder(capacity=3),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+@pytest.mark.slow
+def test_a_reward_travels_back_over_fifty_steps_where_q_learning_carries_it_one():
+    """After so few steps deep Q-learning does not know the first action yet; targets made backwards do."""
+    from jrl.algos import dqn
+
+    env = envs.make("DelayedChoice", noise=0.5)
+    shared = {
+        "num_envs": 10,
+        "capacity": 20_000,
+        "target_every": 50,
+        "network": nets.ValueConfig(hidden=(64,), norm="none"),
+    }
+    numbers = {"learning_rate": 3e-3, "gamma": 1.0, "epsilon_start": 0.3, "epsilon_end": 0.3}
+    obs = env.reset(jax.random.key(0))[0]
+
+    def right(module, **extra):
+        algo = module.make(env, module.Config(**shared), module.Hyper(**numbers, **extra))
+        state, _ = jax.jit(jax.vmap(run.train_fn(algo, 10_000)))(jax.random.split(jax.random.key(0), 8))
+        return int((jax.vmap(lambda s: algo.act(s, obs)[0])(state) == 3).sum())
+
+    assert right(ebu, diffusion=1.0) >= 6 and right(dqn) <= 4
+
+
+@pytest.mark.slow
+def test_a_redistributed_reward_is_learned_from_without_looking_ahead():
+    env = envs.make("DelayedChoice", noise=0.5)
+    predictor = rudder.make(env)
+
+    def whole(key):
+        keys = jax.random.split(key)
+        state, _ = run.train_fn(predictor, 5 * predictor.env_steps_per_update)(keys[0])
+        easier = rudder.redistributed(predictor, state)
+        from jrl.algos import td
+
+        algo = td.make(easier, td.Config(num_steps=510), td.Hyper(gamma=0.0, epsilon=0.3))
+        learned, _ = run.train_fn(algo, 8_000)(keys[1])
+        return algo.act(learned, env.reset(key)[0])[0]
+
+    assert (jax.jit(jax.vmap(whole))(jax.random.split(jax.random.key(0), 8)) == 3).sum() >= 7
