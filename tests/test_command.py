@@ -14,7 +14,7 @@ def test_the_first_word_names_an_algorithm(capsys):
     assert "jrl ppo" in capsys.readouterr().out
     with pytest.raises(
         ValueError,
-        match="the first word must be one of ppo, dqn, ebu, pqn, r2d2, sac, td3, show, watch, compare, record, envs; got 'sarsa'",
+        match="the first word must be one of ppo, ppo_cma, dqn, ebu, pqn, r2d2, sac, td3, show, watch, compare, record, envs; got 'sarsa'",
     ):
         command.run(["sarsa", "--env", "CartPole-v1"])
 

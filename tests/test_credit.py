@@ -1,4 +1,4 @@
-"""Rewards carried backwards, and learning from one's own past: equations by hand, and what every algorithm promises."""
+"""Rewards carried backwards, learning from one's own past, PPO-CMA: equations by hand, and what every algorithm promises."""
 
 import bits
 import jax
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jrl import algorithm, envs, nets, run
-from jrl.algos import ebu, ppo, rudder, self_imitation
+from jrl.algos import ebu, ppo, ppo_cma, rudder, self_imitation
+from jrl.envs import wrappers
 from jrl.equations import losses, returns
 from jrl.experience import replay
 from jrl.run import loop
@@ -33,7 +34,16 @@ def made_rudder(env="DelayedChoice", **more):
     return rudder.make(made, rudder.Config(**(small | more)))
 
 
-MAKERS = pytest.mark.parametrize("make", [made_ebu, made_sil, made_rudder], ids=["ebu", "sil", "rudder"])
+def made_cma(env="Pendulum-v1", **more):
+    small = {"num_envs": 2, "num_steps": 8, "num_gradient_steps": 2, "batch_size": 4, "history": 2}
+    small["network"] = nets.ContinuousConfig(hidden=(8,))
+    made = envs.make(env) if isinstance(env, str) else env
+    return ppo_cma.make(made, ppo_cma.Config(**(small | more)))
+
+
+MAKERS = pytest.mark.parametrize(
+    "make", [made_ebu, made_sil, made_rudder, made_cma], ids=["ebu", "sil", "rudder", "ppo_cma"]
+)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +160,11 @@ def test_keys_are_not_reused_and_precision_and_hyperparameters_are_settings(make
     with jax.debug_key_reuse(True):
         state, metrics = jax.jit(algo.update)(jax.jit(algo.init)(jax.random.key(0)))
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
-    assert np.isfinite(metrics["loss"])
+    assert all(np.isfinite(metrics[name]) for name in ({"loss", "mean_loss"} & metrics.keys()))
     swept = algorithm.over_hypers(algo)
     hypers = jax.tree.map(lambda x: jnp.full(2, x), algo.hyper)._replace(learning_rate=jnp.array([1e-3, 1e-2]))
-    assert jax.eval_shape(lambda k: swept.update(swept.init(k, hypers))[1]["loss"], jax.random.key(0)).shape == (2,)
+    after = jax.eval_shape(lambda k: swept.update(swept.init(k, hypers))[1], jax.random.key(0))
+    assert {x.shape for x in jax.tree.leaves(after)} == {(2,)}
 
 
 @pytest.mark.thorough(1)
@@ -189,11 +200,58 @@ def test_wrong_settings_are_refused():
         "hyper.diffusion must be": lambda: made_ebu(hyper=ebu.Hyper(diffusion=2.0)),
         "config.imitation replays single transitions": lambda: made_sil(network=recurrent, num_minibatches=1),
         "imitation.horizon must be": lambda: self_imitation.Config(horizon=0),
+        r"ppo_cma needs real actions \(Box\); CartPole-v1 has Discrete": lambda: made_cma("CartPole-v1"),
+        "config.first_std must be between 0.01 and 1": lambda: made_cma(first_std=2.0),
+        "config.first_mean must be between -1 and 1": lambda: made_cma(first_mean=1.0),
         "rudder needs episodes that end; RandomWalk has no time limit": lambda: made_rudder("RandomWalk"),
         "config.capacity must be at least num_envs and batch_size; got 3": lambda: made_rudder(capacity=3),
     }.items():
         with pytest.raises(ValueError, match=message):
             make()
+
+
+def test_actions_that_went_badly_are_mirrored():
+    action, weight = losses.mirrored_actions(
+        jnp.array([[0.5, -0.2], [0.5, -0.2]]), jnp.array([-2.0, 3.0]), jnp.zeros((2, 2)), jnp.full((2, 2), 0.5)
+    )
+    np.testing.assert_allclose(action, [[-0.5, 0.2], [0.5, -0.2]], rtol=1e-6)
+    np.testing.assert_allclose(
+        weight, [2 * 0.76482, 3.0], rtol=1e-4
+    )  # the mean of two kernels; their product is 0.55990
+
+
+def test_on_a_hill_the_deviation_first_grows_and_then_shrinks():
+    """The paper's quadratic: -|a|^2 from (-1, -1) with a deviation of 0.25. Policy gradients alone would shrink it from the start."""
+
+    def step(key, state, action):
+        return jnp.zeros(1), state, -jnp.sum(action**2), jnp.bool_(True), jnp.bool_(False)
+
+    space = envs.Box((-2.0, -2.0), (2.0, 2.0))
+    env = envs.strict(envs.Environment("Hill", lambda key: (jnp.zeros(1), jnp.int32(0)), step, space, time_limit=1))
+    config = ppo_cma.Config(num_envs=64, num_steps=1, batch_size=64, first_mean=-0.5, first_std=0.125)
+    algo = ppo_cma.make(env, config, ppo_cma.Hyper(gamma=0.0, learning_rate=1e-3))
+
+    def trace(key):
+        def one(state, _):
+            state, metrics = algo.update(state)
+            return state, (jnp.linalg.norm(algo.act(state, jnp.zeros(1))[0]), 2 * metrics["std"])
+
+        return jax.lax.scan(one, algo.init(key), length=20)[1]
+
+    distance, std = (x.mean(0) for x in jax.jit(jax.vmap(trace))(jax.random.split(jax.random.key(0), 4)))
+    np.testing.assert_allclose(std[0], 0.25, atol=0.03)
+    assert std[:10].max() > 0.27 and std[-1] < 0.18 and distance[0] > 1.2 and distance[-1] < 0.1
+
+
+def test_a_mean_is_not_moved_by_the_deviation_s_loss_nor_by_the_value_s():
+    algo = made_cma(wrappers.reward_above(envs.make("Pendulum-v1"), -20.0), num_gradient_steps=3)  # 1 a step
+    state = jax.jit(algo.init)(jax.random.key(0))
+    later, metrics = jax.jit(algo.update)(state)
+    for name in ("mean", "std", "value"):
+        moved = jax.tree.map(lambda x, y: jnp.any(x != y), later.params[name], state.params[name])
+        assert any(jax.tree.leaves(moved)) and metrics[f"{name}_grad_norm"] > 0
+    assert later.history.advantage[0].any() and not later.history.advantage[1].any()
+    np.testing.assert_allclose(later.history.advantage[0].std(), 1.0, rtol=1e-3)  # divided by the deviation
 
 
 @pytest.mark.slow

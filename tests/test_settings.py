@@ -16,6 +16,7 @@ from jrl.algos import (
     grpo,
     off_policy,
     ppo,
+    ppo_cma,
     ppo_lm,
     pqn,
     r2d2,
@@ -84,7 +85,23 @@ KINDS = {
             *(
                 (m.Config, m.Hyper)
                 for m in (
-                    *(dqn, ebu, grpo, intrinsic, ppo, ppo_lm, pqn, r2d2, rudder, sac, self_imitation, sft, td, td3),
+                    *(
+                        dqn,
+                        ebu,
+                        grpo,
+                        intrinsic,
+                        ppo,
+                        ppo_cma,
+                        ppo_lm,
+                        pqn,
+                        r2d2,
+                        rudder,
+                        sac,
+                        self_imitation,
+                        sft,
+                        td,
+                        td3,
+                    ),
                 )
             )
         ),

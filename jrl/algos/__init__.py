@@ -8,6 +8,7 @@ __all__ = [
     "ebu",
     "grpo",
     "ppo",
+    "ppo_cma",
     "ppo_lm",
     "pqn",
     "prediction",

@@ -148,8 +148,8 @@ def start_learning(
     params, critic_params = params_of(key_params), parts.critics.init(key_critics)
     if trained is not None:
         checks.fields("start", trained, "params", "critic_params", "opt_state")
-        params = _like("params", optim.eval_params(trained.opt_state, trained.params), params)
-        critic_params = _like("critic_params", trained.critic_params, critic_params)
+        params = nets.like("params", optim.eval_params(trained.opt_state, trained.params), params)
+        critic_params = nets.like("critic_params", trained.critic_params, critic_params)
     learner = algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer)
     tx = algorithm.optimizer(config, learner["hyper"], 1.0, key_critic_optimizer, optimizer)
     return learner | {
@@ -162,18 +162,15 @@ def start_learning(
     }
 
 
-def _like(name: str, given: Params, wanted: Params) -> Params:
-    """Trained parameters, which must have the shapes of fresh ones."""
-    shapes = [str(jax.tree.map(lambda x: list(x.shape), tree)) for tree in (given, wanted)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"start: {name} must have the shapes {shapes[1]}; got {shapes[0]}")
-    return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given, wanted)
-
-
 def check(config: OffPolicyConfig, env: Environment, obs_spec: Any, name: str) -> int:
     """How many real numbers an action has. Raises ``ValueError`` for settings or spaces that do not fit."""
     replay.check_learning_starts(config)
     normalize.check(config, obs_spec)
+    return real_actions(env, name)
+
+
+def real_actions(env: Environment, name: str) -> int:
+    """How many real numbers an action has. Raises ``ValueError`` for another space, or infinite bounds."""
     space = env.action_space
     if not isinstance(space, Box):
         raise ValueError(f"{name} needs real actions (Box); {env.name} has {space}: take dqn or ppo")

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jrl import intrinsic, nets
-from jrl.algos import dqn, ebu, grpo, ppo, pqn, r2d2, sac, td3
+from jrl.algos import dqn, ebu, grpo, ppo, ppo_cma, pqn, r2d2, sac, td3
 from jrl.nets import transformer
 from jrl.numerics import optim
 
@@ -164,6 +164,16 @@ TD3: dict[str, Preset] = {
 }
 
 
+PPO_CMA_DEFAULT = Preset(1_000_000, ppo_cma.Config(), ppo_cma.Hyper())
+
+PPO_CMA: dict[str, Preset] = {
+    "Pendulum-v1": Preset(
+        300_000,
+        ppo_cma.Config(normalize_observations=True, normalize_rewards=True),
+        ppo_cma.Hyper(learning_rate=1e-3, gamma=0.9),
+    ),
+}
+
 EBU_DEFAULT = Preset(500_000, ebu.Config(), ebu.Hyper())
 
 EBU: dict[str, Preset] = {
@@ -188,6 +198,11 @@ def pqn_preset(name: str, env: str) -> Preset:
 def dqn_preset(name: str, env: str) -> Preset:
     """DQN's preset ``name`` for ``env``: see ``find``."""
     return find(DQN, DQN_DEFAULT, name, env)
+
+
+def ppo_cma_preset(name: str, env: str) -> Preset:
+    """PPO-CMA's preset ``name`` for ``env``: see ``find``."""
+    return find(PPO_CMA, PPO_CMA_DEFAULT, name, env)
 
 
 def ebu_preset(name: str, env: str) -> Preset:

@@ -40,9 +40,8 @@ class Config(Settings, prefix="imitation"):
     batch_size: Positive = 256  # Transitions in a minibatch.
     capacity: Positive = 50_000  # Rows of the replay, over all environments.
     horizon: Positive = 1_000  # Most steps of a return.
-    bootstrap: bool = (
-        False  # Continue by the value what did not terminate within the horizon, instead of leaving it out.
-    )
+    # Continue by the value what did not terminate within the horizon, instead of leaving it out.
+    bootstrap: bool = False
 
 
 class Hyper(NamedTuple):

@@ -90,6 +90,19 @@ def self_imitation(log_prob: Array, value: Array, target: Array) -> tuple[Array,
     return -wide(log_prob) * jax.lax.stop_gradient(advantage), 0.5 * jnp.square(advantage), advantage
 
 
+def mirrored_actions(action: Array, advantage: Array, mean: Array, std: Array) -> tuple[Array, Array]:
+    """Actions ``[..., A]`` to move a normal policy towards, and their weights ``[...]`` (Hamalainen et al. 2018, arXiv 1810.02541, section 4.3).
+
+    Where the advantage is negative the action is mirrored at the mean, with a weight that falls with its distance from it:
+    ``-A mean_i exp(-(a_i - mu_i)^2 / (2 sigma_i^2))``.
+    """
+    distance = wide(action) - wide(mean)
+    kernel = jnp.mean(jnp.exp(-0.5 * jnp.square(distance / wide(std))), axis=-1)
+    good = advantage > 0
+    target = jnp.where(good[..., None], wide(action), wide(mean) - distance)
+    return jax.lax.stop_gradient(target), jax.lax.stop_gradient(jnp.where(good, advantage, -advantage * kernel))
+
+
 def standardize(x: Array, eps: float = 1e-8) -> Array:
     """Zero mean and unit standard deviation over all elements; 0 where they are equal."""
     return deviation(x, x.mean()) / (x.std() + eps)

@@ -3,7 +3,7 @@
 from jrl.nets.action_values import ValueConfig, action_values, with_noise
 from jrl.nets.actor_critic import Config, actor_critic
 from jrl.nets.continuous import ContinuousConfig, critics, head
-from jrl.nets.own import feed_forward, policy_network, starting_from, value_network
+from jrl.nets.own import feed_forward, like, policy_network, starting_from, value_network
 from jrl.nets.types import Network, Outputs, outputs, step_one
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "critics",
     "feed_forward",
     "head",
+    "like",
     "outputs",
     "policy_network",
     "starting_from",

@@ -66,6 +66,14 @@ def starting_from(network: Network, trained: Any) -> Network:
     return network._replace(init=init)
 
 
+def like(name: str, given: Params, wanted: Params) -> Params:
+    """Trained parameters, which must have the shapes of fresh ones."""
+    shapes = [str(jax.tree.map(lambda x: list(x.shape), tree)) for tree in (given, wanted)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"start: {name} must have the shapes {shapes[1]}; got {shapes[0]}")
+    return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), given, wanted)
+
+
 def _checked(own: Network, obs_spec: Any, example: Network) -> Network:
     """The user's network, if its output has the shapes of ``example``."""
     checks.instances("make", network=(own, Network))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn
 
-from jrl.algos import dqn, ebu, ppo, pqn, presets, r2d2, sac, td3
+from jrl.algos import dqn, ebu, ppo, ppo_cma, pqn, presets, r2d2, sac, td3
 from jrl.run import Result, cli, tools
 
 
@@ -28,6 +28,15 @@ class PPO(cli.Options):
 
     config: ppo.Config = field(default_factory=ppo.Config)
     hyper: ppo.Hyper = ppo.Hyper()
+
+
+@dataclass(frozen=True)
+class PPOCMA(cli.Options):
+    """Train PPO-CMA over many seeds in one compiled program."""
+
+    env: str = "Pendulum-v1"  # Environment id, or a Python file that defines reset, step and action_space.
+    config: ppo_cma.Config = field(default_factory=ppo_cma.Config)
+    hyper: ppo_cma.Hyper = ppo_cma.Hyper()
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "ppo": Command(PPO, presets.ppo_preset, ppo.make),
+    "ppo_cma": Command(PPOCMA, presets.ppo_cma_preset, ppo_cma.make),
     "dqn": Command(DQN, presets.dqn_preset, dqn.make),
     "ebu": Command(EBU, presets.ebu_preset, ebu.make),
     "pqn": Command(PQN, presets.pqn_preset, pqn.make),
