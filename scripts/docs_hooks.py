@@ -15,12 +15,14 @@ from typing import Any
 
 from settings_table import table
 
-from jrl import envs, nets
+from jrl import envs, intrinsic, nets
+from jrl.algos import self_imitation
 from jrl.attention import mla, nsa
 from jrl.attention.rotary import Scaling
 from jrl.lm import tasks
 from jrl.nets import moe, transformer
 from jrl.nets.memory import AttentionConfig
+from jrl.nets.torso import TorsoConfig
 from jrl.numerics import optim
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,11 @@ SHARED: dict[type, str] = {
     nets.Config: "nets.Config",
     nets.ValueConfig: "nets.ValueConfig",
     nets.ContinuousConfig: "nets.ContinuousConfig",
+    TorsoConfig: "nets.torso.TorsoConfig",
+    intrinsic.Config: "intrinsic.Config",
+    intrinsic.Hyper: "intrinsic.Hyper",
+    self_imitation.Config: "self_imitation.Config",
+    self_imitation.Hyper: "self_imitation.Hyper",
     AttentionConfig: "nets.memory.AttentionConfig",
     optim.OptimizerConfig: "optim.OptimizerConfig",
     optim.Hyper: "optim.Hyper",

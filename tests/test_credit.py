@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jrl import algorithm, envs, nets, run
-from jrl.algos import ebu, ppo, ppo_cma, rudder, self_imitation
+from jrl.algos import ebu, option_critic, ppo, ppo_cma, rudder, self_imitation
 from jrl.envs import wrappers
 from jrl.equations import losses, returns
 from jrl.experience import replay
@@ -41,7 +41,19 @@ def made_cma(env="Pendulum-v1", **more):
     return ppo_cma.make(made, ppo_cma.Config(**(small | more)))
 
 
+def made_options(env="FourRooms", hyper=option_critic.Hyper(), **more):
+    config = option_critic.Config(**({"num_options": 2, "num_steps": 8} | more))
+    return option_critic.make(envs.make(env) if isinstance(env, str) else env, config, hyper)
+
+
 MAKERS = pytest.mark.parametrize(
+    "make",
+    [made_ebu, made_sil, made_rudder, made_cma, made_options],
+    ids=["ebu", "sil", "rudder", "ppo_cma", "options"],
+)
+
+
+MAKERS_WITH_NETWORKS = pytest.mark.parametrize(
     "make", [made_ebu, made_sil, made_rudder, made_cma], ids=["ebu", "sil", "rudder", "ppo_cma"]
 )
 
@@ -154,7 +166,7 @@ def test_the_first_episode_of_each_environment_is_what_is_learned_from():
 
 
 @pytest.mark.thorough(2)
-@MAKERS
+@MAKERS_WITH_NETWORKS
 def test_keys_are_not_reused_and_precision_and_hyperparameters_are_settings(make):
     algo = make(precision="pure_bfloat16")
     with jax.debug_key_reuse(True):
@@ -203,6 +215,9 @@ def test_wrong_settings_are_refused():
         r"ppo_cma needs real actions \(Box\); CartPole-v1 has Discrete": lambda: made_cma("CartPole-v1"),
         "config.first_std must be between 0.01 and 1": lambda: made_cma(first_std=2.0),
         "config.first_mean must be between -1 and 1": lambda: made_cma(first_mean=1.0),
+        "option_critic needs discrete actions": lambda: made_options("Pendulum-v1"),
+        "option_critic needs an observation vector": lambda: made_options("Breakout-MinAtar"),
+        "the goal must be a free cell of four rooms; got row 0": lambda: envs.make("FourRooms", goal_row=0),
         "rudder needs episodes that end; RandomWalk has no time limit": lambda: made_rudder("RandomWalk"),
         "config.capacity must be at least num_envs and batch_size; got 3": lambda: made_rudder(capacity=3),
     }.items():
@@ -252,6 +267,64 @@ def test_a_mean_is_not_moved_by_the_deviation_s_loss_nor_by_the_value_s():
         assert any(jax.tree.leaves(moved)) and metrics[f"{name}_grad_norm"] > 0
     assert later.history.advantage[0].any() and not later.history.advantage[1].any()
     np.testing.assert_allclose(later.history.advantage[0].std(), 1.0, rtol=1e-3)  # divided by the deviation
+
+
+def test_the_value_upon_arrival_of_an_option():
+    """0.7 of the option that goes on, 0.3 of the best one."""
+    u = option_critic.upon_arrival(jnp.array([1.0, 2.0]), 0, 0.3)
+    np.testing.assert_allclose([u, 0.99 * u], [1.3, 1.287], rtol=1e-6)
+
+
+def test_one_step_of_the_option_critic_by_hand():
+    """A corridor of one step to the right: option 0 is worse where it arrives, and learns to stop there."""
+
+    def step(key, state, action):
+        return jnp.array([0.0, 1.0]), state, jnp.float32(0.5), jnp.bool_(False), jnp.bool_(False)
+
+    first = (jnp.array([1.0, 0.0]), jnp.int32(0))
+    env = envs.strict(envs.Environment("Corridor", lambda key: first, step, envs.Discrete(2), time_limit=9))
+    hyper = option_critic.Hyper(
+        learning_rate=0.5, option_learning_rate=0.1, termination_learning_rate=1.0, gamma=0.9, temperature=1.0
+    )
+    algo = made_options(env, hyper, num_steps=1)
+    state = jax.jit(algo.init)(jax.random.key(0))
+    q = jnp.zeros((2, 2, 2)).at[0, :, 1].set(1.0).at[1, :, 1].set(2.0).at[0, 0, 0].set(0.4)  # Q(s') = [1, 2]
+    logit = jnp.log(0.3 / 0.7)  # beta = 0.3
+    state = state._replace(
+        q=q,
+        theta=jnp.zeros((2, 2, 2)),
+        nu=jnp.full((2, 2), logit),
+        option=jnp.int32(0),
+        action=jnp.int32(0),
+        hyper=state.hyper._replace(margin=jnp.float32(0)),
+    )
+    with jax.debug_key_reuse(True):
+        later, metrics = jax.jit(algo.update)(state)
+    error = 0.5 + 0.9 * 1.3 - 0.4
+    np.testing.assert_allclose(metrics["td_error"], error, rtol=1e-5)
+    np.testing.assert_allclose(later.q[0, 0, 0], 0.4 + 0.5 * error, rtol=1e-5)
+    # The advantage of the action is 0.4 - 0.2, the slope of its logarithm 1 - 1/2.
+    np.testing.assert_allclose(later.theta[0, :, 0], [0.1 * 0.2 * 0.5, -0.1 * 0.2 * 0.5], rtol=1e-5)
+    np.testing.assert_allclose(later.nu[0, 1], logit + 0.21 * 1, rtol=1e-5)  # beta (1 - beta) (2 - 1): it rises
+    np.testing.assert_array_equal(later.nu[1], logit)
+
+
+@pytest.mark.slow
+def test_options_find_the_door_and_recover_when_the_goal_is_moved():
+    algos = [
+        made_options(envs.make("FourRooms", **goal), num_options=4, num_steps=500)
+        for goal in ({}, {"goal_row": 10, "goal_column": 8})
+    ]
+
+    def train(key):
+        state, lengths = algos[0].init(key), []
+        for algo in algos:
+            state, metrics = jax.lax.scan(lambda s, _, algo=algo: algo.update(s), state, length=200)
+            lengths.append(metrics["episode_length"])
+        return jnp.stack(lengths)
+
+    lengths = jax.jit(jax.vmap(train))(jax.random.split(jax.random.key(0), 4))
+    assert (jnp.nanmean(lengths[:, :, -20:], axis=-1) < 60).all()
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from jrl.algos import (
     ebu,
     grpo,
     off_policy,
+    option_critic,
     ppo,
     ppo_cma,
     ppo_lm,
@@ -78,33 +79,14 @@ def test_hyperparameters_are_checked_with_those_of_the_optimizer_and_traced_ones
     jax.jit(lambda gamma: settings.check_hyper(Hyper(gamma=gamma)))(2.0)
 
 
+WITH_SETTINGS = (
+    *(dqn, ebu, grpo, intrinsic, option_critic, ppo, ppo_cma, ppo_lm, pqn, r2d2, rudder),
+    *(sac, self_imitation, sft, td, td3),
+)
 KINDS = {
     f"{kind.__module__}.{kind.__name__}": kind
     for kind in (
-        *itertools.chain(
-            *(
-                (m.Config, m.Hyper)
-                for m in (
-                    *(
-                        dqn,
-                        ebu,
-                        grpo,
-                        intrinsic,
-                        ppo,
-                        ppo_cma,
-                        ppo_lm,
-                        pqn,
-                        r2d2,
-                        rudder,
-                        sac,
-                        self_imitation,
-                        sft,
-                        td,
-                        td3,
-                    ),
-                )
-            )
-        ),
+        *itertools.chain(*((m.Config, m.Hyper) for m in WITH_SETTINGS)),
         *(
             off_policy.OffPolicyConfig,
             nets.Config,

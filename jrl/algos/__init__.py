@@ -7,6 +7,7 @@ __all__ = [
     "dqn",
     "ebu",
     "grpo",
+    "option_critic",
     "ppo",
     "ppo_cma",
     "ppo_lm",

@@ -136,6 +136,36 @@ def key_and_door(size: int = 8) -> MDP:
     return mdps.make(transition, reward, terminal, np.concatenate([without.start, np.zeros(cells)]))
 
 
+FOUR_ROOMS = (
+    "#############",
+    "#.....#.....#",
+    "#.....#.....#",
+    "#...........#",
+    "#.....#.....#",
+    "#.....#.....#",
+    "##.####.....#",
+    "#.....###.###",
+    "#.....#.....#",
+    "#.....#.....#",
+    "#...........#",
+    "#.....#.....#",
+    "#############",
+)
+
+
+def four_rooms(goal_row: int = 7, goal_column: int = 9, slip: float = 1 / 6) -> MDP:
+    """Four rooms with doors between them (Sutton, Precup and Singh 1999), from any cell to a goal, by default the eastern door: 1 for arriving.
+
+    A move goes astray to either side with probability ``slip``. Raises ``ValueError`` for a goal that is a wall or outside.
+    """
+    size = len(FOUR_ROOMS)
+    if not (0 <= goal_row < size and 0 <= goal_column < size) or FOUR_ROOMS[goal_row][goal_column] == "#":
+        raise ValueError(f"the goal must be a free cell of four rooms; got row {goal_row}, column {goal_column}")
+    rows = [list(row.replace(".", "S")) for row in FOUR_ROOMS]
+    rows[goal_row][goal_column] = "G"
+    return gridworld(["".join(row) for row in rows], rewards={"G": 1.0}, slip=slip)
+
+
 def delayed_choice(delay: int = 50, num_actions: int = 4, noise: float = 1.0) -> MDP:
     """A choice that is paid ``delay`` steps later: the first action counts, the last of them pays 1 on average and the others 0, with
     normal noise of standard deviation ``noise``. Later actions do nothing.
@@ -262,11 +292,18 @@ def _delayed_choice(delay: int = 50, num_actions: int = 4, noise: float = 1.0, o
     return environment(delayed_choice(delay, num_actions, noise), "DelayedChoice", delay + 1, one_hot)
 
 
+def _four_rooms(
+    goal_row: int = 7, goal_column: int = 9, slip: float = 1 / 6, time_limit: int = 1000, one_hot: bool = True
+) -> Environment:
+    return environment(four_rooms(goal_row, goal_column, slip), "FourRooms", time_limit, one_hot)
+
+
 NAMED: dict[str, Callable[..., Environment]] = {
     "RandomWalk": _walk,
     "CliffWalking": _cliff,
     "FrozenLake": _frozen_lake,
     "Garnet": _garnet,
     "KeyAndDoor": _key_and_door,
+    "FourRooms": _four_rooms,
     "DelayedChoice": _delayed_choice,
 }

@@ -51,7 +51,7 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
     The suffix of ``path`` chooses the format: ``.png``, ``.svg`` or ``.pdf``. A PNG gets an SVG beside it, for papers. Points whose
     IQM is not finite are left out.
     """
-    plt = _pyplot()
+    plt = pyplot()
     rows, columns = -(-len(panels) // 2), min(len(panels), 2)
     figure, grid = plt.subplots(rows, columns, figsize=(8 * columns, 4.2 * rows), layout="constrained", squeeze=False)
     for axes in grid.flat[len(panels) :]:
@@ -124,7 +124,8 @@ def _label_plainly(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, set up to write files without a screen."""
     import matplotlib
 
     matplotlib.use("Agg")
