@@ -16,12 +16,12 @@ from pathlib import Path
 import jax
 
 from jrl import envs, run
-from jrl.algos import dqn, ppo, pqn, presets, r2d2, sac, td3
+from jrl.algos import dqn, ebu, ppo, ppo_cma, pqn, presets, r2d2, sac, td3
 from jrl.algos.presets import Preset
 from jrl.numerics import checks, host
 from jrl.run import cli, stats
 
-MODULES = {"ppo": ppo, "dqn": dqn, "r2d2": r2d2, "pqn": pqn, "sac": sac, "td3": td3}
+MODULES = {"ppo": ppo, "ppo_cma": ppo_cma, "dqn": dqn, "ebu": ebu, "r2d2": r2d2, "pqn": pqn, "sac": sac, "td3": td3}
 
 # What others published, by preset.
 OTHERS = {
@@ -53,7 +53,7 @@ OTHERS = {
 class Args:
     """Train every preset and print the table."""
 
-    algos: tuple[str, ...] = ("ppo", "dqn", "r2d2", "pqn", "sac", "td3")  # Algorithms whose presets are run.
+    algos: tuple[str, ...] = tuple(MODULES)  # Algorithms whose presets are run.
     only: tuple[str, ...] = ()  # Presets to run, like ppo/CartPole-v1; default: all.
     num_seeds: int = 8  # Seeds of each preset.
     folder: Path = Path("runs/results")  # Folder of the runs.
@@ -63,7 +63,9 @@ def chosen(args: Args) -> dict[str, Preset]:
     """The presets to train, with variants: the memory task for a network that cannot remember, PPO-Penalty, and a short CartPole."""
     tables = {
         "ppo": presets.PPO,
+        "ppo_cma": presets.PPO_CMA,
         "dqn": presets.DQN,
+        "ebu": presets.EBU,
         "r2d2": presets.R2D2,
         "pqn": presets.PQN,
         "sac": presets.SAC,
