@@ -11,6 +11,7 @@ from settings_table import descriptions
 
 from jrl import intrinsic, nets
 from jrl.algos import (
+    bc,
     dqn,
     ebu,
     grpo,
@@ -80,7 +81,7 @@ def test_hyperparameters_are_checked_with_those_of_the_optimizer_and_traced_ones
 
 
 WITH_SETTINGS = (
-    *(dqn, ebu, grpo, intrinsic, option_critic, ppo, ppo_cma, ppo_lm, pqn, r2d2, rudder),
+    *(bc, dqn, ebu, grpo, intrinsic, option_critic, ppo, ppo_cma, ppo_lm, pqn, r2d2, rudder),
     *(sac, self_imitation, sft, td, td3),
 )
 KINDS = {

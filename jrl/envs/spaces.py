@@ -91,6 +91,16 @@ def to_env(space: Space, action: Array) -> Array:
     return jnp.clip(mapped, low, high)
 
 
+def from_env(space: Space, action: Array) -> Array:
+    """An environment's action as a policy's: what ``to_env`` makes of the result."""
+    if not isinstance(space, Box):
+        return action
+    low, high = np.array(space.low, np.float32), np.array(space.high, np.float32)
+    finite = np.isfinite(low) & np.isfinite(high) & (high > low)
+    least, most = np.where(finite, low, -1), np.where(finite, high, 1)
+    return (action - (least + most) / 2) / ((most - least) / 2)
+
+
 def counts(space: Space) -> tuple[int, ...]:
     """How many choices each part of an action has; 1 for a real number."""
     match space:
