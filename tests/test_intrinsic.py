@@ -215,9 +215,10 @@ def test_keys_are_not_reused_and_numbers_are_float32(module, kind):
 
 @pytest.mark.thorough(1)
 @MODULES
-def test_a_run_is_resumed_bit_for_bit(module, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["counts", "rnd", "hash"])
+def test_a_run_is_resumed_bit_for_bit(module, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHUNK_SECONDS", 0.0)  # one update at a time
-    algo = made(module)
+    algo = made(module, kind, envs.make("DeepSea-bsuite", size=4))
     more = {"num_seeds": 2, "progress": False, "eval_episodes": 0}
     steps = 4 * algo.env_steps_per_update
     whole = run.train(algo, jax.random.key(0), steps, **more)
@@ -255,8 +256,11 @@ def test_wrong_settings_are_refused():
         "bonus.features must be an integer of at least 1; got 0": lambda: intrinsic.Config(features=0),
         "hyper.bonus.weight must be": lambda: made(ppo, hyper=ppo.Hyper(bonus=intrinsic.Hyper(weight=-1.0))),
         "config.n_step must be 1; got 3": lambda: made(dqn, n_step=3),
-        "bonus.kind=counts needs observations of one array": lambda: made(
+        "those of Breakout-MinAtar are not: take hash": lambda: made(
             ppo, "counts", wrappers.previous(envs.make("Breakout-MinAtar"))
+        ),
+        "observations that are one-hot or a single integer; those of CartPole-v1 are not: take hash": lambda: made(
+            ppo, "counts", envs.make("CartPole-v1")
         ),
         "bonus must be": lambda: made(ppo, own=3),
         "has no memory": lambda: made(ppo, bonus=intrinsic.Config(kind="rnd", network=TorsoConfig(gru=4))),

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jrl.envs.spaces import Discrete, Space
+from jrl.envs.types import Environment, without_mask
 from jrl.equations.exploration import count_bonus
 from jrl.experience import normalize
 from jrl.intrinsic.settings import Config
@@ -30,8 +32,8 @@ class Cells(NamedTuple):
     """How often each entry was met, and how ``hashed`` finds an entry."""
 
     counts: Array  # int32 [entries, actions]
-    multipliers: Array  # uint32 [numbers of an observation]
-    stats: normalize.Stats  # of the steps that set the cells
+    multipliers: Any  # uint32 [numbers of an observation]; () of exact counts
+    stats: Any  # normalize.Stats of the steps that set the cells; () of exact counts
 
 
 def exact(config: Config, obs_spec: Any, action_space: Space) -> Intrinsic:
@@ -49,12 +51,26 @@ def exact(config: Config, obs_spec: Any, action_space: Space) -> Intrinsic:
         return x.astype(jnp.int32) % size if single else jnp.argmax(x.reshape(x.shape[0], -1), axis=-1)
 
     def start(key: Array) -> Cells:
-        return Cells(_zeros(size, action_space), jnp.zeros(0, jnp.uint32), normalize.init(()))
+        return Cells(_zeros(size, action_space), (), ())
 
     def learn(cells: Cells, obs: Observation) -> tuple[Cells, Array]:
         return cells, jnp.int32(1)
 
     return _counter(index, start, learn, action_space)
+
+
+def check_one_hot(env: Environment) -> None:
+    """Raise ``ValueError`` where the first observation of an episode is neither one-hot nor a single integer. Simulators are not asked."""
+    if env.host:
+        return
+    with jax.ensure_compile_time_eval():
+        obs = without_mask(env.reset(jax.random.key(0))[0])
+    for x in jax.tree.leaves(obs):
+        x = np.asarray(x, np.float32)
+        if x.shape and not (x.max() == 1 and np.count_nonzero(x) == 1):
+            raise ValueError(
+                f"bonus.kind=counts needs observations that are one-hot or a single integer; those of {env.name} are not: take hash"
+            )
 
 
 def hashed(config: Config, obs_spec: Any, action_space: Space) -> Intrinsic:

@@ -76,6 +76,8 @@ def make(config: Config, env: Environment, passes: tuple[int, int], own: Intrins
     if own is not None:
         checks.instances("make", bonus=(own, Intrinsic))
     spec = without_mask(observation_spec(env))
+    if own is None and config.kind == "counts":
+        counts.check_one_hot(env)
     model = own or MODELS[config.kind](config, spec, env.action_space)
     value = nets.head(config.network, spec, 1, scale=1.0)
 
