@@ -76,9 +76,7 @@ def make(
         actors, steps, episodes = rollout.collect(
             env, state.actors, actor(state), (noise, weight_keys), key_envs, config.num_steps
         )
-        reward = normalize.clipped(config.reward_clip, steps.reward)
-        rows = replay.Step(steps.obs, steps.extras, reward, steps.terminated, steps.truncated, steps.next_obs)
-        buffer, _ = jax.lax.scan(lambda b, s: (store.add(b, s), None), state.buffer, rows)
+        buffer = replay.add_rollout(store, state.buffer, steps, steps.extras, config.reward_clip)
         state = state._replace(actors=actors, buffer=buffer, key=key)
         state, paid = explore(state, steps, *keys[learning.stop :])
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow

@@ -113,9 +113,7 @@ def make(
         key, key_noise, key_envs = keys[:3]
         noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), num_actions)
         actors, steps, episodes = rollout.collect(env, state.actors, actor(state), noise, key_envs, config.num_steps)
-        reward = normalize.clipped(config.reward_clip, steps.reward)
-        rows = replay.Step(steps.obs, steps.extras, reward, steps.terminated, steps.truncated, steps.next_obs)
-        buffer, _ = jax.lax.scan(lambda b, s: (store.add(b, s), None), state.buffer, rows)
+        buffer = replay.add_rollout(store, state.buffer, steps, steps.extras, config.reward_clip)
         state = state._replace(actors=actors, buffer=buffer, key=key)
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
         state, metrics = algorithm.learn_from_replay(learn, state, keys[3:], ready, config.target_every)

@@ -97,9 +97,7 @@ def act_and_store(
     actors, steps, episodes = rollout.collect(
         parts.env, state.actors, actor, (noise, uniform), key_envs, config.num_steps
     )
-    reward = normalize.clipped(config.reward_clip, steps.reward)
-    rows = replay.Step(steps.obs, steps.extras, reward, steps.terminated, steps.truncated, steps.next_obs)
-    buffer, _ = jax.lax.scan(lambda b, s: (parts.store.add(b, s), None), state.buffer, rows)
+    buffer = replay.add_rollout(parts.store, state.buffer, steps, steps.extras, config.reward_clip)
     return state._replace(actors=actors, buffer=buffer), steps, rollout.episode_metrics(episodes)
 
 

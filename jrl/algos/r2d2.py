@@ -76,11 +76,8 @@ def make(
         noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), num_actions)
         actors, steps, episodes = rollout.collect(env, state.actors, actor(state), noise, key_envs, config.num_steps)
         action, before, after = steps.extras
-        reward = normalize.clipped(config.reward_clip, steps.reward)
-        row = replay.Step(
-            (steps.obs, before), action, reward, steps.terminated, steps.truncated, (steps.next_obs, after)
-        )
-        buffer, _ = jax.lax.scan(lambda b, s: (store.add(b, s), None), state.buffer, row)
+        with_memories = steps._replace(obs=(steps.obs, before), next_obs=(steps.next_obs, after))
+        buffer = replay.add_rollout(store, state.buffer, with_memories, action, config.reward_clip)
         state = state._replace(actors=actors, buffer=buffer, key=key)
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
         state, metrics = algorithm.learn_from_replay(learn, state, keys[3:], ready, config.target_every)

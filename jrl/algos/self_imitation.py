@@ -96,9 +96,7 @@ def make(
     def update(
         state: Any, steps: rollout.Steps, action: Array, key: Array, tx: optax.GradientTransformation
     ) -> tuple[Any, Metrics]:
-        rows = replay.Step(steps.obs, action, steps.reward, steps.terminated, steps.truncated, steps.next_obs)
-        buffer, _ = jax.lax.scan(lambda b, s: (store.add(b, s), None), state.imitation, rows)
-        state = state._replace(imitation=buffer)
+        state = state._replace(imitation=replay.add_rollout(store, state.imitation, steps, action))
 
         def learn(state: Any, key: Array) -> tuple[Any, Metrics]:
             h = state.hyper.imitation

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.experience import normalize
 from jrl.numerics import checks
 from jrl.numerics.host import device_memory
 from jrl.numerics.types import Observation
@@ -179,6 +180,13 @@ def make(
         return reward, discount, end
 
     return Replay(store.init, store.add, sample, store.update, store.size, store.bytes)
+
+
+def add_rollout(store: Replay, buffer: Buffer, steps: Any, action: Array, reward_clip: float = 0.0) -> Buffer:
+    """The buffer with the steps ``[T, B]`` of a rollout, whose rewards are cut off at ``reward_clip`` unless that is 0."""
+    reward = normalize.clipped(reward_clip, steps.reward)
+    rows = Step(steps.obs, action, reward, steps.terminated, steps.truncated, steps.next_obs)
+    return jax.lax.scan(lambda b, step: (store.add(b, step), None), buffer, rows)[0]
 
 
 def make_sequences(
