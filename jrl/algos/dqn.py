@@ -9,7 +9,8 @@ One update: act for a few steps in B environments, then take gradient steps on t
                    with pi = softmax(Q' / tau)                                  2007.14430, eq. 1
     C51            the distribution of y, projected on fixed atoms              1707.06887, algorithm 1
     QR             its quantiles                                                1710.10044, eq. 10
-    dueling, noisy are shapes of the network (``nets.ValueConfig``), PER a way of drawing (``jrl.experience.replay``)
+    dueling, noisy are shapes of the network (``nets.ValueConfig``), PER a way of drawing (``jrl.experience.replay``), and a bonus for what is
+    new (``config.bonus``, ``jrl.intrinsic``) is part of the reward, as it would be paid today
 
 Each can be switched on by itself. ``RAINBOW`` is their documented composition. Truncated episodes bootstrap from their last
 observation. Until ``learning_starts`` steps are stored, gradient steps are computed but discarded: the program has no branch.

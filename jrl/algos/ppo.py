@@ -12,6 +12,9 @@ Adam's eps of 1e-5 (Huang et al. 2022, "The 37 implementation details of PPO").
 
 Truncated episodes bootstrap from the value of their last observation, and nothing leaks over a reset. A recurrent
 policy starts each rollout from the memory it had, trains on whole sequences, and resets its memory at the start of each episode.
+
+``config.bonus`` adds the advantages of a bonus for what is new (``jrl.intrinsic``), ``config.imitation`` learning from what went better than
+expected (``self_imitation.py`` beside this).
 """
 
 import functools

@@ -8,7 +8,7 @@ One update: act epsilon-greedily for T steps in B environments, take the lambda 
 normalization in the network stands in for the target network (theorem 2).
 
 Truncated episodes bootstrap from their last observation. A recurrent network starts each rollout from the memory it had
-and trains on whole sequences, as in the paper's PQN-RNN.
+and trains on whole sequences, as in the paper's PQN-RNN. ``config.bonus`` adds a bonus for what is new to the reward (``jrl.intrinsic``).
 """
 
 import functools
