@@ -235,6 +235,7 @@ def test_actions_that_went_badly_are_mirrored():
     )  # the mean of two kernels; their product is 0.55990
 
 
+@pytest.mark.slow
 def test_on_a_hill_the_deviation_first_grows_and_then_shrinks():
     """The paper's quadratic: -|a|^2 from (-1, -1) with a deviation of 0.25. Policy gradients alone would shrink it from the start."""
 

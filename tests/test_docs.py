@@ -29,6 +29,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 
 LONG = (
     "first-run",
+    "td",
     "algorithm",
     "environment",
     "sweeps",

@@ -62,6 +62,7 @@ def steps_of(path):
     return [line for line in path.read_text().splitlines() if line.startswith("step ")]
 
 
+@pytest.mark.slow
 def test_a_verifier_that_raises_costs_no_update_and_the_run_goes_on(train, capsys):
     calls = []
 

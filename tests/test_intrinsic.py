@@ -240,6 +240,7 @@ def test_every_seed_has_statistics_and_a_target_of_its_own():
     assert jnp.any(jax.tree.leaves(state.memory)[-1][0] != jax.tree.leaves(state.memory)[-1][1])
 
 
+@pytest.mark.slow
 def test_masks_and_trees_of_observations():
     masked = envs.make("Probe-mask")
     tree = wrappers.previous(envs.make("Breakout-MinAtar"))  # a dictionary of an image and a vector

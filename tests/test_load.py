@@ -302,6 +302,7 @@ def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path, monkeypatch):
         run.load(tmp_path / "plain", best=True)
 
 
+@pytest.mark.slow
 def test_an_episode_of_a_run_is_recorded(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(ppo.make(envs.make("Catch-bsuite"), TINY), tmp_path / "run")

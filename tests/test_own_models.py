@@ -27,6 +27,7 @@ def whole_pass(params, tokens, valid):
     return DECODER.head(params, DECODER.hidden_and_load(params, tokens, valid, valid)[0])
 
 
+@pytest.mark.slow
 def test_a_model_without_a_cache_answers_and_learns_as_the_same_one_with_a_cache():
     def updated(model):
         algo = algorithm.over_seeds(grpo.make(TASK, TINY, grpo.Hyper(close_weight=0.5), model=model))

@@ -15,6 +15,7 @@ SHAPE = transformer.Config(dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ff
 CONFIG = ppo_lm.Config(model=SHAPE, num_answers=64, optimizer=optim.OptimizerConfig("adam"))
 
 
+@pytest.mark.slow
 def test_it_learns_what_is_rewarded():
     hyper = ppo_lm.Hyper(learning_rate=0.01, close_weight=1.0, kl_weight=0.0)
     short = ppo_lm.make(TASK, CONFIG, hyper, reward=lambda a: (a.rollout.tokens[:, 0] == 2).astype(float))

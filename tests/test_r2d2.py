@@ -53,6 +53,7 @@ def test_it_learns_what_needs_a_memory(fields):
     assert all(jnp.isfinite(m).all() for k, m in metrics.items() if not k.startswith("episode"))
 
 
+@pytest.mark.slow
 def test_truncation_bootstraps():
     """Reward 1 a step, truncated at 8, never terminated: V = 1 / (1 - gamma) = 5; a merged ``done`` gives 2.9 on average."""
 
