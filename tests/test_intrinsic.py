@@ -204,13 +204,13 @@ def test_the_bonus_is_part_of_the_reward_of_action_values(module):
 @pytest.mark.parametrize("kind", KINDS)
 @MODULES
 def test_keys_are_not_reused_and_numbers_are_float32(module, kind):
-    algo = made(module, kind, precision="pure_bfloat16")
+    algo = made(module, kind, envs.make("DeepSea-bsuite", size=4), precision="pure_bfloat16")
     with jax.debug_key_reuse(True):
         state, metrics = jax.jit(algo.update)(jax.jit(algo.init)(jax.random.key(0)))
     assert {x.dtype for x in jax.tree.leaves(state.bonus) if jnp.issubdtype(x.dtype, jnp.floating)} == {
         np.dtype("float32")
     }
-    assert np.isfinite(metrics["bonus"]) and metrics["bonus"] > 0 and np.isfinite(metrics["intrinsic_loss"])
+    assert np.isfinite(metrics["bonus"]) and metrics["bonus"] >= 0 and np.isfinite(metrics["intrinsic_loss"])
 
 
 @pytest.mark.thorough(1)
