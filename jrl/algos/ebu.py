@@ -22,11 +22,12 @@ import jax.numpy as jnp
 
 from jrl import algorithm, nets
 from jrl.algorithm import Algorithm, Metrics, exploration
+from jrl.algos import value_policy
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
 from jrl.equations import returns
 from jrl.experience import normalize, replay, rollout
-from jrl.experience.greedy import choose, epsilon_greedy, exploration_noise, mask, pick
+from jrl.experience.greedy import exploration_noise, mask, pick
 from jrl.numerics import checks, optim, precision
 from jrl.numerics.settings import (
     AboveZero,
@@ -38,7 +39,7 @@ from jrl.numerics.settings import (
     Unit,
     check_hyper,
 )
-from jrl.numerics.types import Memory, Observation, OptState, Params
+from jrl.numerics.types import Observation, OptState, Params
 
 Array = jax.Array
 
@@ -112,7 +113,9 @@ def make(
         keys = jax.random.split(state.key, 3 + config.num_gradient_steps)
         key, key_noise, key_envs = keys[:3]
         noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), num_actions)
-        actors, steps, episodes = rollout.collect(env, state.actors, actor(state), noise, key_envs, config.num_steps)
+        actors, steps, episodes = rollout.collect(
+            env, state.actors, value_policy.actor(network, state), noise, key_envs, config.num_steps
+        )
         buffer = replay.add_rollout(store, state.buffer, steps, steps.extras, config.reward_clip)
         state = state._replace(actors=actors, buffer=buffer, key=key)
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
@@ -144,25 +147,14 @@ def make(
         kind, reward, action = seq.kind[:-1], seq.reward[:-1], seq.action[1:]
         discount_t = state.hyper.gamma * (kind != replay.TERMINATED)
         continue_t = (1.0 * (kind == replay.MID)).at[-1].set(0.0)  # what was done in the last row is not followed
-        over_batch = jax.vmap(returns.backward_targets, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
-        return over_batch(reward, discount_t, q_t, action, continue_t, state.hyper.diffusion)
+        diffusion = state.hyper.diffusion
+        return returns.over_batch(returns.backward_targets, reward, discount_t, q_t, action, continue_t, diffusion)
 
     def outputs(params: Params, obs: Observation) -> Array:
         """Values ``[L, N, A]`` of all actions in rows ``[L, N]``."""
         length, number = jax.tree.leaves(obs)[0].shape[:2]
         flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), obs)
         return nets.outputs(network, params, flat).reshape(length, number, -1)
-
-    def actor(state: State) -> Any:
-        """The policy that acts: epsilon-greedy."""
-        epsilon = exploration(state)
-
-        def act(nothing: Any, obs: Observation, first: Array, noise: Any) -> tuple[Any, Array, Any]:
-            obs = normalize.observations(state.obs_stats, obs)
-            action = epsilon_greedy(mask(nets.outputs(network, state.params, obs), obs), epsilon, noise)
-            return nothing, action, action
-
-        return act
 
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
@@ -178,15 +170,10 @@ def make(
             key=key_run,
         )
 
-    def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
-        params = optim.eval_params(state.opt_state, state.params)
-        _, q = nets.step_one(network, params, normalize.observations(state.obs_stats, obs), memory)
-        return choose(mask(q, obs), exploration(state), key), ()
-
     return Algorithm(
         init=init,
         update=update,
-        act=act,
+        act=functools.partial(value_policy.act, network),
         env_steps_per_update=per_update,
         name="ebu",
         env=env,

@@ -153,8 +153,8 @@ def make(
         reward = normalize.rewards(state.reward_stats, steps.reward)
         discount_t = state.hyper.gamma * (1 - steps.terminated)
         continue_t = 1.0 - (steps.terminated | steps.truncated)
-        over_envs = jax.vmap(returns.gae, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
-        advantage = over_envs(outputs.value, reward, discount_t, v_t, continue_t, state.hyper.gae_lambda)
+        gae_lambda = state.hyper.gae_lambda
+        advantage = returns.over_batch(returns.gae, outputs.value, reward, discount_t, v_t, continue_t, gae_lambda)
         target = advantage + outputs.value
         if bonus_advantage is not None:
             advantage = advantage + bonus_advantage

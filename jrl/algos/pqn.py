@@ -20,11 +20,12 @@ import jax.numpy as jnp
 
 from jrl import algorithm, intrinsic, nets
 from jrl.algorithm import Algorithm, Metrics, exploration
+from jrl.algos import value_policy
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
 from jrl.equations import returns
 from jrl.experience import normalize, rollout
-from jrl.experience.greedy import best_value, choose, epsilon_greedy, exploration_noise, mask, pick
+from jrl.experience.greedy import best_value, exploration_noise, pick
 from jrl.numerics import checks, loops, optim, precision
 from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, Unit, check_hyper
 from jrl.numerics.types import Memory, Observation, OptState, Params
@@ -94,7 +95,9 @@ def make(
     def update(state: State) -> tuple[State, Metrics]:
         key, key_noise, key_envs, key_learn, *key_bonus = jax.random.split(state.key, 5 if curiosity else 4)
         noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), env.action_space.n)  # type: ignore[union-attr]
-        actors, steps, episodes = rollout.collect(env, state.actors, actor(state), noise, key_envs, config.num_steps)
+        actors, steps, episodes = rollout.collect(
+            env, state.actors, value_policy.actor(network, state), noise, key_envs, config.num_steps
+        )
         state, reward, paid = rewards(state, steps, *key_bonus)
         state, metrics = learn(state, with_targets(state, steps, reward), key_learn)
         state = state._replace(actors=actors, key=key, updates=state.updates + 1, **normalize.after(state, steps))
@@ -106,17 +109,6 @@ def make(
         taken = pick(q, batch.action)
         mse = jnp.mean((taken - batch.target) ** 2)
         return 0.5 * mse, {"loss": mse, "q": taken.mean()}
-
-    def actor(state: State) -> Any:
-        """The policy that acts: epsilon-greedy."""
-        epsilon = exploration(state)
-
-        def act(memory: Memory, obs: Observation, first: Array, noise: tuple[Array, Array]) -> tuple[Any, Array, Any]:
-            next_memory, q = network.step(state.params, memory, normalize.observations(state.obs_stats, obs), first)
-            action = epsilon_greedy(mask(q, obs), epsilon, noise)
-            return next_memory, action, action
-
-        return act
 
     def rewards(state: State, steps: rollout.Steps, *key: Array) -> tuple[State, Array, Metrics]:
         """The rewards that are learned from, the bonus for what is new among them, whose model learns."""
@@ -141,8 +133,8 @@ def make(
         v_t = rollout.following_values(env, steps, best_value(q, steps.obs), value_of, network.heavy)
         discount_t = state.hyper.gamma * (1 - steps.terminated)
         continue_t = 1.0 - (steps.terminated | steps.truncated)
-        over_envs = jax.vmap(returns.lambda_returns, in_axes=(1, 1, 1, 1, None), out_axes=1)
-        target = over_envs(reward, discount_t, v_t, continue_t, state.hyper.q_lambda)
+        q_lambda = state.hyper.q_lambda
+        target = returns.over_batch(returns.lambda_returns, reward, discount_t, v_t, continue_t, q_lambda)
         batch = Batch(obs, steps.first, steps.extras, target)
         return batch if network.remembers else jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), batch)
 
@@ -174,15 +166,10 @@ def make(
             key=key_run,
         )
 
-    def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
-        params = optim.eval_params(state.opt_state, state.params)
-        next_memory, q = nets.step_one(network, params, normalize.observations(state.obs_stats, obs), memory)
-        return choose(mask(q, obs), exploration(state), key), next_memory
-
     return Algorithm(
         init=init,
         update=update,
-        act=act,
+        act=functools.partial(value_policy.act, network),
         env_steps_per_update=config.num_envs * config.num_steps,
         name="pqn",
         env=env,

@@ -22,14 +22,15 @@ import jax.numpy as jnp
 
 from jrl import algorithm, nets
 from jrl.algorithm import Algorithm, Metrics, exploration
+from jrl.algos import value_policy
 from jrl.algos.r2d2_settings import Config, Hyper, check
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
 from jrl.equations import losses, returns
 from jrl.experience import normalize, replay, rollout
-from jrl.experience.greedy import choose, epsilon_greedy, exploration_noise, mask, pick
+from jrl.experience.greedy import epsilon_greedy, exploration_noise, mask, pick
 from jrl.numerics import optim, precision, settings
-from jrl.numerics.types import Memory, Observation, OptState, Params
+from jrl.numerics.types import Observation, OptState, Params
 
 Array = jax.Array
 
@@ -139,8 +140,7 @@ def make(
         if config.rescale:
             following = losses.unsquash(following)
         discount, goes_on = state.hyper.gamma * (kind != replay.TERMINATED), 1.0 * (kind == replay.MID)
-        over_batch = jax.vmap(returns.n_step_returns, in_axes=(1, 1, 1, 1, None), out_axes=1)
-        wanted = over_batch(reward, discount, following, goes_on, config.n_step)
+        wanted = returns.over_batch(returns.n_step_returns, reward, discount, following, goes_on, config.n_step)
         return losses.squash(wanted) if config.rescale else wanted
 
     def actor(state: State) -> Any:
@@ -169,15 +169,10 @@ def make(
             key=key_run,
         )
 
-    def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
-        params = optim.eval_params(state.opt_state, state.params)
-        next_memory, q = nets.step_one(network, params, normalize.observations(state.obs_stats, obs), memory)
-        return choose(mask(q, obs), exploration(state), key), next_memory
-
     return Algorithm(
         init=init,
         update=update,
-        act=act,
+        act=functools.partial(value_policy.act, network),
         env_steps_per_update=per_update,
         name="r2d2",
         env=env,

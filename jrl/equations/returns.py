@@ -9,6 +9,7 @@ All arrays are float32 ``[T]`` unless said otherwise; ``vmap`` them over batches
 trace time if shapes disagree. None stops gradients: callers decide.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,11 @@ from jrl.numerics.checks import same_shape
 
 Array = jax.Array
 UNROLL = 16  # steps of a return that are one kernel on a GPU
+
+
+def over_batch(equation: Callable[..., Array], *args: Any) -> Array:
+    """``equation`` on trajectories side by side: arrays are ``[T, B, ...]``, numbers are shared, the result is ``[T, B]``."""
+    return jax.vmap(equation, in_axes=tuple(1 if jnp.ndim(x) else None for x in args), out_axes=1)(*args)
 
 
 def td_error(v_tm1: Array, r_t: Array, discount_t: Array, v_t: Array) -> Array:

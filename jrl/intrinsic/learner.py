@@ -125,8 +125,7 @@ def make(config: Config, env: Environment, passes: tuple[int, int], own: Intrins
         seen = standardized(state, flat)
         v = nets.outputs(value, state.value.params, seen)[:, 0].reshape(num_steps + 1, num_envs)
         discount_t, continue_t = jnp.full_like(bonus, hyper.gamma), jnp.ones_like(bonus)
-        over_envs = jax.vmap(returns.gae, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
-        advantage = over_envs(v[:-1], bonus, discount_t, v[1:], continue_t, lambda_)
+        advantage = returns.over_batch(returns.gae, v[:-1], bonus, discount_t, v[1:], continue_t, lambda_)
         target = (advantage + v[:-1]).ravel()
 
         def loss(params: Params, rows: Array) -> Array:
