@@ -1,5 +1,9 @@
 """Bonuses for what is new: their equations by hand, what they promise as everything that learns does, and that they explore."""
 
+import functools
+import importlib
+from pathlib import Path
+
 import bits
 import jax
 import jax.numpy as jnp
@@ -36,7 +40,7 @@ def transitions(obs, action, next_obs):
     return intrinsic.Transitions(jnp.asarray(obs), jnp.asarray(action), jnp.asarray(next_obs))
 
 
-def prescribed(paid):
+def prescribed():
     """A bonus that pays the last number of the next observation, and learns nothing."""
     return intrinsic.Intrinsic(
         lambda key: ((), ()),
@@ -49,7 +53,7 @@ def prescribed(paid):
 
 def learner_of(paid, **config):
     env = envs.make("Probe-discount")  # observations of one number
-    learner = intrinsic.make(intrinsic.Config(network=TINY, **config), env, (1, 1), prescribed(paid))
+    learner = intrinsic.make(intrinsic.Config(network=TINY, **config), env, (1, 1), prescribed())
     obs = jnp.zeros((*np.shape(paid), 1))
     seen = transitions(obs, jnp.zeros(np.shape(paid), jnp.int32), jnp.asarray(paid, jnp.float32)[..., None])
     return learner, learner.init(jax.random.key(0), np.shape(paid)[1]), seen
@@ -190,7 +194,7 @@ def test_a_bonus_without_weight_changes_nothing():
 @pytest.mark.parametrize("module", [pqn, dqn], ids=["pqn", "dqn"])
 def test_the_bonus_is_part_of_the_reward_of_action_values(module):
     """A bonus of 3 a step, of weight 2, and a reward of 1 or -1, for an agent that does not look ahead."""
-    always = prescribed(None)._replace(bonus=lambda params, memory, t: jnp.full(t.action.shape, 3.0), uses_next=False)
+    always = prescribed()._replace(bonus=lambda params, memory, t: jnp.full(t.action.shape, 3.0), uses_next=False)
     described = intrinsic.Config(normalize=False, network=TINY)
     weighted = intrinsic.Hyper(weight=2.0)
     hyper = module.Hyper(gamma=0.0, learning_rate=0.05, epsilon_end=1.0, bonus=weighted)
@@ -257,6 +261,7 @@ def test_wrong_settings_are_refused():
         "bonus.features must be an integer of at least 1; got 0": lambda: intrinsic.Config(features=0),
         "hyper.bonus.weight must be": lambda: made(ppo, hyper=ppo.Hyper(bonus=intrinsic.Hyper(weight=-1.0))),
         "config.n_step must be 1; got 3": lambda: made(dqn, n_step=3),
+        "config.n_step must be 1; got 2": lambda: made(dqn, "none", own=prescribed(), n_step=2),
         "those of Breakout-MinAtar are not: take hash": lambda: made(
             ppo, "counts", wrappers.previous(envs.make("Breakout-MinAtar"))
         ),
@@ -303,3 +308,36 @@ def test_a_bonus_finds_the_treasure_of_the_deep_sea(kind, solved):
     algo = ppo.make(env, config, ppo.Hyper(learning_rate=1e-3, entropy_weight=0.0))
     _, metrics = jax.jit(jax.vmap(run.train_fn(algo, 150_000)))(jax.random.split(jax.random.key(0), 4))
     assert (np.asarray(metrics["episode_return"])[:, -5:].mean(1) > 0.98).sum() == solved
+
+
+@pytest.fixture
+def faster(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "experiments")
+    return importlib.import_module("faster")
+
+
+def test_a_comparison_does_not_repeat_what_its_folder_has(faster, monkeypatch, tmp_path):
+    trained = []
+
+    def learning_curve(task, method, env_steps, key):
+        trained.append(env_steps)
+        return jnp.array([10, 20, 30]), jnp.array([0.0, 1.0, 1.0])
+
+    monkeypatch.setattr(faster, "learning_curve", learning_curve)
+    args, task = faster.Args(num_seeds=2), faster.Task(CORRIDOR, 30, 0.9, 0.99)
+    for _ in range(2):
+        env_steps, returns = faster.curves(args, "Corridor", task, "ppo", tmp_path)
+    assert trained == [30] and env_steps.tolist() == [10, 20, 30] and returns.shape == (2, 3)
+    row = faster.row_of("Corridor", "ppo", env_steps, returns, task.threshold)
+    assert row["seeds that got there"] == "2 of 2" and row["steps until then"] == "20 (20 to 20)"
+    faster.curves(faster.Args(num_seeds=2, share=0.5), "Corridor", task, "ppo", tmp_path)
+    assert trained == [30, 15]  # another share is another result
+
+
+def test_methods_are_compared_at_the_same_budget(faster):
+    task = faster.Task(CORRIDOR, 40_000, 0.9, 0.99)
+    for method, per_update in (("ppo", 1024), ("dqn", 8)):
+        curve = functools.partial(faster.learning_curve, task, method, task.env_steps)
+        returns = jax.eval_shape(curve, jax.random.key(0))[1]
+        every = max(1, task.env_steps // (faster.POINTS * per_update))
+        assert 0.95 * task.env_steps < returns.size * every * per_update <= task.env_steps

@@ -53,7 +53,7 @@ def make(
 
     Raises ``ValueError`` for a setting that is wrong or does not fit the environment, or a replay larger than memory.
     """
-    check(config, hyper)
+    check(config, hyper, bonus)
     unstacked, defaults = strict(env), hyper
     env = strict(wrappers.frame_stack(unstacked, config.num_frames)) if config.num_frames > 1 else unstacked
     remake = functools.partial(

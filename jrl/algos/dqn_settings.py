@@ -61,13 +61,13 @@ class Hyper(NamedTuple):
     bonus: intrinsic.Numbers = intrinsic.Hyper()  # Numbers of the bonus.
 
 
-def check(config: Config, hyper: Hyper) -> None:
+def check(config: Config, hyper: Hyper, bonus: intrinsic.Intrinsic | None) -> None:
     """Raise ``ValueError`` for settings that are wrong or do not fit each other."""
     checks.instances("dqn.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     replay.check_learning_starts(config)
-    if config.bonus.kind != "none" and config.n_step > 1:
-        raise ValueError(f"config.bonus pays single transitions: config.n_step must be 1; got {config.n_step}")
+    if (bonus or config.bonus.kind != "none") and config.n_step > 1:
+        raise ValueError(f"a bonus pays single transitions: config.n_step must be 1; got {config.n_step}")
     if config.munchausen and config.distribution != "mean":
         raise ValueError("config.munchausen needs config.distribution=mean")
     if config.distribution != "mean" and config.atoms < 2:

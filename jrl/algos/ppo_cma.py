@@ -171,8 +171,8 @@ def make(
         reward = normalize.rewards(state.reward_stats, steps.reward)
         discount_t = state.hyper.gamma * (1 - steps.terminated)
         continue_t = 1.0 - (steps.terminated | steps.truncated)
-        over_envs = jax.vmap(returns.gae, in_axes=(1, 1, 1, 1, 1, None), out_axes=1)
-        advantage = over_envs(v_tm1, reward, discount_t, v_t, continue_t, state.hyper.gae_lambda).ravel()
+        gae_lambda = state.hyper.gae_lambda
+        advantage = returns.over_batch(returns.gae, v_tm1, reward, discount_t, v_t, continue_t, gae_lambda).ravel()
         scaled = advantage / (advantage.std() + 1e-8)
         action = steps.extras.reshape(num_samples, num_actions)
         return Samples(flat, action, scaled), advantage + v_tm1.ravel()
@@ -210,7 +210,7 @@ def make(
         params = {name: net.init(k) for (name, net), k in zip(networks.items(), keys, strict=True)}
         if start is not None:
             checks.fields("start", start, "params", "opt_state")
-            params = nets.like("params", start.params, params)
+            params = nets.like("params", evaluated(start), params)
         learner = algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer)
         tx = algorithm.optimizer(config, learner["hyper"], 1.0, own=optimizer)
         learner["opt_state"] = {name: tx.init(own) for name, own in params.items()}
@@ -225,8 +225,7 @@ def make(
         )
 
     def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:
-        params = {name: optim.eval_params(state.opt_state[name], own) for name, own in state.params.items()}
-        one = policy(params, jax.tree.map(lambda x: x[None], normalize.observations(state.obs_stats, obs)))
+        one = policy(evaluated(state), jax.tree.map(lambda x: x[None], normalize.observations(state.obs_stats, obs)))
         action = (one.mean if key is None else normal.sample(key, one))[0]
         return to_env(env.action_space, action), ()
 
@@ -244,6 +243,11 @@ def make(
         losses=("value_loss", "std_loss", "mean_loss"),
         check_hyper=check_hyper,
     )
+
+
+def evaluated(state: Any) -> Params:
+    """The parameters of each network that a state acts with."""
+    return {name: optim.eval_params(state.opt_state[name], own) for name, own in state.params.items()}
 
 
 class Samples(NamedTuple):
