@@ -20,7 +20,7 @@ from jrl.algos.ppo import action_distribution
 from jrl.envs.spaces import from_env, to_env
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, example_action, observation_spec
-from jrl.experience import rollout
+from jrl.experience import replay, rollout
 from jrl.numerics import checks, loops, optim, precision
 from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, check_hyper
 from jrl.numerics.types import Memory, Observation, OptState, Params
@@ -144,9 +144,19 @@ class State(NamedTuple):
 def demonstrate(
     algo: Algorithm, state: Any, key: Array, num_steps: int, num_envs: int = 8, greedy: bool = False
 ) -> Demonstrations:
-    """``num_steps`` steps, rounded up to a multiple of ``num_envs``, of a trained policy without a memory, whose choices are sampled or greedy.
+    """What a trained policy saw and did, as ``play`` has it."""
+    steps = play(algo, state, key, num_steps, num_envs, greedy)
+    obs, action = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (steps.obs, steps.action))
+    return Demonstrations(obs, from_env(algo.env.action_space, action))
 
-    ``state`` is of one seed, as ``run.load(folder).member()`` gives it. Pure: the demonstrations of many policies are a vmap.
+
+def play(
+    algo: Algorithm, state: Any, key: Array, num_steps: int, num_envs: int = 8, greedy: bool = False
+) -> replay.Step:
+    """``num_steps`` steps, rounded up to a multiple of ``num_envs``, of a trained policy without a memory, whose choices are sampled or greedy:
+    ``[T, num_envs]``, in the order in which they happened.
+
+    ``state`` is of one seed, as ``run.load(folder).member()`` gives it. Pure: the steps of many policies are a vmap.
     """
     key_envs, key_act, key_run = jax.random.split(key, 3)
     length = -(-num_steps // num_envs)
@@ -158,8 +168,7 @@ def demonstrate(
     actors = rollout.start(algo.env, key_envs, num_envs, ())
     keys = jax.random.split(key_act, (length, num_envs))
     _, steps, _ = rollout.collect(algo.env, actors, act, keys, key_run, length)
-    obs, action = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (steps.obs, steps.extras))
-    return Demonstrations(obs, from_env(algo.env.action_space, action))
+    return replay.Step(steps.obs, steps.extras, steps.reward, steps.terminated, steps.truncated, steps.next_obs)
 
 
 def check_demonstrations(env: Environment, demonstrations: Demonstrations) -> int:

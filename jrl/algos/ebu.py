@@ -21,14 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from jrl import algorithm, nets
-from jrl.algorithm import Algorithm, Metrics, exploration
+from jrl.algorithm import Algorithm, Metrics
 from jrl.algos import value_policy
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
 from jrl.equations import returns
 from jrl.experience import normalize, replay, rollout
-from jrl.experience.greedy import exploration_noise, mask, pick
-from jrl.numerics import checks, optim, precision
+from jrl.experience.greedy import mask, pick
+from jrl.numerics import checks, optim
 from jrl.numerics.settings import (
     AboveZero,
     NonNegative,
@@ -99,29 +99,22 @@ def make(
     remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, start=start)
     spec = observation_spec(env)
     normalize.check(config, spec)
-    network = nets.starting_from(nets.value_network(network, config.network, spec, env.action_space), start)
-    if network.remembers:
-        raise ValueError("config.network.gru, lstm and attention: R2D2 and PQN train recurrent networks, EBU does not")
-    network = precision.apply_to_network(config.precision, network)
+    network = value_policy.plain_network("EBU", env, config, network, start)
     num_rows = config.length + 1  # the last only to bootstrap from
     store = replay.make_sequences(spec, config.num_envs, config.capacity, config.batch_size, num_rows)
-    num_actions = env.action_space.n  # type: ignore[union-attr]
     per_update = config.num_envs * config.num_steps
     first_learning = -(-max(config.learning_starts, num_rows * config.num_envs) // per_update)
 
     def update(state: State) -> tuple[State, Metrics]:
         keys = jax.random.split(state.key, 3 + config.num_gradient_steps)
         key, key_noise, key_envs = keys[:3]
-        noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), num_actions)
-        actors, steps, episodes = rollout.collect(
-            env, state.actors, value_policy.actor(network, state), noise, key_envs, config.num_steps
-        )
+        actors, steps, played = value_policy.collect(env, config, network, state, key_noise, key_envs)
         buffer = replay.add_rollout(store, state.buffer, steps, steps.extras, config.reward_clip)
         state = state._replace(actors=actors, buffer=buffer, key=key)
         ready = state.updates + 1 >= first_learning  # counted in updates: steps would overflow
         state, metrics = algorithm.learn_from_replay(learn, state, keys[3:], ready, config.target_every)
         state = state._replace(**normalize.after(state, steps))
-        return state, metrics | {"epsilon": exploration(state)} | rollout.episode_metrics(episodes)
+        return state, metrics | played
 
     def learn(state: State, key: Array, ready: Array) -> tuple[State, Metrics]:
         """One minibatch of stretches."""
@@ -206,8 +199,6 @@ def check(config: Config, hyper: Hyper) -> None:
     checks.instances("ebu.make", config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
     replay.check_learning_starts(config)
-    if config.network.noisy:
-        raise ValueError("config.network.noisy is an option of DQN; EBU explores by epsilon")
     least = (config.length + 3) * config.num_envs
     if config.capacity < least:
         raise ValueError(

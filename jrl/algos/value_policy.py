@@ -1,16 +1,18 @@
-"""Acting on the action values of a network, as PQN, R2D2 and EBU do: epsilon-greedily, or greedily where no key is given."""
+"""What algorithms have in common that act on the action values of a network, epsilon-greedily, or greedily where no key is given."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jrl import nets
-from jrl.algorithm import exploration
-from jrl.experience import normalize
-from jrl.experience.greedy import choose, epsilon_greedy, mask
-from jrl.numerics import optim
-from jrl.numerics.types import Memory, Observation
+from jrl.algorithm import Metrics, exploration
+from jrl.envs.types import Environment, observation_spec
+from jrl.experience import normalize, replay, rollout
+from jrl.experience.greedy import choose, epsilon_greedy, exploration_noise, mask, pick
+from jrl.numerics import optim, precision
+from jrl.numerics.types import Memory, Observation, Params
 
 Array = jax.Array
 
@@ -34,3 +36,35 @@ def act(
     params = optim.eval_params(state.opt_state, state.params)
     next_memory, q = nets.step_one(network, params, normalize.observations(state.obs_stats, obs), memory)
     return choose(mask(q, obs), exploration(state), key), next_memory
+
+
+def collect(
+    env: Environment, config: Any, network: nets.Network, state: Any, key_noise: Array, key_envs: Array
+) -> tuple[rollout.Actors, rollout.Steps, Metrics]:
+    """A rollout of ``config.num_steps`` steps, whose ``extras`` are the actions, and its metrics."""
+    num_actions = env.action_space.n  # type: ignore[union-attr]
+    noise = exploration_noise(key_noise, (config.num_steps, config.num_envs), num_actions)
+    act = actor(network, state)
+    actors, steps, episodes = rollout.collect(env, state.actors, act, noise, key_envs, config.num_steps)
+    return actors, steps, {"epsilon": exploration(state)} | rollout.episode_metrics(episodes)
+
+
+def double_targets(network: nets.Network, params: Params, target_params: Params, batch: replay.Batch) -> Array:
+    """``r + gamma Q'(x', argmax_a Q(x', a))`` of a minibatch, float32 ``[N]`` (van Hasselt et al. 2016, arXiv 1509.06461, eq. 4)."""
+    best = jnp.argmax(mask(nets.outputs(network, params, batch.next_obs), batch.next_obs), axis=-1)
+    return batch.reward + batch.discount * pick(nets.outputs(network, target_params, batch.next_obs), best)
+
+
+def plain_network(
+    name: str, env: Environment, config: Any, own: nets.Network | None, start: Any = None
+) -> nets.Network:
+    """The network of action values that ``config`` describes, or the user's ``own``, with the parameters of ``start`` if there is one. Raises
+    ``ValueError`` for a memory and for noise, which the algorithm of this name does not use."""
+    if config.network.noisy:
+        raise ValueError(f"config.network.noisy is an option of DQN; {name} explores by epsilon")
+    network = nets.value_network(own, config.network, observation_spec(env), env.action_space)
+    if network.remembers:
+        raise ValueError(
+            f"config.network.gru, lstm and attention: R2D2 and PQN train recurrent networks, {name} does not"
+        )
+    return precision.apply_to_network(config.precision, nets.starting_from(network, start))

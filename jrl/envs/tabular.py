@@ -1,6 +1,7 @@
 """Well-known finite decision processes as arrays (``jrl.equations.mdp.MDP``), and any such process as an environment."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -230,6 +231,13 @@ def garnet(key: Array, num_states: int = 10, num_actions: int = 4, branching: in
     return mdps.make(transition, jax.random.normal(key_reward, shape, jnp.float32))
 
 
+class Place(NamedTuple):
+    """The state of a finite process as an environment."""
+
+    state: Array  # int32
+    time: Array  # int32: steps of the episode so far
+
+
 def environment(mdp: MDP, name: str = "MDP", time_limit: int | None = None, one_hot: bool = True) -> Environment:
     """The process as an environment: its observation is the state as one-hot float32 ``[S]``, else int32 ``[]``.
 
@@ -245,9 +253,9 @@ def environment(mdp: MDP, name: str = "MDP", time_limit: int | None = None, one_
 
     def reset(key: Array):
         s = jax.random.categorical(key, jnp.log(mdp.start)).astype(jnp.int32)
-        return observe(s), (s, jnp.int32(0))
+        return observe(s), Place(s, jnp.int32(0))
 
-    def step(key: Array, state: tuple[Array, Array], action: Array):
+    def step(key: Array, state: Place, action: Array):
         s, t = state
         key_next, key_reward = jax.random.split(key)
         to = jax.random.categorical(key_next, jnp.log(mdp.transition[s, action])).astype(jnp.int32)
@@ -255,7 +263,7 @@ def environment(mdp: MDP, name: str = "MDP", time_limit: int | None = None, one_
             key_reward, dtype=jnp.float32
         )
         truncated = jnp.bool_(False) if time_limit is None else t + 1 >= time_limit
-        return observe(to), (to, t + 1), reward, mdp.terminal[to], truncated
+        return observe(to), Place(to, t + 1), reward, mdp.terminal[to], truncated
 
     return Environment(name, reset, step, Discrete(num_actions), time_limit, time_limit)
 

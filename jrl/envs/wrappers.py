@@ -5,7 +5,7 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,18 +19,25 @@ from jrl.numerics.types import EnvState, Observation
 Array = jax.Array
 
 
+class Limited(NamedTuple):
+    """The state of an environment whose episodes are truncated."""
+
+    state: EnvState
+    time: Array  # int32: steps of the episode so far
+
+
 def time_limit(env: Environment, steps: int) -> Environment:
     """Truncate episodes after ``steps`` steps. Raises ``ValueError`` unless that is an integer of at least 1."""
     checks.positive_int("time_limit: steps", steps)
 
     def reset(key: Array) -> tuple[Any, Any]:
         obs, state = env.reset(key)
-        return obs, (state, jnp.int32(0))
+        return obs, Limited(state, jnp.int32(0))
 
     def step(key: Array, state: EnvState, action: Array) -> tuple[Any, Any, Array, Array, Array]:
         inner, t = state
         obs, inner, reward, terminated, truncated = env.step(key, inner, action)
-        return obs, (inner, t + 1), reward, terminated, truncated | (t + 1 >= steps)
+        return obs, Limited(inner, t + 1), reward, terminated, truncated | (t + 1 >= steps)
 
     limit = steps if env.time_limit is None else min(steps, env.time_limit)
     first = None if env.first_truncation is None else min(steps, env.first_truncation)

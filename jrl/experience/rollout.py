@@ -91,8 +91,8 @@ def collect(
             episodes.length_sum + jnp.where(ended, length, 0),
         )
         following = Actors(
-            env_state=_where(ended, reset_state, env_state),
-            obs=_where(ended, reset_obs, next_obs),
+            env_state=where(ended, reset_state, env_state),
+            obs=where(ended, reset_obs, next_obs),
             first=ended,
             memory=memory,
             episode_return=jnp.where(ended, 0.0, total),
@@ -134,7 +134,7 @@ def following_values(
     return shifted.ravel().at[jnp.where(needed, rows, shifted.size)].set(again, mode="drop").reshape(value.shape)
 
 
-def _where(condition: Array, x: Any, y: Any) -> Any:
+def where(condition: Array, x: Any, y: Any) -> Any:
     """``jnp.where`` over trees, with ``condition [B]`` broadcast to each leaf ``[B, ...]``."""
 
     def leaf(a: Array, b: Array) -> Array:
