@@ -16,7 +16,7 @@ from typing import Any
 from settings_table import table
 
 from jrl import envs, intrinsic, nets
-from jrl.algos import self_imitation
+from jrl.algos import auxiliary_tasks, self_imitation
 from jrl.attention import mla, nsa
 from jrl.attention.rotary import Scaling
 from jrl.lm import tasks
@@ -37,6 +37,8 @@ SHARED: dict[type, str] = {
     intrinsic.Hyper: "intrinsic.Hyper",
     self_imitation.Config: "self_imitation.Config",
     self_imitation.Hyper: "self_imitation.Hyper",
+    auxiliary_tasks.Config: "auxiliary_tasks.Config",
+    auxiliary_tasks.Hyper: "auxiliary_tasks.Hyper",
     AttentionConfig: "nets.memory.AttentionConfig",
     optim.OptimizerConfig: "optim.OptimizerConfig",
     optim.Hyper: "optim.Hyper",

@@ -11,9 +11,12 @@ from settings_table import descriptions
 
 from jrl import intrinsic, nets
 from jrl.algos import (
+    auxiliary_tasks,
     bc,
+    dqfd,
     dqn,
     ebu,
+    fbrl,
     grpo,
     off_policy,
     option_critic,
@@ -22,6 +25,7 @@ from jrl.algos import (
     ppo_lm,
     pqn,
     r2d2,
+    reverse_curriculum,
     rudder,
     sac,
     self_imitation,
@@ -81,7 +85,24 @@ def test_hyperparameters_are_checked_with_those_of_the_optimizer_and_traced_ones
 
 
 WITH_SETTINGS = (
-    *(bc, dqn, ebu, grpo, intrinsic, option_critic, ppo, ppo_cma, ppo_lm, pqn, r2d2, rudder),
+    *(
+        auxiliary_tasks,
+        bc,
+        dqfd,
+        dqn,
+        ebu,
+        fbrl,
+        grpo,
+        intrinsic,
+        option_critic,
+        ppo,
+        ppo_cma,
+        ppo_lm,
+        pqn,
+        r2d2,
+        reverse_curriculum,
+        rudder,
+    ),
     *(sac, self_imitation, sft, td, td3),
 )
 KINDS = {

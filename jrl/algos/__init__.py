@@ -5,8 +5,10 @@ from typing import Any
 
 __all__ = [
     "bc",
+    "dqfd",
     "dqn",
     "ebu",
+    "fbrl",
     "grpo",
     "option_critic",
     "ppo",
@@ -16,6 +18,7 @@ __all__ = [
     "prediction",
     "presets",
     "r2d2",
+    "reverse_curriculum",
     "rudder",
     "sac",
     "sft",

@@ -14,7 +14,7 @@ Truncated episodes bootstrap from the value of their last observation, and nothi
 policy starts each rollout from the memory it had, trains on whole sequences, and resets its memory at the start of each episode.
 
 ``config.bonus`` adds the advantages of a bonus for what is new (``jrl.intrinsic``), ``config.imitation`` learning from what went better than
-expected (``self_imitation.py`` beside this).
+expected, and ``config.auxiliary`` auxiliary tasks (``self_imitation.py`` and ``auxiliary_tasks.py`` beside this).
 """
 
 import functools
@@ -26,7 +26,7 @@ import numpy as np
 
 from jrl import algorithm, intrinsic, nets
 from jrl.algorithm import Algorithm, Metrics
-from jrl.algos import self_imitation
+from jrl.algos import auxiliary_tasks, self_imitation
 from jrl.algos.ppo_settings import Config, Hyper, check
 from jrl.envs.spaces import to_env
 from jrl.envs.strict import strict
@@ -61,25 +61,26 @@ def make(
     obs_spec = observation_spec(env)
     remake = functools.partial(make, env, hyper=hyper, network=network, optimizer=optimizer, bonus=bonus, start=start)
     curiosity = intrinsic.make(config.bonus, env, (config.num_epochs, config.num_minibatches), bonus)
-    network = nets.starting_from(nets.policy_network(network, config.network, obs_spec, env.action_space), start)
+    own = network
+    network = nets.starting_from(nets.policy_network(own, config.network, obs_spec, env.action_space), start)
     rollout.check_minibatches(config, network.remembers)
     normalize.check(config, obs_spec)
     network = precision.apply_to_network(config.precision, network)
     distribution = action_distribution(env.action_space, config.continuous)
     imitation = self_imitation.make(config.imitation, env, config.num_envs, network, distribution)
+    auxiliary = auxiliary_tasks.make(config.auxiliary, env, config, network, own)
+    num_keys = 7 if auxiliary else 6 if curiosity or imitation else 4
 
     def update(state: State) -> tuple[State, Metrics]:
-        key, key_noise, key_envs, key_learn, *more_keys = jax.random.split(
-            state.key, 6 if curiosity or imitation else 4
-        )
+        key, key_noise, key_envs, key_learn, *more_keys = jax.random.split(state.key, num_keys)
         noise = distribution.noise(key_noise, (config.num_steps, config.num_envs))
         actors, steps, episodes = rollout.collect(env, state.actors, actor(state), noise, key_envs, config.num_steps)
         state, bonus_advantage, paid = explore(state, steps, actors.obs, *more_keys[:1])
         batch = with_advantages(state, steps, bonus_advantage)
         state, metrics = learn(state, batch, key_learn)
-        state, imitated = imitate(state, steps, *more_keys[1:])
+        state, replayed = learn_from_replay(state, steps, *more_keys[1:])
         state = state._replace(actors=actors, key=key, updates=state.updates + 1, **normalize.after(state, steps))
-        metrics |= paid | imitated
+        metrics |= paid | replayed
         metrics["explained_variance"] = losses.explained_variance(batch.value, batch.target)
         return state, metrics | rollout.episode_metrics(episodes)
 
@@ -137,13 +138,15 @@ def make(
         )
         return state._replace(bonus=learned), state.hyper.bonus.weight * advantage, metrics
 
-    def imitate(state: State, steps: rollout.Steps, *key: Array) -> tuple[State, Metrics]:
-        """Learn from what went better than expected, if that is asked for."""
-        if not imitation:
-            return state, {}
-        return imitation.update(
-            state, steps, steps.extras[0], *key, algorithm.current_optimizer(config, state, optimizer)
-        )
+    def learn_from_replay(state: State, steps: rollout.Steps, *keys: Array) -> tuple[State, Metrics]:
+        """Learn from what went better than expected, and for the auxiliary tasks, if that is asked for."""
+        metrics: Metrics = {}
+        for beside, key in zip((imitation, auxiliary), keys, strict=False):
+            if beside:
+                tx = algorithm.current_optimizer(config, state, optimizer)
+                state, more = beside.update(state, steps, steps.extras[0], key, tx)
+                metrics |= more
+        return state, metrics
 
     def with_advantages(state: State, steps: rollout.Steps, bonus_advantage: Array | None) -> Batch:
         """Values and advantages of a rollout, as training sequences."""
@@ -213,15 +216,17 @@ def make(
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
         check_hyper(hyper)
-        key_params, key_envs, key_run, key_optimizer, *key_bonus = jax.random.split(key, 5 if curiosity else 4)
+        number = 6 if auxiliary else 5 if curiosity else 4
+        key_params, key_envs, key_run, key_optimizer, *more_keys = jax.random.split(key, number)
         length = num_updates if config.optimizer.uses_length else None
         learner = algorithm.start_learning(config, hyper, network.init(key_params), key_optimizer, length, optimizer)
         return State(
             **learner,
             actors=rollout.start(env, key_envs, config.num_envs, network.memory),
             **normalize.start(config, obs_spec, start),
-            bonus=curiosity.init(*key_bonus, config.num_envs) if curiosity else None,
+            bonus=curiosity.init(more_keys[0], config.num_envs) if curiosity else None,
             imitation=imitation.init() if imitation else None,
+            auxiliary=auxiliary.init(more_keys[1]) if auxiliary else None,
             kl_weight=learner["hyper"].kl_weight,
             key=key_run,
         )
@@ -257,6 +262,7 @@ class State(NamedTuple):
     reward_stats: normalize.RewardStats | None
     bonus: Any  # intrinsic.State; None without a bonus
     imitation: Any  # replay.Buffer; None without self-imitation
+    auxiliary: Any  # auxiliary_tasks.State; None without auxiliary tasks
     kl_weight: Array
     key: Array
     updates: Array  # int32: done so far

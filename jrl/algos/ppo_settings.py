@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from jrl import intrinsic, nets
-from jrl.algos import self_imitation
+from jrl.algos import auxiliary_tasks, self_imitation
 from jrl.numerics import checks, optim
 from jrl.numerics.settings import AboveZero, AtLeastOne, NonNegative, Positive, Precision, Settings, Unit, check_hyper
 
@@ -30,6 +30,8 @@ class Config(Settings):
     bonus: intrinsic.Config = field(default_factory=intrinsic.Config)  # Bonus for what is new.
     # Learning from one's own good past, beside PPO's loss.
     imitation: self_imitation.Config = field(default_factory=self_imitation.Config)
+    # Value replay and reward prediction, beside PPO's loss.
+    auxiliary: auxiliary_tasks.Config = field(default_factory=auxiliary_tasks.Config)
     # float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
     precision: Precision = "float32"
 
@@ -51,6 +53,7 @@ class Hyper(NamedTuple):
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
     bonus: intrinsic.Numbers = intrinsic.Hyper()  # Numbers of the bonus.
     imitation: self_imitation.Numbers = self_imitation.Hyper()  # Numbers of self-imitation.
+    auxiliary: auxiliary_tasks.Numbers = auxiliary_tasks.Hyper()  # Numbers of the auxiliary tasks.
 
 
 def check(config: Config, hyper: Hyper, start: Any) -> None:

@@ -103,6 +103,13 @@ def mirrored_actions(action: Array, advantage: Array, mean: Array, std: Array) -
     return jax.lax.stop_gradient(target), jax.lax.stop_gradient(jnp.where(good, advantage, -advantage * kernel))
 
 
+def large_margin(q: Array, shown: Array, margin: Array | float) -> Array:
+    """``max_a [q(a) + margin 1(a != shown)] - q(shown)`` for values ``q [A]``: 0 where the action that was shown is better than all others by
+    the margin (Hester et al. 2018, arXiv 1704.03732, after Piot et al. 2014)."""
+    expert = jnp.arange(q.shape[0]) == shown
+    return jnp.max(q + jnp.where(expert, 0.0, margin)) - jnp.sum(jnp.where(expert, q, 0.0))
+
+
 def standardize(x: Array, eps: float = 1e-8) -> Array:
     """Zero mean and unit standard deviation over all elements; 0 where they are equal."""
     return deviation(x, x.mean()) / (x.std() + eps)

@@ -1,5 +1,6 @@
 """Actor-critic networks: a torso, an optional memory, and heads for policy and value."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from jrl.numerics import checks
 from jrl.numerics.types import Memory, Observation, Params
 
 Array = jax.Array
+TOWERS = {True: ["shared"], False: ["actor", "critic"]}  # names of the torsos, that of the policy first
 LogStd = Annotated[float, partial(checks.within, low=-80, high=80)]  # its exponential is a float32 above 0
 
 
@@ -61,8 +63,7 @@ def actor_critic(config: Config, obs_spec: Any, space: Space) -> Network:
     """
     shapes = observation_shapes(config, obs_spec)
     module = ActorCritic(config, shapes, space)
-    towers = 1 if config.shared else 2
-    memory = tuple(empty_memory(config) for _ in range(towers)) if config.remembers else ()
+    memory = tuple(empty_memory(config) for _ in TOWERS[config.shared]) if config.remembers else ()
     network = as_network(module, config, obs_spec, memory)
     fits = fused.fits(config, shapes) and policy_width(space) < fused.MOST_OUTPUTS and not config.state_std
     return fused.over(network, len(shapes[0]), partial(fused_outputs, config, space)) if fits else network
@@ -81,6 +82,24 @@ def fused_outputs(config: Config, space: Space, params: Params, x: Array, mask: 
     return Outputs(policy_params(config, space, logits, params["policy"].get("log_std"), mask), value)
 
 
+def policy_features(config: Config, obs_spec: Any) -> Callable[[Params, Observation], Array]:
+    """The features ``[N, width]`` that the policy of ``actor_critic`` sees of observations ``[N]``, of the parameters of that network."""
+    torso = PolicyTorso(config, observation_shapes(config, obs_spec))
+    return lambda params, obs: torso.apply(params, obs)  # type: ignore[return-value]
+
+
+class PolicyTorso(nn.Module):
+    """The part of ``ActorCritic`` that the policy's head follows, without a memory."""
+
+    config: Config
+    shapes: Shapes
+
+    @nn.compact
+    def __call__(self, obs: Observation) -> Array:
+        x, _ = split_mask(self, obs, self.shapes)
+        return Features(self.config, self.shapes, name=TOWERS[self.config.shared][0])(x)
+
+
 class ActorCritic(nn.Module):
     """``(memory of each tower [B] or (), obs [T, B], first [T, B]) -> (memories, Outputs [T, B])``."""
 
@@ -91,9 +110,8 @@ class ActorCritic(nn.Module):
     @nn.compact
     def __call__(self, memory: Memory, obs: Observation, first: Array) -> tuple[Any, Outputs]:
         x, mask = split_mask(self, obs, self.shapes)
-        names = ["shared"] if self.config.shared else ["actor", "critic"]
         features, memories = [], []
-        for i, name in enumerate(names):
+        for i, name in enumerate(TOWERS[self.config.shared]):
             h = Features(self.config, self.shapes, name=name)(x)
             later, h = remember(self.config, name, memory[i] if memory else (), h, first)
             memories.append(later)

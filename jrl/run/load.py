@@ -20,7 +20,7 @@ from jrl.run.program import LoopState
 T = TypeVar("T")
 MADE_OF = ("algorithm", "env", "env_params", "config")  # settings of an algorithm, not of a run
 # Algorithms that can be made again from a folder's settings alone.
-KNOWN = ("ppo", "dqn", "ebu", "option_critic", "ppo_cma", "pqn", "r2d2", "rudder", "sac", "td", "td3")
+KNOWN = ("ppo", "dqn", "ebu", "fbrl", "option_critic", "ppo_cma", "pqn", "r2d2", "rudder", "sac", "td", "td3")
 
 
 class Loaded(NamedTuple):
