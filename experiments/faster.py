@@ -6,155 +6,36 @@ python experiments/faster.py --resume --run-dir runs/faster      goes on; what i
 
 A method is measured by its greedy policy, in the task's own reward, at 30 moments of its training or more: how many steps it took until that reached
 the task's threshold (in two evaluations in a row), and the area under the curve as a share of the best. It leaves faster.csv and faster.png.
+
+Methods that are shown how (dqfd, ppo+cloning) see 1,000 steps of a policy that was trained before and saved in the run folder; its steps do
+not count. Those of a predictor of returns and of a curriculum do.
 """
 
-import functools
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from faster_methods import ARE_SHOWN, METHODS, ONLY, SHOWN, TASKS, Task, ppo_on
 
-from jrl import algorithm, envs, intrinsic, nets, run
-from jrl.algorithm import Algorithm
-from jrl.algos import dqn, ebu, ppo, rudder, self_imitation
-from jrl.envs import Environment, tabular, wrappers
-from jrl.equations import mdp
+from jrl import algorithm, run
+from jrl.algos import bc
+from jrl.experience import replay
 from jrl.numerics import checks
 from jrl.run import cli, folders, plot, report, stats
 
 Array = jax.Array
 POINTS = 30  # evaluations of a run, or up to twice as many
-EPISODES = 16  # of each evaluation
-PREDICTOR_UPDATES = 5  # of RUDDER, whose steps count
-
-
-class Task(NamedTuple):
-    """A task: its environment, its budget, the return that solves it, the agent's discount, whether observations are one-hot, and the process
-    whose exact values shape the reward."""
-
-    env: Environment
-    env_steps: int
-    threshold: float
-    gamma: float
-    one_hot: bool = True
-    process: mdp.MDP | None = None
-
-
-def deep_sea() -> Task:
-    return Task(envs.make("DeepSea-bsuite", size=12), 60_000, 0.95, 0.99)
-
-
-def mountain_car() -> Task:
-    return Task(wrappers.goal_reward(envs.make("MountainCar-v0")), 150_000, 0.95, 0.99, one_hot=False)
-
-
-def key_and_door() -> Task:
-    return Task(envs.make("KeyAndDoor"), 60_000, 0.95, 0.99, process=tabular.key_and_door())
-
-
-def delayed_choice() -> Task:
-    return Task(envs.make("DelayedChoice", noise=0.5), 45_000, 0.6, 1.0)
-
-
-TASKS = {
-    "DeepSea": deep_sea,
-    "MountainCar": mountain_car,
-    "KeyAndDoor": key_and_door,
-    "DelayedChoice": delayed_choice,
-}
-
-
-DQN = dqn.Config(num_envs=8, capacity=20_000, network=nets.ValueConfig(norm="none"))
-NUMBERS: dict[str, Any] = {"learning_rate": 1e-3, "epsilon_fraction": 0.3, "epsilon_end": 0.02}
-
-
-def ppo_on(task: Task, bonus: str = "none", imitation: int = 0) -> Algorithm:
-    """PPO, with a bonus and so many gradient steps of self-imitation per update."""
-    return ppo.make(task.env, *ppo_settings(task, bonus, imitation))
-
-
-def shaped_ppo_on(task: Task) -> Algorithm:
-    """PPO whose reward is shaped by the exact values, measured without the shaping."""
-    assert task.process is not None
-    env, v = task.env, mdp.value_iteration(task.process, task.gamma)
-    shaped = wrappers.shaped(env, lambda obs: obs @ v, task.gamma)
-    return ppo.make(shaped, *ppo_settings(task))._replace(env=env)
-
-
-def ppo_settings(task: Task, bonus: str = "none", imitation: int = 0) -> tuple[ppo.Config, ppo.Hyper]:
-    config = ppo.Config(
-        num_envs=8,
-        num_steps=128,
-        bonus=bonus_on(task, bonus),
-        imitation=self_imitation.Config(num_gradient_steps=imitation, horizon=256),
-        normalize_observations=not task.one_hot,
-    )
-    return config, ppo.Hyper(learning_rate=5e-4, gamma=task.gamma, imitation=self_imitation.Hyper(weight=1.0))
-
-
-def bonus_on(task: Task, kind: Any) -> intrinsic.Config:
-    """Counts are of cells where observations are not one-hot."""
-    return intrinsic.Config(kind="hash" if kind == "counts" and not task.one_hot else kind)
-
-
-def dqn_on(task: Task, bonus: str = "none", env: Environment | None = None, **changed: Any) -> Algorithm:
-    """DQN, with a bonus and with parts changed."""
-    config = replace(DQN, bonus=bonus_on(task, bonus), normalize_observations=not task.one_hot, **changed)
-    return dqn.make(env or task.env, config, dqn.Hyper(gamma=task.gamma, **NUMBERS))
-
-
-def ebu_on(task: Task, diffusion: float) -> Algorithm:
-    """Targets made backwards."""
-    shared = {"num_envs": DQN.num_envs, "capacity": DQN.capacity, "network": DQN.network}
-    config = ebu.Config(normalize_observations=not task.one_hot, **shared)  # type: ignore[arg-type]
-    return ebu.make(task.env, config, ebu.Hyper(gamma=task.gamma, diffusion=diffusion, **NUMBERS))
-
-
-def redistributed_on(task: Task, key: Array) -> tuple[Algorithm, int]:
-    """DQN that does not look ahead, on rewards that were redistributed by a predictor of returns, and the steps that the predictor took."""
-    predictor = rudder.make(task.env)
-    spent = PREDICTOR_UPDATES * predictor.env_steps_per_update
-    state, _ = run.train_fn(predictor, spent)(key)
-    algo = dqn_on(task._replace(gamma=0.0), env=rudder.redistributed(predictor, state))
-    return algo._replace(env=predictor.env), spent
-
-
-PLAIN: dict[str, Callable[[Task], Algorithm]] = {
-    "ppo": ppo_on,
-    "ppo+rnd": lambda task: ppo_on(task, "rnd"),
-    "ppo+icm": lambda task: ppo_on(task, "icm"),
-    "ppo+counts": lambda task: ppo_on(task, "counts"),
-    "ppo+sil": lambda task: ppo_on(task, imitation=40),
-    "ppo+rnd+sil": lambda task: ppo_on(task, "rnd", imitation=40),
-    "ppo+shaping": shaped_ppo_on,
-    "dqn": dqn_on,
-    "dqn+noisy": lambda task: dqn_on(task, network=replace(DQN.network, noisy=True)),
-    "dqn+dueling": lambda task: dqn_on(task, network=replace(DQN.network, dueling=True)),
-    "dqn+n-step": lambda task: dqn_on(task, n_step=5),
-    "dqn+per": lambda task: dqn_on(task, prioritized=True),
-    "dqn+rnd": lambda task: dqn_on(task, "rnd"),
-    "dqn+counts": lambda task: dqn_on(task, "counts"),
-    "ebu 0.5": lambda task: ebu_on(task, 0.5),
-    "ebu 1": lambda task: ebu_on(task, 1.0),
-}
-# Each makes its algorithm of a task and a key, and says how many steps were spent already.
-METHODS: dict[str, Callable[[Task, Array], tuple[Algorithm, int]]] = {
-    **{name: functools.partial(lambda make, task, key: (make(task), 0), make) for name, make in PLAIN.items()},
-    "dqn+rudder": redistributed_on,
-}
-ONLY = {"ppo+shaping": ("KeyAndDoor",), "dqn+rudder": ("DelayedChoice",)}  # tasks of those that do not fit all
 
 
 @dataclass(frozen=True)
 class Args:
     """Compare methods on tasks."""
 
-    tasks: tuple[str, ...] = tuple(TASKS)  # Tasks: DeepSea, MountainCar, KeyAndDoor, DelayedChoice.
+    tasks: tuple[str, ...] = tuple(TASKS)  # Tasks to learn.
     methods: tuple[str, ...] = tuple(METHODS)  # Methods, as the first column of the table names them.
     num_seeds: int = 8  # Seeds of each method on each task.
     share: float = 1.0  # Share of each task's budget.
@@ -163,13 +44,21 @@ class Args:
     resume: bool = False  # Continue the runs in run_dir; those that are finished are not repeated.
 
 
+def demonstrations(name: str, task: Task, folder: Path) -> replay.Step:
+    """Steps of a policy that PPO with a bonus and self-imitation learned in the task's budget, by one seed; trained unless the folder has it."""
+    teacher, saved = ppo_on(task, "rnd", imitation=40), folder / f"teacher-{name}"
+    run.train(teacher, jax.random.key(1), task.env_steps, run_dir=saved, resume=saved.exists(), eval_episodes=0)
+    state = run.load(saved, algo=teacher).member(0)
+    return jax.jit(lambda key: bc.play(teacher, state, key, SHOWN, num_envs=4))(jax.random.key(2))
+
+
 def learning_curve(task: Task, method: str, env_steps: int, key: Array) -> tuple[Array, Array]:
     """Environment steps and greedy return of one seed at POINTS moments or more of its training. Pure: vmap it over keys."""
     key_make, key_train = jax.random.split(key)
     algo, spent = METHODS[method](task, key_make)
 
     def score(state: Any, key: Array) -> dict[str, Array]:
-        return {"return": run.evaluate(algo, state, key, EPISODES).returns.mean()}
+        return {"return": run.evaluate(algo, state, key, task.episodes).returns.mean()}
 
     every = max(1, (env_steps - spent) // (POINTS * algo.env_steps_per_update))
     measured = algorithm.with_evaluation(algo, score, every, jax.random.key(1))
@@ -233,6 +122,8 @@ def main(argv: list[str]) -> None:
     folder = cli.folder_of_runs(args.run_dir, args.resume, "faster")
     planned = [(t, m) for t in args.tasks for m in args.methods if t in ONLY.get(m, TASKS)]
     tasks = {name: TASKS[name]() for name in args.tasks}  # tables are made outside of compiled programs
+    for name in {t for t, m in planned if m in ARE_SHOWN}:
+        tasks[name] = tasks[name]._replace(shown=demonstrations(name, tasks[name], folder))
     rows: list[dict[str, Any]] = []
     lines: dict[str, list[Any]] = {name: [] for name in args.tasks}
     for i, (name, method) in enumerate(planned, start=1):
