@@ -59,8 +59,8 @@ def answered():
     return learn
 
 
-def close(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), a, b)
+def close(a, b, atol=2e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
 @pytest.mark.thorough(1)
@@ -199,6 +199,53 @@ def test_adapters_of_every_kind_of_attention_are_those_of_its_matrices(attention
     assert (trained["a"].shape, trained["b"].shape) == (a, b)
     with pytest.raises(ValueError, match=r"layers/attention_norm \[1, 16\] is no matrix"):
         lora.lora(2, pattern="attention_norm").init(jax.random.key(1), params)
+
+
+@pytest.mark.thorough(1)
+@pytest.mark.parametrize("more", [
+    {"dense_layers": 1, "experts": moe.Config(2, expert_dim=8)}, {"attention": "nsa"}, {}, {"attention": "mla"}, {"attention": "rwkv"},
+], ids=["experts", "nsa", "dense", "mla", "rwkv"])  # fmt: skip
+def test_adapters_beside_the_matrices_compute_what_merged_ones_do(more):
+    """A whole sequence, its gradient, and a step behind a cache."""
+    latent = mla.Config(latent=8, nope_dim=4, rope_dim=4, value_dim=4)
+    config = replace(SHAPE, vocab_size=5, num_layers=2, num_kv_heads=2, latent=latent, **more)
+    params, adapter = transformer.init(jax.random.key(0), config), lora.lora(2, 4.0, pattern="/(q|k|v|r|o|gate|up)$")
+    trained = adapter.init(jax.random.key(1), params)
+    trained = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape, x.dtype), trained)
+    tokens = jax.random.randint(jax.random.key(3), (2, 6), 0, 5)
+
+    def computed(trained, combine):
+        combined = combine(params, trained)
+        cache = transformer.init_cache(config, 2, 8)
+        _, cache = transformer.prefill(combined, tokens, cache, config)
+        step, _ = transformer.decode(combined, tokens[:, 0], cache, jnp.int32(6), config)
+        return transformer.forward(combined, tokens, config), step
+
+    def beside(params, trained):
+        return adapter.beside(params, trained, transformer.low_rank(config))
+
+    one, other = (jax.jit(lambda t, c=c: computed(t, c))(trained) for c in (adapter.merge, beside))
+    close(one, other, 1e-5)
+    slopes = [
+        jax.jit(jax.grad(lambda t, c=c: jnp.sum(jnp.sin(computed(t, c)[0]))))(trained) for c in (adapter.merge, beside)
+    ]
+    close(*slopes, 1e-4)
+    there = jax.tree.leaves(beside(params, trained), is_leaf=lambda x: isinstance(x, lora.LowRank))
+    assert isinstance(beside(params, trained)["layers"]["o"], lora.LowRank)
+    assert sum(isinstance(x, lora.LowRank) for x in there) == {"experts": 10, "mla": 3, "rwkv": 3}.get(
+        "experts" if config.dense_layers else config.attention, 6
+    )
+
+
+def test_a_small_change_is_not_rounded_away_beside_a_matrix_of_half_width():
+    """One step of 1e-4 on W + AB leaves nearly all weights of bfloat16 as they were."""
+    w = jax.random.normal(jax.random.key(0), (64, 64)).astype(jnp.bfloat16)
+    a, b = jax.random.normal(jax.random.key(1), (64, 4)), jnp.full((4, 64), 1e-4)
+    x = jax.random.normal(jax.random.key(2), (8, 64))
+    unchanged = jnp.mean(w + (a @ b).astype(jnp.bfloat16) == w)
+    change = lora.product("...d,df->...f", x, lora.LowRank(w, a, b)) - lora.product("...d,df->...f", x, w)
+    assert unchanged > 0.8
+    np.testing.assert_allclose(change, x @ a @ b, atol=1e-4)
 
 
 def test_evaluation_samples_as_training_does():

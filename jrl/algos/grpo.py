@@ -101,7 +101,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         hyper, mask = state.hyper, batch.rollout.mask
         scored = score(
             model,
-            adapter.merge(state.frozen, trained),
+            adapted(state.frozen, trained),
             batch.prompt,
             batch.rollout,
             valid=batch.valid,
@@ -140,7 +140,13 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         )
 
     def policy(state: State) -> Any:
-        return adapter.merge(state.frozen, state.params)
+        return adapted(state.frozen, state.params)
+
+    def adapted(frozen: Params, trained: Any) -> Any:
+        """The parameters that are computed with."""
+        if model.low_rank is None:
+            return adapter.merge(frozen, trained)
+        return adapter.beside(frozen, trained, model.low_rank)
 
     def draw(state: State, key: Array, prompt: Array, valid: Array) -> Rollout:
         support = config.support(state.hyper.temperature)

@@ -35,6 +35,7 @@ class Model(NamedTuple):
         vocab_size: V.
         balance: ``(params, load) -> params`` after a step of learning, with routers' biases moved towards an even load.
         balance_loss: ``load -> []``, the loss that evens the load of routers without a bias; 0 for all others.
+        low_rank: a regular expression for the parameters that may be ``lora.LowRank``; None for none.
     """
 
     init: Callable[[Array], Any]
@@ -45,6 +46,7 @@ class Model(NamedTuple):
     vocab_size: int
     balance: Callable[[Any, moe.Load], Any] = lambda params, load: params
     balance_loss: Callable[[moe.Load], Array | float] = lambda load: 0.0
+    low_rank: str | None = None
 
 
 def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float32, tokens: int | None = None) -> Model:
@@ -95,6 +97,7 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         config.vocab_size,
         lambda params, load: transformer.balanced(params, load, config),
         lambda load: transformer.balance_loss(load, config),
+        transformer.low_rank(config),
     )
 
 

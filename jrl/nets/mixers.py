@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jrl.attention import attend, mla, nsa, nsa_cache, rwkv
 from jrl.attention import cache as kv_cache
 from jrl.attention.rotary import rms_norm, rope
+from jrl.numerics.lora import product
 
 Array = jax.Array
 
@@ -47,6 +48,7 @@ class Mixer(NamedTuple):
         step: ``(layer, y [B, dim], cache, position, start, config) -> ([B, H, width], cache)``.
         prefill: ``(layer, y, tokens, cache, config) -> ([B, T, H, width], cache)``: a whole sequence, kept in an empty cache; its
             padding is a segment.
+        low_rank: Names of the matrices that may have an adapter beside them (``lora.LowRank``).
     """
 
     leaves: Callable[[Any], dict[str, Any]]
@@ -54,6 +56,7 @@ class Mixer(NamedTuple):
     init_cache: Callable[[Any, int, int, Any], Any]
     step: Callable[[Any, Array, Any, Array, Array | int, Any], tuple[Array, Any]]
     prefill: Callable[[Any, Array, Tokens, Any, Any], tuple[Array, Any]]
+    low_rank: tuple[str, ...] = ()
 
 
 # Queries, keys and values of each token
@@ -81,8 +84,8 @@ def project(layer: Any, x: Array, config: Any) -> tuple[Array, Array, Array]:
     def p(name):
         return layer[name].astype(x.dtype)
 
-    q = jnp.einsum("...d,dhw->...hw", x, p("q"))
-    k, v = (jnp.einsum("...d,ndhw->n...hw", x, p(name)) for name in ("k", "v"))
+    q = product("...d,dhw->...hw", x, layer["q"])
+    k, v = (product("...d,ndhw->n...hw", x, layer[name]) for name in ("k", "v"))
     if config.qkv_bias:
         q = q + jnp.broadcast_to(p("q_bias"), q.shape)
         k, v = (
@@ -347,11 +350,11 @@ def _rwkv_step(layer: Any, y: Array, cache: Any, position: Array, start: Array |
     return _rwkv_out(layer, mixed, gate, config), Recurrent(state, y.astype(cache.before.dtype))
 
 
-_DENSE = Mixer(projections, _sequence, _init_cache, _step, _prefill)
+_DENSE = Mixer(projections, _sequence, _init_cache, _step, _prefill, ("q", "k", "v"))
 MIXERS = {
     "dense": _DENSE,
     "window": _DENSE,
-    "nsa": Mixer(_sparse_leaves, _sparse_sequence, _sparse_cache, _sparse_step, _sparse_prefill),
+    "nsa": Mixer(_sparse_leaves, _sparse_sequence, _sparse_cache, _sparse_step, _sparse_prefill, ("q", "k", "v")),
     "mla": Mixer(_latent_leaves, _latent_sequence, _latent_cache, _latent_step, _latent_prefill),
     "rwkv": Mixer(_rwkv_leaves, _rwkv_sequence, _rwkv_cache, _rwkv_step, _rwkv_prefill),
 }

@@ -21,6 +21,7 @@ from jrl.attention import Implementation, mla, nsa
 from jrl.attention.rotary import Scaling, rms_norm
 from jrl.nets import moe
 from jrl.nets.mixers import MIXERS, Leaf, Tokens
+from jrl.numerics import lora
 from jrl.numerics.settings import AtLeastOne, NonNegativeInt, Positive, Settings, Unit
 from jrl.numerics.types import Params
 
@@ -156,6 +157,15 @@ def _layer_leaves(config: Config, depth: int) -> dict[str, Any]:
     return layer
 
 
+def low_rank(config: Config) -> str:
+    """A regular expression for the paths of those matrices that may have an adapter beside them, ``lora.LowRank``."""
+    paths = []
+    for name, shape in stacks(config).items():
+        dense = () if shape.experts.experts else ("gate", "up", "down")
+        paths.append(f"{name}/({'|'.join((*MIXERS[shape.attention].low_rank, 'o', *dense))})")
+    return f"^({'|'.join(paths)})$"
+
+
 def _is_leaf(x: Any) -> bool:
     return isinstance(x, Leaf)
 
@@ -196,7 +206,7 @@ def ffn_and_load(layer: Any, x: Array, config: Config, counted: Array | None = N
 
 
 def _linear(layer: Any, name: str, x: Array) -> Array:
-    return _biased(layer, name, x @ layer[name].astype(x.dtype))
+    return _biased(layer, name, lora.product("...d,df->...f", x, layer[name]))
 
 
 def _biased(layer: Any, name: str, y: Array) -> Array:
@@ -207,7 +217,7 @@ def _biased(layer: Any, name: str, y: Array) -> Array:
 
 def out(layer: Any, mixed: Array) -> Array:
     """Heads ``[..., H, D]`` back into the stream."""
-    return _biased(layer, "o", jnp.einsum("...hw,hwd->...d", mixed, layer["o"].astype(mixed.dtype)))
+    return _biased(layer, "o", lora.product("...hw,hwd->...d", mixed, layer["o"]))
 
 
 # A whole sequence
