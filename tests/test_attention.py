@@ -491,3 +491,11 @@ def test_it_lowers_for_a_gpu():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(*qkv(1, 8, 4, 2, 16, 16))
+
+
+@pytest.mark.parametrize("position", [jnp.int32(6), jnp.array([6, 1, 3])])
+def test_a_token_is_written_among_the_rows_of_all_layers(position):
+    rows, new = jax.random.normal(jax.random.key(0), (4, 3, 5, 2)), jnp.ones((3, 2))
+    written = cache.put(cache.Layer(rows, jnp.int32(2)), new, position)
+    np.testing.assert_array_equal(cache.seen(written), cache.put(rows[2], new, position))
+    np.testing.assert_array_equal(written.rows[jnp.array([0, 1, 3])], rows[jnp.array([0, 1, 3])])

@@ -202,3 +202,22 @@ def test_a_vision_transformer_is_a_torso(key):
 def test_wrong_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_step_writes_its_token_in_place():
+    """A loop of decoding needs no second cache: its memory is that of the cache, and of what one layer computes."""
+    config = transformer.Config(vocab_size=8, dim=16, num_layers=6, num_heads=2, num_kv_heads=2, ffn_dim=16)
+    params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
+    cache = jax.eval_shape(lambda: transformer.init_cache(config, 4, 512))
+
+    def run(params, cache):
+        def step(carry):
+            t, token, cache = carry
+            logits, cache = transformer.decode(params, token, cache, t, config)
+            return t + 1, jnp.argmax(logits, -1).astype(jnp.int32), cache
+
+        return jax.lax.while_loop(lambda c: c[0] < 512, step, (jnp.int32(0), jnp.zeros(4, jnp.int32), cache))[1]
+
+    room = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+    needed = jax.jit(run, donate_argnums=1).lower(params, cache).compile().memory_analysis().temp_size_in_bytes
+    assert needed < 1.6 * room  # the cache, and the rows of one layer of six

@@ -7,7 +7,7 @@
 A capacity as long as the sequence is a full cache; one as long as a window holds that window.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,31 @@ Array = jax.Array
 
 
 class KV(NamedTuple):
-    """Keys ``[B, capacity, K, D]`` and values ``[B, capacity, K, Dv]``; the token at position p lies at ``p % capacity``."""
+    """Keys ``[B, capacity, K, D]`` and values ``[B, capacity, K, Dv]``; the token at position p lies at ``p % capacity``. Each is an array, or a
+    ``Layer`` where tokens are written."""
 
-    k: Array
-    v: Array
+    k: Any
+    v: Any
+
+
+class Layer(NamedTuple):
+    """Rows of one layer among those of all ``[L, B, R, ...]``, so that a token is written in its place and no other row is copied."""
+
+    rows: Array
+    layer: Array  # int32: which
+
+
+def seen(cache: Any) -> Any:
+    """The cache with the rows ``[B, R, ...]`` of each ``Layer`` in it."""
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x.rows, x.layer, 0, keepdims=False) if is_layer(x) else x,
+        cache,
+        is_leaf=is_layer,
+    )
+
+
+def is_layer(x: Any) -> bool:
+    return isinstance(x, Layer)
 
 
 def init(
@@ -40,16 +61,21 @@ def init(
     return KV(jnp.zeros((*shape, head_dim), dtype), jnp.zeros((*shape, value_dim or head_dim), dtype))
 
 
-def put(rows: Array, new: Array, position: Array) -> Array:
-    """``rows [B, R, ...]`` with ``new [B, ...]`` written at ``position % R``; position is int32 ``[]`` or ``[B]``."""
-    if new.shape != (rows.shape[0], *rows.shape[2:]):
+def put(rows: Any, new: Array, position: Array) -> Any:
+    """``rows [B, R, ...]``, an array or a ``Layer``, with ``new [B, ...]`` written at ``position % R``; position is int32 ``[]`` or ``[B]``."""
+    whole = rows.rows if is_layer(rows) else rows[None]
+    layer = rows.layer if is_layer(rows) else 0
+    if new.shape != (whole.shape[1], *whole.shape[3:]):
         raise ValueError(
-            f"a cache of {list(rows.shape)} takes {[rows.shape[0], *rows.shape[2:]]}; got {list(new.shape)}"
+            f"a cache of {list(whole.shape[1:])} takes {[whole.shape[1], *whole.shape[3:]]}; got {list(new.shape)}"
         )
-    at = position % rows.shape[1]
+    at, new = position % whole.shape[2], new.astype(whole.dtype)
     if jnp.ndim(at) == 0:
-        return jax.lax.dynamic_update_slice_in_dim(rows, new[:, None].astype(rows.dtype), at, 1)
-    return rows.at[jnp.arange(rows.shape[0]), at].set(new.astype(rows.dtype))
+        place = [jnp.asarray(i, jnp.int32) for i in (layer, 0, at, *(0,) * (new.ndim - 1))]
+        whole = jax.lax.dynamic_update_slice(whole, new[None, :, None], place)
+    else:
+        whole = whole.at[layer, jnp.arange(len(new)), at].set(new)
+    return rows._replace(rows=whole) if is_layer(rows) else whole[0]
 
 
 def write(cache: KV, k: Array, v: Array, position: Array) -> KV:
@@ -88,6 +114,7 @@ def decode_step(
         window: only the last so many tokens are seen.
         scale: of the scores; ``D ** -0.5`` if not given.
     """
+    cache = seen(cache)
     batch, heads, dim = q.shape
     capacity, kv_heads = cache.k.shape[1:3]
     if cache.k.shape[0] != batch or heads % kv_heads or cache.k.shape[3] != dim:

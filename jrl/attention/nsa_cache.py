@@ -121,7 +121,7 @@ def decode_step(
     first = jnp.broadcast_to(jnp.arange(compressed.k.shape[1])[None] * config.stride, compressed.k.shape[:2])
     out_compress, importance = compressed_attention(one, compressed.k, compressed.v, first, t, zero, config, scale)
 
-    size, capacity, kv_heads = config.select_block, *cache.select.k.shape[1:3]
+    size, (capacity, kv_heads) = config.select_block, cache.select.k.shape[1:3]
     chosen = select(importance, t // size, zero, capacity // size, config)  # [B, K, 1, n]
     grouped = group(one, kv_heads).transpose(0, 2, 1, 3, 4)
     k, v = (take_blocks(x, chosen[:, :, 0], size)[:, :, None].astype(q.dtype) for x in cache.select)

@@ -45,7 +45,8 @@ class Mixer(NamedTuple):
         leaves: ``config -> {name: Leaf}`` of a layer, or a tree of them.
         sequence: ``(layer, y [B, T, dim], tokens, config) -> [B, T, H, width]``.
         init_cache: ``(config, batch, capacity, dtype) -> cache`` of a layer.
-        step: ``(layer, y [B, dim], cache, position, start, config) -> ([B, H, width], cache)``.
+        step: ``(layer, y [B, dim], cache, position, start, config) -> ([B, H, width], cache)``; the leaves of the cache are arrays or
+            ``cache.Layer``, and those of the one that is returned too.
         prefill: ``(layer, y, tokens, cache, config) -> ([B, T, H, width], cache)``: a whole sequence, kept in an empty cache; its
             padding is a segment.
         low_rank: Names of the matrices that may have an adapter beside them (``lora.LowRank``).
@@ -214,9 +215,11 @@ def _sparse_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
 
 def _sparse_step(layer: Any, y: Array, cache: Any, position: Array, start: Array | int, config: Any):
     q, k, v = _placed_step(layer, y, position, start, config)
+    small = {name: kv_cache.seen(getattr(cache, name)) for name in ("recent", "compressed")}
+    cache = cache._replace(**small)
     cache = nsa_cache.write(layer["compress"], cache, _streams(k, v), position, config.sparse, start=start)
     gates = branch_gates(layer, y)
-    return nsa_cache.decode_step(q, gates, cache, position, config.sparse, start=start), cache
+    return nsa_cache.decode_step(q, gates, kv_cache.seen(cache), position, config.sparse, start=start), cache
 
 
 # Latent attention
@@ -252,7 +255,8 @@ def _latent_step(layer: Any, y: Array, cache: Any, position: Array, start: Array
     latent, key = mla.latents(params, y, at, config.latent)
     nope, turned = mla.queries(params, y, at, config.latent)
     cache = mla.write(cache, latent[:, 0], key[:, 0], position)
-    return mla.decode_step(params, nope[:, 0], turned[:, 0], cache, position, config.latent, start=start), cache
+    kept = kv_cache.seen(cache)
+    return mla.decode_step(params, nope[:, 0], turned[:, 0], kept, position, config.latent, start=start), cache
 
 
 # RWKV
@@ -343,6 +347,7 @@ def _rwkv_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
 
 
 def _rwkv_step(layer: Any, y: Array, cache: Any, position: Array, start: Array | int, config: Any):
+    cache = kv_cache.seen(cache)
     first = kv_cache.per_row(position, len(y)) == kv_cache.per_row(start, len(y))
     before = jnp.where(first[:, None], 0, cache.before.astype(y.dtype))
     r, k, v, log_w, gate = _rwkv_inputs(layer, y, before)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.attention import Implementation, mla, nsa
+from jrl.attention import cache as kv_cache
 from jrl.attention.rotary import Scaling, rms_norm
 from jrl.nets import moe
 from jrl.nets.mixers import MIXERS, Leaf, Tokens
@@ -336,7 +337,7 @@ def prefill(
     whole = MIXERS[config.attention].prefill
 
     def mix(layer, y, cache, config):
-        return whole(layer, y, place, cache, config)
+        return whole(layer, y, place, kv_cache.seen(cache), config)
 
     x, cache = _with_caches(params, params["embedding"][tokens], cache, config, mix)
     return logits(params, rms_norm(x[:, -1], params["norm"], config.norm_eps), config), cache
@@ -397,13 +398,23 @@ def _with_caches(
 ) -> tuple[Array, Any]:
     """All layers, each with its cache; ``mix`` is ``(layer, normalized x, cache, config) -> (heads, cache)``."""
 
-    def run(x: Array, both: tuple[Any, Any], config: Config) -> tuple[Array, Any]:
-        layer, cache = both
-        mixed, cache = mix(layer, rms_norm(x, layer["attention_norm"], config.norm_eps), cache, config)
+    # The caches of all layers are carried and written in place: as inputs and outputs of the scan they would be copied whole.
+    def run(carry: tuple[Array, Any], both: tuple[Any, Array], config: Config) -> tuple[tuple[Array, Any], None]:
+        (x, caches), (layer, number) = carry, both
+        mine = jax.tree.map(lambda rows: kv_cache.Layer(rows, number), caches)
+        mixed, mine = mix(layer, rms_norm(x, layer["attention_norm"], config.norm_eps), mine, config)
         x = x + out(layer, mixed)
-        return x + ffn(layer, x, config), cache
+        return (x + ffn(layer, x, config), jax.tree.map(partial(_kept, number), caches, mine)), None
 
-    caches = {}
+    written = {}
     for name, shape in stacks(config).items():
-        x, caches[name] = jax.lax.scan(partial(run, config=shape), x, (params[name], cache[name]))
-    return x, caches
+        numbers = jnp.arange(shape.num_layers)
+        (x, written[name]), _ = jax.lax.scan(partial(run, config=shape), (x, cache[name]), (params[name], numbers))
+    return x, written
+
+
+def _kept(number: Array, rows: Array, mine: Any) -> Array:
+    """The rows of all layers with those of one, unless these are in their place already."""
+    if kv_cache.is_layer(mine):
+        return mine.rows
+    return jax.lax.dynamic_update_index_in_dim(rows, mine, number, 0)
