@@ -213,7 +213,8 @@ def main(argv: list[str]) -> None:
     where = sharding.like(mesh, params, of_params, shapes)
     state = jax.jit(learner.init, out_shardings=where)(*start)
     del params, start
-    sample, learn = jax.jit(learner.sample), jax.jit(learner.learn, out_shardings=(where, None))
+    sample = jax.jit(learner.sample)
+    learn = jax.jit(learner.learn, donate_argnums=0, out_shardings=(where, None))
 
     def step(state: grpo.State, done: int) -> tuple[grpo.State, dict[str, float], list[str]]:
         with jax.set_mesh(mesh):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jrl.attention import mla, nsa
+from jrl.lm import sampling
 from jrl.lm.sampling import Support, decoder, kept, sample, score
-from jrl.nets import transformer
+from jrl.nets import mixers, transformer
 
 END, PAD = 1, 0
 SHAPE = {"vocab_size": 11, "dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 16}
@@ -47,6 +48,68 @@ def test_what_was_sampled_is_what_is_scored(kind):
     np.testing.assert_allclose(
         np.where(rollout.mask, scored.log_prob, 0), np.where(rollout.mask, rollout.log_prob, 0), atol=2e-5
     )
+
+
+def test_answers_to_one_prompt_read_it_once(dense):
+    """The same answers as to the prompt repeated; a model that cannot repeat its cache reads it again."""
+    model, params, run = dense
+    prompt, valid = prompts(2)
+    twice = {"prompt": jnp.repeat(prompt, 3, axis=0), "valid": jnp.repeat(valid, 3, axis=0)}
+    wanted = run(jax.random.key(2), params=params, **twice)
+    for able in (model, model._replace(repeat=None)):
+        found = sample(jax.random.key(2), able, params, prompt, length=8, end=END, valid=valid, copies=3)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, wanted)
+    read = []
+
+    def prefill(*args):
+        read.append(args[1].shape)
+        return model.prefill(*args)
+
+    jax.eval_shape(
+        lambda k: sample(k, model._replace(prefill=prefill), params, prompt, length=8, end=END, copies=3),
+        jax.random.key(0),
+    )
+    assert read == [(2, 6)]
+    with pytest.raises(ValueError, match="copies must be"):
+        sample(jax.random.key(2), model, params, prompt, length=8, end=END, copies=0)
+
+
+def test_a_few_rows_are_scored_at_once_where_all_do_not_fit(dense, monkeypatch):
+    model, params, run = dense
+    prompt, valid = prompts()
+    rollout = run(jax.random.key(2), params=params, prompt=prompt, valid=valid)
+    scores = []
+    for at_once in (2**25, 2 * 8 * 11 + 5, 1):  # all, two rows, one row
+        monkeypatch.setattr(sampling, "AT_ONCE", at_once)
+        scores.append(score(model, params, prompt, rollout, valid=valid))
+    for other in scores[1:]:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), other, scores[0])
+
+
+def test_padding_is_turned_behind_and_back_and_so_are_slopes():
+    x, steps = jnp.arange(12.0).reshape(2, 6), jnp.array([2, 0])
+    np.testing.assert_array_equal(sampling._turned(x, -steps)[0], [2, 3, 4, 5, 0, 1])
+    np.testing.assert_array_equal(sampling._turned(sampling._turned(x, -steps), steps), x)
+    slope = jax.grad(lambda x: jnp.sum(sampling._turned(x, steps) * jnp.arange(6.0)[None]))(x)
+    np.testing.assert_array_equal(slope, [[2, 3, 4, 5, 0, 1], [0, 1, 2, 3, 4, 5]])
+
+
+def test_attention_while_training_has_no_segments():
+    """cuDNN refuses them: padding stands behind the tokens instead, which do not see it."""
+    asked = []
+
+    def attend(q, k, v, **options):
+        asked.append((options["segment_ids"], options["valid"]))
+        return q
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mixers, "attend", attend)
+        model = model_of()
+        prompt, valid = prompts()
+        jax.eval_shape(
+            lambda p: model.hidden_and_load(p, prompt, valid, valid), jax.eval_shape(model.init, jax.random.key(0))
+        )
+    assert asked == [(None, None)]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +187,7 @@ def test_wrong_arguments_are_one_clear_line(dense):
         ({"support": Support(0.0)}, "temperature must be above 0; got 0"),
         ({"support": Support(top_k=12)}, "top_k must be between 0 and 11; got 12"),
         ({"support": Support(top_p=1.5)}, "top_p must be between 0 and 1; got 1.5"),
-        ({"valid": jnp.ones((4, 5), bool)}, r"sample: prompt must be \[B, P\] and valid like it"),
+        ({"valid": jnp.ones((4, 5), bool)}, r"sample: prompt must be \[N, P\] and valid like it"),
     ):
         with pytest.raises(ValueError, match=message):
             sample(jax.random.key(0), model, params, prompt, **({"length": 4, "end": END} | wrong))

@@ -149,8 +149,11 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         return adapter.beside(frozen, trained, model.low_rank)
 
     def draw(state: State, key: Array, prompt: Array, valid: Array) -> Rollout:
-        support = config.support(state.hyper.temperature)
-        return sample(key, model, policy(state), prompt, length=length, end=end, valid=valid, pad=pad, support=support)
+        one_each = prompt[:: config.group_size], valid[:: config.group_size]
+        support, sizes = config.support(state.hyper.temperature), {"length": length, "copies": config.group_size}
+        return sample(
+            key, model, policy(state), one_each[0], valid=one_each[1], end=end, pad=pad, support=support, **sizes
+        )
 
     def log_probs(params: Params, state: State, prompt: Array, valid: Array, rollout: Rollout) -> Array:
         """Log-probabilities of the tokens of all answers, computed in micro-batches."""
@@ -256,7 +259,7 @@ class Learner(NamedTuple):
     Attributes:
         init: ``(key, params, hyper, num_updates=None) -> State``.
         policy: ``State -> params`` of the model that answers.
-        sample: ``(state, key, prompt [N, P], valid) -> Rollout``.
+        sample: ``(state, key, prompt [N, P], valid) -> Rollout``; the prompts of a group stand side by side, and are read once.
         learn: ``(state, key, prompt, valid, rollout, reward [N]) -> (State, Metrics)``; groups stand side by side. An answer that
             nobody judged is left out by masking all of its tokens: it has no gradient, and no part in its group's mean and deviation.
     """

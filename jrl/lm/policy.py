@@ -88,7 +88,6 @@ def answer(
     """Draw problems, answer each ``group_size`` times, and verify."""
     key_draw, key_sample = jax.random.split(key)
     problems = jax.vmap(task.draw)(jax.random.split(key_draw, num_prompts))
-    problems = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), problems)
     rollout = sample(
         key_sample,
         model,
@@ -99,6 +98,8 @@ def answer(
         valid=problems.valid,
         pad=PAD,
         support=support,
+        copies=group_size,
     )
+    problems = jax.tree.map(lambda x: jnp.repeat(x, group_size, axis=0), problems)
     parts = jax.vmap(task.verify)(problems, rollout.tokens, rollout.mask)
     return Answers(problems, rollout, parts)

@@ -36,6 +36,7 @@ class Model(NamedTuple):
         balance: ``(params, load) -> params`` after a step of learning, with routers' biases moved towards an even load.
         balance_loss: ``load -> []``, the loss that evens the load of routers without a bias; 0 for all others.
         low_rank: a regular expression for the parameters that may be ``lora.LowRank``; None for none.
+        repeat: ``(cache, copies) -> cache``, each row so many times, side by side; None to read a prompt once for each of its answers.
     """
 
     init: Callable[[Array], Any]
@@ -47,6 +48,7 @@ class Model(NamedTuple):
     balance: Callable[[Any, moe.Load], Any] = lambda params, load: params
     balance_loss: Callable[[moe.Load], Array | float] = lambda load: 0.0
     low_rank: str | None = None
+    repeat: Callable[[Any, int], Any] | None = None
 
 
 def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float32, tokens: int | None = None) -> Model:
@@ -68,12 +70,11 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         return precision.cast_params(params, jnp.dtype(dtype).name)
 
     def hidden_and_load(params: Params, tokens: Array, valid: Array, counted: Array) -> tuple[Array, moe.Load]:
-        params = cast(params)
-        at = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
-        ids = valid.astype(jnp.int32)
-        return transformer.blocks_and_loads(
-            params, params["embedding"][tokens], config, positions=at, segment_ids=ids, counted=counted
-        )
+        # Padding goes behind the tokens, which never see what follows them: no segments, which cuDNN would refuse.
+        params, padding = cast(params), jnp.argmax(valid, axis=1)
+        tokens, counted = (_turned(x, -padding) for x in (tokens, counted))
+        hidden, load = transformer.blocks_and_loads(params, params["embedding"][tokens], config, counted=counted)
+        return _turned(hidden, padding), load
 
     def known(logits: Array) -> Array:
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
@@ -98,6 +99,7 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         lambda params, load: transformer.balanced(params, load, config),
         lambda load: transformer.balance_loss(load, config),
         transformer.low_rank(config),
+        lambda cache, copies: jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), cache),
     )
 
 
@@ -185,24 +187,31 @@ def sample(
     valid: Array | None = None,
     pad: int = 0,
     support: Support = Support(),
+    copies: int = 1,
 ) -> Rollout:
-    """Answers of up to ``length`` tokens to prompts int ``[B, P]``, padded on the left where ``valid`` is false.
+    """Answers of up to ``length`` tokens to prompts int ``[N, P]``, padded on the left where ``valid`` is false: ``copies`` to each, side by side,
+    of which the prompt is read once, ``B = N copies`` in all.
 
     The key is one, from which each row's is folded, or one a row ``[B]``: a row does not depend on the rows beside it; a raw one of
     ``jax.random.PRNGKey`` will do. The loop stops when every row has said ``end``, or one of several; ``pad`` may be one of them.
     Raises ``ValueError`` for wrong shapes and settings.
     """
     checks.positive_int("length", length)
+    checks.positive_int("copies", copies)
     check_support(support, model.vocab_size)
     if prompt.ndim != 2 or (valid is not None and valid.shape != prompt.shape):
         given = None if valid is None else list(valid.shape)
-        raise ValueError(f"sample: prompt must be [B, P] and valid like it; got {list(prompt.shape)} and {given}")
+        raise ValueError(f"sample: prompt must be [N, P] and valid like it; got {list(prompt.shape)} and {given}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     ends = jnp.atleast_1d(jnp.asarray(end, jnp.int32))
-    batch, width = prompt.shape
-    prompt, valid = sharding.rows((prompt, jnp.ones(prompt.shape, bool) if valid is None else valid))
-    start = (width - valid.sum(1)).astype(jnp.int32)
+    valid = jnp.ones(prompt.shape, bool) if valid is None else valid
+    if copies > 1 and (model.repeat is None or len(prompt) % (sharding.data_devices() or 1)):
+        prompt, valid = (jnp.repeat(x, copies, axis=0) for x in (prompt, valid))
+        copies = 1
+    batch, width = prompt.shape[0] * copies, prompt.shape[1]
+    prompt, valid = sharding.rows((prompt, valid))
+    start = jnp.repeat((width - valid.sum(1)).astype(jnp.int32), copies)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch)) if key.ndim == 0 else key
 
     def say(out: Rollout, logits: Array, t: Array, alive: Array) -> tuple[Rollout, Array, Array]:
@@ -224,6 +233,9 @@ def sample(
     bits = jnp.zeros((*shape, -(-model.vocab_size // 8)), jnp.uint8) if support.truncates else None
     empty = Rollout(jnp.full(shape, pad, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32), bits)
     logits, cache = model.prefill(params, prompt, valid, width + length)
+    if copies > 1:
+        assert model.repeat is not None
+        logits, cache = jnp.repeat(logits, copies, axis=0), model.repeat(cache, copies)
     out, token, alive = say(empty, logits, jnp.int32(0), jnp.ones(batch, bool))
     first = (jnp.int32(1), token, cache, alive, out)
     return jax.lax.while_loop(lambda c: (c[0] < length) & jnp.any(c[3]), go, first)[4]
@@ -281,8 +293,11 @@ def score(
     inputs = (hidden, ref_hidden, rollout.tokens, rollout.kept)
     if rollout.tokens.size * model.vocab_size <= AT_ONCE:
         log_prob, entropy, kl = of_rows(inputs)
-    else:  # row by row: all logits would be larger than the model
-        log_prob, entropy, kl = jax.lax.map(jax.checkpoint(of_rows), inputs)
+    else:  # a few rows at once: all logits would be larger than the model
+        batch, length = rollout.tokens.shape
+        fit = [n for n in range(1, batch + 1) if batch % n == 0 and n * length * model.vocab_size <= AT_ONCE]
+        rows = max(fit, default=1)
+        log_prob, entropy, kl = jax.lax.map(jax.checkpoint(of_rows), inputs, batch_size=rows)
     return Scored(log_prob, entropy, kl, load)
 
 
@@ -301,6 +316,22 @@ def _read(prompt: Array, rollout: Rollout, valid: Array | None) -> tuple[Array, 
     whole = jnp.concatenate([prompt, rollout.tokens], axis=1)[:, :-1]
     behind = jnp.ones(rollout.mask.shape, bool)
     return sharding.rows((whole, *(jnp.concatenate([valid, x], axis=1)[:, :-1] for x in (behind, rollout.mask))))
+
+
+@jax.custom_vjp
+def _turned(x: Array, steps: Array) -> Array:
+    """Each row of ``x [B, L, ...]`` moved on by ``steps [B]``, what leaves it at the end entering at the beginning. Its derivative turns
+    back, where that of a gather would be a scatter."""
+    length = x.shape[1]
+    at = (jnp.arange(length)[None] - steps[:, None]) % length
+    return jnp.take_along_axis(x, at.reshape(*at.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def _turned_back(steps: Array, slope: Array) -> tuple[Array, None]:
+    return _turned(slope, -steps), None
+
+
+_turned.defvjp(lambda x, steps: (_turned(x, steps), steps), _turned_back)
 
 
 def _of(log_p: Array, token: Array) -> Array:

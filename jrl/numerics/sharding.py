@@ -72,12 +72,17 @@ def like(mesh: Mesh, params: Params, of_params: Params, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, state)
 
 
+def data_devices() -> int | None:
+    """Number of devices of the mesh axis "data" of ``jax.set_mesh``; None without one."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get("data")
+
+
 def rows(tree: Any) -> Any:
     """Leading axes laid over the mesh axis "data" of ``jax.set_mesh``; as they are without one.
 
     Raises ``ValueError`` for rows that do not divide evenly.
     """
-    devices = dict(jax.sharding.get_abstract_mesh().shape).get("data")
+    devices = data_devices()
     if devices is None:
         return tree
     for x in jax.tree.leaves(tree):
