@@ -13,6 +13,7 @@ from jrl import intrinsic, nets
 from jrl.algos import (
     auxiliary_tasks,
     bc,
+    dpo,
     dqfd,
     dqn,
     ebu,
@@ -26,6 +27,7 @@ from jrl.algos import (
     pqn,
     r2d2,
     reverse_curriculum,
+    reward_model,
     rudder,
     sac,
     self_imitation,
@@ -88,6 +90,7 @@ WITH_SETTINGS = (
     *(
         auxiliary_tasks,
         bc,
+        dpo,
         dqfd,
         dqn,
         ebu,
@@ -101,6 +104,7 @@ WITH_SETTINGS = (
         pqn,
         r2d2,
         reverse_curriculum,
+        reward_model,
         rudder,
     ),
     *(sac, self_imitation, sft, td, td3),

@@ -5,6 +5,7 @@ from typing import Any
 
 __all__ = [
     "bc",
+    "dpo",
     "dqfd",
     "dqn",
     "ebu",
@@ -19,6 +20,7 @@ __all__ = [
     "presets",
     "r2d2",
     "reverse_curriculum",
+    "reward_model",
     "rudder",
     "sac",
     "sft",

@@ -28,12 +28,12 @@ from jrl.algos.grpo_kin import method as method
 from jrl.equations import token_losses
 from jrl.experience import rollout
 from jrl.lm import groups
-from jrl.lm.policy import answer, language_model, reader
+from jrl.lm.policy import adapted, adapter_of, answer, language_model, reader
 from jrl.lm.sampling import Model, Rollout, check_support, sample, score
 from jrl.lm.tasks import END, PAD, Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe
-from jrl.numerics import checks, lora, optim
+from jrl.numerics import checks, optim
 from jrl.numerics.settings import check_hyper
 from jrl.numerics.types import OptState, Params
 
@@ -44,7 +44,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
     """GRPO of a model whose answers have up to ``length`` tokens, as pure functions. Raises ``ValueError`` for a wrong setting."""
     check(config)
     check_support(config.support(1.0), model.vocab_size)
-    adapter = lora.lora(config.lora_rank, 2.0 * config.lora_rank) if config.lora_rank else lora.full()
+    adapter = adapter_of(config.lora_rank)
     keeps_start = bool(config.lora_rank) or config.kl != "none"
     estimates_kl = config.kl in ("k1", "k2", "k3")
     fixed_length = float(length) if config.reduction == "constant" else None
@@ -101,7 +101,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         hyper, mask = state.hyper, batch.rollout.mask
         scored = score(
             model,
-            adapted(state.frozen, trained),
+            adapted(model, adapter, state.frozen, trained),
             batch.prompt,
             batch.rollout,
             valid=batch.valid,
@@ -140,13 +140,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         )
 
     def policy(state: State) -> Any:
-        return adapted(state.frozen, state.params)
-
-    def adapted(frozen: Params, trained: Any) -> Any:
-        """The parameters that are computed with."""
-        if model.low_rank is None:
-            return adapter.merge(frozen, trained)
-        return adapter.beside(frozen, trained, model.low_rank)
+        return adapted(model, adapter, state.frozen, state.params)
 
     def draw(state: State, key: Array, prompt: Array, valid: Array) -> Rollout:
         one_each = prompt[:: config.group_size], valid[:: config.group_size]

@@ -11,7 +11,7 @@ from jrl.lm.own import checked, computed_in
 from jrl.lm.sampling import Model, Rollout, Support, decoder, sample, supported
 from jrl.lm.tasks import END, PAD, Problem, Task
 from jrl.nets import transformer
-from jrl.numerics import checks, optim, precision
+from jrl.numerics import checks, lora, optim, precision
 from jrl.numerics.types import Params
 
 Array = jax.Array
@@ -36,6 +36,18 @@ def language_model(task: Task, shape: transformer.Config, policy: str, own: Mode
     parsed = precision.parse(policy)
     model = decoder(replace(shape, vocab_size=len(task.symbols)), jnp.dtype(parsed.compute))
     return model._replace(init=lambda key: precision.cast_params(model.init(key), parsed.params))
+
+
+def adapter_of(lora_rank: int) -> lora.Adapter:
+    """What is trained: matrices of this rank beside the frozen ones, or all parameters if it is 0."""
+    return lora.lora(lora_rank, 2.0 * lora_rank) if lora_rank else lora.full()
+
+
+def adapted(model: Model, adapter: lora.Adapter, frozen: Params, trained: Any) -> Any:
+    """The parameters that are computed with: adapters stand beside their matrices where the model can compute that."""
+    if model.low_rank is None:
+        return adapter.merge(frozen, trained)
+    return adapter.beside(frozen, trained, model.low_rank)
 
 
 class Reading(NamedTuple):
