@@ -179,7 +179,7 @@ def test_keys_are_not_reused_and_precision_and_hyperparameters_are_settings(make
     assert {x.shape for x in jax.tree.leaves(after)} == {(2,)}
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @MAKERS
 def test_a_run_is_resumed_bit_for_bit_and_loaded(make, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHUNK_SECONDS", 0.0)  # one update at a time

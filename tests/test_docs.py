@@ -28,6 +28,12 @@ PAGES = sorted(DOCS.rglob("*.md"))
 
 
 LONG = (
+    "attention",
+    "dpo",
+    "dqfd",
+    "reverse_curriculum",
+    "reward_model",
+    "rudder",
     "first-run",
     "td",
     "algorithm",
@@ -36,7 +42,7 @@ LONG = (
     "run-folder",
     "language-model",
     "parts",
-)  # tutorials that train
+)  # pages whose code takes long: they train, or compile much
 
 
 def pages_with(pattern):

@@ -74,8 +74,9 @@ def run(body, *signals, apart=0.5):
     return out + err, process.returncode, time.monotonic() - begin
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.thorough(6)
 @pytest.mark.parametrize("body", ["long()", "time.sleep(60)", CALLBACK, LIBRARY])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_process_that_cannot_be_interrupted_is_ended(body, number):
     said, status, seconds = run(body, number)
     assert said.strip() == "how to go on" and status == 130

@@ -217,7 +217,7 @@ def test_keys_are_not_reused_and_numbers_are_float32(module, kind):
     assert np.isfinite(metrics["bonus"]) and metrics["bonus"] >= 0 and np.isfinite(metrics["intrinsic_loss"])
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @MODULES
 @pytest.mark.parametrize("kind", ["counts", "rnd", "hash"])
 def test_a_run_is_resumed_bit_for_bit(module, kind, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from jrl.algos.grpo_kin import method as method
 from jrl.equations import token_losses
 from jrl.experience import rollout
 from jrl.lm import groups
-from jrl.lm.policy import adapted, adapter_of, answer, language_model, reader
+from jrl.lm.policy import Answers, adapted, adapter_of, answer, language_model, reader
 from jrl.lm.sampling import Model, Rollout, check_support, sample, score
 from jrl.lm.tasks import END, PAD, Task
 from jrl.lm.tasks.environment import as_environment
@@ -143,11 +143,10 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         return adapted(model, adapter, state.frozen, state.params)
 
     def draw(state: State, key: Array, prompt: Array, valid: Array) -> Rollout:
-        one_each = prompt[:: config.group_size], valid[:: config.group_size]
-        support, sizes = config.support(state.hyper.temperature), {"length": length, "copies": config.group_size}
-        return sample(
-            key, model, policy(state), one_each[0], valid=one_each[1], end=end, pad=pad, support=support, **sizes
-        )
+        asked = [x[:: config.group_size] for x in (prompt, valid)]
+        more: dict[str, Any] = {"length": length, "end": end, "pad": pad, "copies": config.group_size}
+        support = config.support(state.hyper.temperature)
+        return sample(key, model, policy(state), asked[0], valid=asked[1], support=support, **more)
 
     def log_probs(params: Params, state: State, prompt: Array, valid: Array, rollout: Rollout) -> Array:
         """Log-probabilities of the tokens of all answers, computed in micro-batches."""
@@ -161,15 +160,30 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
     return Learner(init, policy, draw, learn)
 
 
-def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper(), *, model: Model | None = None) -> Algorithm:
-    """GRPO on a task with a verifier; a step of the run is one token of an answer. ``hyper`` are the defaults that ``init`` takes;
-    ``model`` takes the place of the decoder that ``config.model`` describes (``jrl.lm.own``).
+def make(
+    task: Task,
+    config: Config = Config(),
+    hyper: Hyper = Hyper(),
+    *,
+    model: Model | None = None,
+    start: Params = None,
+    reward: Callable[[Answers], Array] | None = None,
+) -> Algorithm:
+    """GRPO on a task with a verifier; a step of the run is one token of an answer.
+
+    Args:
+        task: what is asked.
+        config: static settings.
+        hyper: defaults that ``init`` takes.
+        model: in place of the decoder that ``config.model`` describes (``jrl.lm.own``).
+        start: parameters to begin with; at random, or after supervised learning, if not given.
+        reward: of answers, float32 ``[N]``; by default the verifier's parts, weighed by ``hyper``.
 
     Raises ``ValueError`` for a setting out of range or one that does not fit the task.
     """
     checks.instances("grpo.make", task=(task, Task), config=(config, Config), hyper=(hyper, Hyper))
     check_hyper(hyper)
-    remake, own = functools.partial(make, task, hyper=hyper, model=model), model
+    remake, own = functools.partial(make, task, hyper=hyper, model=model, start=start, reward=reward), model
     model = language_model(task, config.model, config.precision, own)
     learning = learner(model, config, length=task.answer_length, end=END, pad=PAD)
     shown = sft.Config(config.model, optimizer=optim.OptimizerConfig("adamw"), precision=config.precision)
@@ -181,16 +195,16 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper(), *, model
         support = config.support(state.hyper.temperature)
         prompts = config.num_prompts * config.oversample
         answers = answer(key_answer, task, model, learning.policy(state), prompts, config.group_size, support)
-        reward = rewards(config, state.hyper, answers.parts, answers.rollout.mask)
+        earned = reward(answers) if reward else rewards(config, state.hyper, answers.parts, answers.rollout.mask)
         scored = groups.scores(answers.parts, config.group_size)
-        metrics = groups.drawn(reward, answers.rollout.mask, config.group_size)
+        metrics = groups.drawn(earned, answers.rollout.mask, config.group_size)
         if config.oversample > 1:
             rows = groups.informative(
                 answers.parts["correct"], answers.rollout.mask, config.group_size, config.num_prompts
             )
-            answers, reward = jax.tree.map(lambda x: x[rows], (answers, reward))
+            answers, earned = jax.tree.map(lambda x: x[rows], (answers, earned))
         problems, rollout_ = answers.problems, answers.rollout
-        state, learned = learning.learn(state, key_learn, problems.prompt, problems.valid, rollout_, reward)
+        state, learned = learning.learn(state, key_learn, problems.prompt, problems.valid, rollout_, earned)
         checks.apart(f"{task.name}: verify's parts", scored, learned | metrics)
         return state._replace(key=key), learned | metrics | scored
 
@@ -198,10 +212,12 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper(), *, model
         hyper = hyper or defaults
         check_hyper(hyper)
         key_start, key_learner = jax.random.split(key)
-        return learning.init(key_learner, start(key_start, hyper), hyper, num_updates)
+        return learning.init(key_learner, begin(key_start, hyper), hyper, num_updates)
 
-    def start(key: Array, hyper: Hyper) -> Any:
-        """Parameters at random, or after supervised learning."""
+    def begin(key: Array, hyper: Hyper) -> Any:
+        """Parameters that are given, at random, or after supervised learning."""
+        if start is not None:
+            return start
         if not config.supervised:
             return model.init(key)
         numbers = sft.Hyper(hyper.supervised_learning_rate, hyper.balance_weight)
