@@ -280,6 +280,9 @@ def test_wrong_settings_are_refused():
         "dqfd.make: demonstrations must be": lambda: made_dqfd(bc.Demonstrations(shown().obs, shown().action)),
         "dqfd|DQfD does not": lambda: made_dqfd(network=nets.ValueConfig(gru=4)),
         "FBRL imagines observations, which must be vectors": lambda: made_fbrl(envs.make("Breakout-MinAtar")),
+        "config.predecessor=one_hot needs observations that are one-hot; those of CartPole": lambda: made_fbrl(
+            envs.make("CartPole-v1")
+        ),
         "goals must be at most config.num_goals = 100": lambda: made_fbrl(goals=goal),
         "config.num_goals must be at least num_envs": lambda: made_fbrl(num_goals=1),
         "config.network.noisy is an option of DQN; FBRL": lambda: made_fbrl(network=nets.ValueConfig(noisy=True)),

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jrl import algorithm, nets
 from jrl.algorithm import Algorithm, Metrics
 from jrl.algos import value_policy
-from jrl.envs.strict import strict
+from jrl.envs.strict import seems_one_hot, strict
 from jrl.envs.types import Environment, MaskedObs, observation_spec
 from jrl.experience import normalize, replay, ring, rollout
 from jrl.experience.greedy import pick
@@ -119,7 +119,7 @@ def make(
     env, defaults = strict(env), hyper
     given: dict[str, Any] = {"goals": goals, "network": network, "optimizer": optimizer, "start": start}
     remake = functools.partial(make, env, hyper=hyper, **given)
-    spec = vector_spec(env)
+    spec = vector_spec(env, config)
     network = value_policy.plain_network("FBRL", env, config, network, start)
     model = nets.backward_model(config.model, spec, env.action_space.n, config.predecessor)  # type: ignore[union-attr]
     # Pairs, since the model needs the observation with which an episode terminated.
@@ -248,12 +248,16 @@ def mean_square(error: Array, weight: Array, rows: Array) -> Array:
     return jnp.sum(jnp.where(used, error**2, 0.0)) / jnp.maximum(used.sum(), 1)
 
 
-def vector_spec(env: Environment) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of observations. Raises ``ValueError`` unless they are vectors without masks."""
+def vector_spec(env: Environment, config: Config) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of observations. Raises ``ValueError`` unless they are vectors without masks, and one-hot if that is asked for."""
     spec = observation_spec(env)
     if isinstance(spec, MaskedObs) or len(getattr(spec, "shape", ())) != 1:
         raise ValueError(
             f"FBRL imagines observations, which must be vectors without masks; those of {env.name} are {spec}"
+        )
+    if config.predecessor == "one_hot" and not seems_one_hot(env):
+        raise ValueError(
+            f"config.predecessor=one_hot needs observations that are one-hot; those of {env.name} are not: take difference"
         )
     return spec
 

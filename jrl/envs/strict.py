@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl.envs.spaces import Box, Discrete, MultiDiscrete, Space, as_space
-from jrl.envs.types import Environment, MaskedObs, State, example_action
+from jrl.envs.types import Environment, MaskedObs, State, example_action, without_mask
 from jrl.numerics import checks
 from jrl.numerics.types import Observation
 
@@ -58,6 +58,16 @@ def strict(env: Any) -> Environment:
 
     step.is_strict = True  # type: ignore[attr-defined]
     return env._replace(reset=reset, step=step)
+
+
+def seems_one_hot(env: Environment) -> bool:
+    """Whether all arrays of the first observation of an episode are one-hot or single numbers. Of simulators, which are not asked, it is true."""
+    if env.host:
+        return True
+    with jax.ensure_compile_time_eval():
+        obs = without_mask(env.reset(jax.random.key(0))[0])
+    arrays = [np.asarray(x, np.float32) for x in jax.tree.leaves(obs)]
+    return all(not x.shape or (x.max() == 1 and np.count_nonzero(x) == 1) for x in arrays)
 
 
 def has_legal_action(space: Space, mask: Array) -> Array:

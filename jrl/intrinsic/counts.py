@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jrl.envs.spaces import Discrete, Space
-from jrl.envs.types import Environment, without_mask
+from jrl.envs.strict import seems_one_hot
+from jrl.envs.types import Environment
 from jrl.equations.exploration import count_bonus
 from jrl.experience import normalize
 from jrl.intrinsic.settings import Config
@@ -60,17 +60,11 @@ def exact(config: Config, obs_spec: Any, action_space: Space) -> Intrinsic:
 
 
 def check_one_hot(env: Environment) -> None:
-    """Raise ``ValueError`` where the first observation of an episode is neither one-hot nor a single integer. Simulators are not asked."""
-    if env.host:
-        return
-    with jax.ensure_compile_time_eval():
-        obs = without_mask(env.reset(jax.random.key(0))[0])
-    for x in jax.tree.leaves(obs):
-        x = np.asarray(x, np.float32)
-        if x.shape and not (x.max() == 1 and np.count_nonzero(x) == 1):
-            raise ValueError(
-                f"bonus.kind=counts needs observations that are one-hot or a single integer; those of {env.name} are not: take hash"
-            )
+    """Raise ``ValueError`` where observations are neither one-hot nor a single integer."""
+    if not seems_one_hot(env):
+        raise ValueError(
+            f"bonus.kind=counts needs observations that are one-hot or a single integer; those of {env.name} are not: take hash"
+        )
 
 
 def hashed(config: Config, obs_spec: Any, action_space: Space) -> Intrinsic:
