@@ -74,6 +74,21 @@ def test_answers_to_one_prompt_read_it_once(dense):
         sample(jax.random.key(2), model, params, prompt, length=8, end=END, copies=0)
 
 
+@pytest.mark.thorough(2)
+@pytest.mark.parametrize("kind", ["nsa", "window", "dense", "mla", "rwkv"])
+def test_a_cache_that_grows_with_the_answer_changes_nothing(kind, monkeypatch):
+    model, (prompt, valid) = model_of(kind), prompts()
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
+    found = []
+    for long in (100, 4):
+        monkeypatch.setattr(sampling, "LONG", long)
+        run = jax.jit(lambda key: sample(key, model, params, prompt, length=21, end=-1, valid=valid))
+        found.append(run(jax.random.key(2)))
+    assert sampling.rooms(6, 21) == [12, 17, 27]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), *found)
+    assert found[0].mask.all()  # nothing ends them: they go through all stages
+
+
 def test_a_few_rows_are_scored_at_once_where_all_do_not_fit(dense, monkeypatch):
     model, params, run = dense
     prompt, valid = prompts()

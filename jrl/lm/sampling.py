@@ -7,6 +7,7 @@
 policy, and under other parameters a token keeps the set of tokens that it was drawn from.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from jrl.numerics.types import Params
 
 Array = jax.Array
 AT_ONCE = 2**25  # logits that scoring holds at once
+LONG = 128  # tokens of an answer from which decoding goes in stages
 
 
 class Model(NamedTuple):
@@ -36,6 +38,7 @@ class Model(NamedTuple):
         balance: ``(params, load) -> params`` after a step of learning, with routers' biases moved towards an even load.
         balance_loss: ``load -> []``, the loss that evens the load of routers without a bias; 0 for all others.
         low_rank: a regular expression for the parameters that may be ``lora.LowRank``; None for none.
+        grow: ``(cache, capacity) -> cache`` with room for more tokens; None where room for all is needed from the start.
         repeat: ``(cache, copies) -> cache``, each row so many times, side by side; None to read a prompt once for each of its answers.
     """
 
@@ -48,6 +51,7 @@ class Model(NamedTuple):
     balance: Callable[[Any, moe.Load], Any] = lambda params, load: params
     balance_loss: Callable[[moe.Load], Array | float] = lambda load: 0.0
     low_rank: str | None = None
+    grow: Callable[[Any, int], Any] | None = None
     repeat: Callable[[Any, int], Any] | None = None
 
 
@@ -99,6 +103,7 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         lambda params, load: transformer.balanced(params, load, config),
         lambda load: transformer.balance_loss(load, config),
         transformer.low_rank(config),
+        lambda cache, capacity: transformer.grown(cache, config, capacity),
         lambda cache, copies: jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), cache),
     )
 
@@ -232,13 +237,31 @@ def sample(
     shape = (batch, length)
     bits = jnp.zeros((*shape, -(-model.vocab_size // 8)), jnp.uint8) if support.truncates else None
     empty = Rollout(jnp.full(shape, pad, jnp.int32), jnp.zeros(shape, bool), jnp.zeros(shape, jnp.float32), bits)
-    logits, cache = model.prefill(params, prompt, valid, width + length)
+    stages = rooms(width, length) if model.grow else [width + length]
+    logits, cache = model.prefill(params, prompt, valid, stages[0])
     if copies > 1:
         assert model.repeat is not None
         logits, cache = jnp.repeat(logits, copies, axis=0), model.repeat(cache, copies)
     out, token, alive = say(empty, logits, jnp.int32(0), jnp.ones(batch, bool))
-    first = (jnp.int32(1), token, cache, alive, out)
-    return jax.lax.while_loop(lambda c: (c[0] < length) & jnp.any(c[3]), go, first)[4]
+    carry: Any = (jnp.int32(1), token, cache, alive, out)
+    for room in stages:
+        t, token, cache, alive, out = carry
+        cache = model.grow(cache, room) if model.grow else cache
+        goes_on = functools.partial(_goes_on, min(length, room - width + 1))
+        carry = jax.lax.while_loop(goes_on, go, (t, token, cache, alive, out))
+    return carry[4]
+
+
+def _goes_on(most: int, carry: Any) -> Array:
+    t, _, _, alive, _ = carry
+    return (t < most) & jnp.any(alive)
+
+
+def rooms(width: int, length: int) -> list[int]:
+    """How many tokens the cache has room for in each stage of decoding, which attends to all that it has room for: of long answers a quarter,
+    a half, and all."""
+    parts = (4, 2, 1) if length >= LONG else (1,)
+    return [width + -(-length // part) for part in parts]
 
 
 class Scored(NamedTuple):

@@ -353,6 +353,15 @@ def init_cache(config: Config, batch: int, capacity: int, dtype: jax.typing.DTyp
     return {name: stack(shape.num_layers) for name, shape in stacks(config).items()}
 
 
+def grown(cache: Any, config: Config, capacity: int) -> Any:
+    """The caches with room for ``capacity`` tokens, of sequences that fitted in them so far."""
+    batch = jax.tree.leaves(cache)[0].shape[1]
+    wanted = jax.eval_shape(lambda: init_cache(config, batch, capacity))
+    return jax.tree.map(
+        lambda x, y: jnp.pad(x, [(0, n - m) for m, n in zip(x.shape, y.shape, strict=True)]), cache, wanted
+    )
+
+
 def capacity(cache: Any, config: Config) -> float:
     """Tokens that there is room for; infinitely many where the cache keeps the last ones alone."""
     held = cache["layers"]
