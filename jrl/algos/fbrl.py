@@ -47,7 +47,7 @@ ADAM = optim.OptimizerConfig(schedule="constant", clip="none")  # of the model
 
 
 def _model_network() -> TorsoConfig:
-    return TorsoConfig(torso="mlp", hidden=(128, 128), activation="relu")
+    return TorsoConfig(torso="mlp", hidden=(64, 64), activation="relu")
 
 
 @dataclass(frozen=True)
