@@ -101,21 +101,21 @@ def by_pairs(loss: Any, beta: float) -> Method:
     return Method(
         lambda lesson: dpo.make(TASK, config, hyper, pairs=lesson.pairs, start=lesson.policy),
         lambda state: state.params,
-        200,
+        100,
         0,
     )
 
 
 def by_ppo(lesson: Lesson) -> Algorithm:
     """RLHF with four models: actor, critic, reward model and reference."""
-    config, hyper = ppo_lm.Config(SHAPE, num_answers=128), ppo_lm.Hyper(learning_rate=3e-4, kl_weight=0.02)
+    config, hyper = ppo_lm.Config(SHAPE, num_answers=128), ppo_lm.Hyper(learning_rate=1e-3, kl_weight=0.02)
     return ppo_lm.make(TASK, config, hyper, start=lesson.policy, reward=learned(lesson))
 
 
 def by_grpo(reward_from: Callable[[Lesson], Reward]) -> Callable[[Lesson], Algorithm]:
     """GRPO on a reward."""
     config = grpo.Config(SHAPE, num_prompts=16, group_size=8, kl="k3", reduction="token_mean")
-    hyper = grpo.Hyper(learning_rate=3e-4, kl_weight=0.02)
+    hyper = grpo.Hyper(learning_rate=1e-3, kl_weight=0.02)
     return lambda lesson: grpo.make(TASK, config, hyper, start=lesson.policy, reward=reward_from(lesson))
 
 
@@ -123,9 +123,9 @@ ROWS = 128 * TASK.answer_length
 METHODS: dict[str, Method] = {
     "dpo": by_pairs("sigmoid", 0.1),
     "ipo": by_pairs("ipo", 0.3),
-    "ppo": Method(by_ppo, lambda state: state.params["actor"], 200, ROWS),
-    "grpo": Method(by_grpo(lambda lesson: learned(lesson)), lambda state: state.params, 200, ROWS),
-    "grpo, gold": Method(by_grpo(lambda lesson: gold), lambda state: state.params, 200, ROWS),
+    "ppo": Method(by_ppo, lambda state: state.params["actor"], 100, ROWS),
+    "grpo": Method(by_grpo(lambda lesson: learned(lesson)), lambda state: state.params, 100, ROWS),
+    "grpo, gold": Method(by_grpo(lambda lesson: gold), lambda state: state.params, 100, ROWS),
 }
 NAMES = ("best of n", *METHODS)
 
