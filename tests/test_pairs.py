@@ -1,6 +1,8 @@
 """Preferences: pairs of answers, reward models and DPO, by hand and by what every algorithm promises."""
 
+import importlib
 from dataclasses import replace
+from pathlib import Path
 
 import bits
 import jax
@@ -241,3 +243,29 @@ def test_preferences_teach_what_demonstrations_would():
     model = reward_model.make(TASK, pairs, reward_model.Config(model=replace(SHAPE, num_layers=2)))
     _, metrics = jax.jit(run.train_fn(model, 400 * model.env_steps_per_update))(jax.random.key(3))
     assert np.asarray(metrics["held_out_accuracy"])[-20:].mean() > 0.9
+
+
+def test_the_gold_reward_of_the_comparison_is_how_near_a_sum_comes(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "experiments")
+    alignment = importlib.import_module("alignment")
+    problem = jax.vmap(alignment.TASK.draw)(jax.random.split(jax.random.key(0), 64))
+    target, shown = problem.answer
+    digits = np.asarray(problem.prompt[:, :2]) - alignment.ZERO
+    np.testing.assert_array_equal(10 * digits[:, 0] + digits[:, 1], target)
+    one = jax.tree.map(lambda x: x[0], problem)._replace(answer=(jnp.int32(27), shown[0]))
+    for said, gold in (([9, 9, 9], 1.0), ([9, 9], 1 / 3), ([9, 9, 9, 9, 9], 0.0), ([9, 9, 8], 1 - 1 / 13.5), ([], 0.0)):
+        tokens = jnp.array([alignment.ZERO + d for d in said] + [tasks.END] * (9 - len(said)), jnp.int32)
+        parts = alignment.TASK.verify(one, tokens, tasks.answer_mask(tokens))
+        np.testing.assert_allclose(parts["correct"], gold, atol=1e-6)
+    endless = jnp.full(9, alignment.ZERO + 3, jnp.int32)
+    assert alignment.TASK.verify(one, endless, jnp.ones(9, bool))["correct"] == 0
+    parts = jax.vmap(alignment.TASK.verify)(problem, shown, jax.vmap(tasks.answer_mask)(shown))
+    assert (parts["format"] == 1).all() and 0.2 < parts["correct"].mean() < 0.8  # the demonstrators stop too soon
+    row = alignment.row_of(
+        "dpo", {x: np.array([[0.2, 0.6, 0.4]] * 3) for x in ("gold", "learned", "kl", "length")}, 1e4
+    )
+    assert (row["gold, best"], row["gold, end"], row["tokens drawn"]) == (
+        "0.60 (0.60 to 0.60)",
+        "0.40 (0.40 to 0.40)",
+        "10,000",
+    )
