@@ -125,14 +125,15 @@ def main(argv: list[str]) -> None:
     for name in {t for t, m in planned if m in ARE_SHOWN}:
         tasks[name] = tasks[name]._replace(shown=demonstrations(name, tasks[name], folder))
     rows: list[dict[str, Any]] = []
-    lines: dict[str, list[Any]] = {name: [] for name in args.tasks}
+    lines: dict[str, list[Any]] = {f"{name}: {kind}": [] for name in args.tasks for kind in ("PPO", "from replay")}
     for i, (name, method) in enumerate(planned, start=1):
         print(f"{i} of {len(planned)}: {method} on {name}", file=sys.stderr, flush=True)
         env_steps, returns = curves(args, name, tasks[name], method, folder)
         rows.append(row_of(name, method, env_steps, returns, tasks[name].threshold))
-        lines[name].append((method, env_steps, returns))
-        panels = [plot.Panel(name, "environment steps", "greedy return", each) for name, each in lines.items() if each]
-        plot.draw(folder / "faster.png", panels)
+        lines[f"{name}: {'PPO' if method.startswith('ppo') else 'from replay'}"].append((method, env_steps, returns))
+        if i == len(planned) or planned[i][0] != name:  # the last method of a task
+            panels = [plot.Panel(x, "environment steps", "greedy return", each) for x, each in lines.items() if each]
+            plot.draw(folder / "faster.png", panels)
     report.print_table(folder / "faster.csv", rows)
     print(f"{folder}/faster.png")
 
