@@ -207,7 +207,11 @@ def best_of_n(key: Array, lesson: Lesson) -> dict[str, Array]:
     groups = {name: x.reshape(-1, MOST) for name, x in by.items()}
     found: dict[str, list[Array]] = {name: [] for name in (*groups, "kl")}
     for n in 2 ** np.arange(int(np.log2(MOST)) + 1):
-        best = jnp.argmax(groups["learned"][:, :n], axis=-1)[:, None]
+        best = (
+            jnp.argmax(groups["learned"][:, :n], axis=-1, keepdims=True)
+            if n > 1
+            else jnp.zeros((len(groups["gold"]), 1), int)
+        )
         for name, x in groups.items():
             found[name].append(jnp.take_along_axis(x, best, axis=-1).mean())
         found["kl"].append(jnp.float32(np.log(n) - (n - 1) / n))

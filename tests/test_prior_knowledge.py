@@ -186,6 +186,12 @@ def test_imagined_steps_are_paid_at_the_goal_alone():
     assert there and set(np.asarray(rows).tolist()) == {0.0, 2.0}
 
 
+def test_observations_of_any_shape_are_imagined():
+    algo = made_fbrl(envs.make("DeepSea-bsuite", size=5))
+    state, metrics = jax.eval_shape(lambda key: algo.update(algo.init(key)), jax.random.key(0))
+    assert state.goals.rows.obs.shape == (100, 5, 5) and metrics["backward_loss"].shape == ()
+
+
 def test_a_ring_keeps_the_newest():
     kept = ring.empty(jax.ShapeDtypeStruct((), jnp.int32), 4)
     assert not ring.sample(kept, jax.random.key(0), 2)[1]
@@ -279,7 +285,9 @@ def test_wrong_settings_are_refused():
         r"demonstrations must be steps \[T, B\]": lambda: made_dqfd(shown()._replace(reward=jnp.zeros(24))),
         "dqfd.make: demonstrations must be": lambda: made_dqfd(bc.Demonstrations(shown().obs, shown().action)),
         "dqfd|DQfD does not": lambda: made_dqfd(network=nets.ValueConfig(gru=4)),
-        "FBRL imagines observations, which must be vectors": lambda: made_fbrl(envs.make("Breakout-MinAtar")),
+        "FBRL imagines observations, which must be one array without masks": lambda: made_fbrl(
+            tabular.environment(tabular.maximization_bias())
+        ),
         "config.predecessor=one_hot needs observations that are one-hot; those of CartPole": lambda: made_fbrl(
             envs.make("CartPole-v1")
         ),

@@ -109,7 +109,7 @@ def make(
     optimizer: algorithm.Optimizer | None = None,
     start: Any = None,
 ) -> Algorithm:
-    """FBRL in ``env``, which must have discrete actions and observations that are vectors. ``hyper`` are the defaults of ``init``; ``goals`` are
+    """FBRL in ``env``, which must have discrete actions and observations of one array. ``hyper`` are the defaults of ``init``; ``goals`` are
     known from the start; ``network`` and ``optimizer`` take the place of those that ``config`` describes; ``start``, the state of one trained
     seed, gives the parameters to begin with.
 
@@ -119,7 +119,7 @@ def make(
     env, defaults = strict(env), hyper
     given: dict[str, Any] = {"goals": goals, "network": network, "optimizer": optimizer, "start": start}
     remake = functools.partial(make, env, hyper=hyper, **given)
-    spec = vector_spec(env, config)
+    spec = array_spec(env, config)
     network = value_policy.plain_network("FBRL", env, config, network, start)
     model = nets.backward_model(config.model, spec, env.action_space.n, config.predecessor)  # type: ignore[union-attr]
     # Pairs, since the model needs the observation with which an episode terminated.
@@ -248,12 +248,12 @@ def mean_square(error: Array, weight: Array, rows: Array) -> Array:
     return jnp.sum(jnp.where(used, error**2, 0.0)) / jnp.maximum(used.sum(), 1)
 
 
-def vector_spec(env: Environment, config: Config) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of observations. Raises ``ValueError`` unless they are vectors without masks, and one-hot if that is asked for."""
+def array_spec(env: Environment, config: Config) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of observations. Raises ``ValueError`` unless they are one array without masks, and one-hot if that is asked for."""
     spec = observation_spec(env)
-    if isinstance(spec, MaskedObs) or len(getattr(spec, "shape", ())) != 1:
+    if isinstance(spec, MaskedObs) or not getattr(spec, "shape", ()):
         raise ValueError(
-            f"FBRL imagines observations, which must be vectors without masks; those of {env.name} are {spec}"
+            f"FBRL imagines observations, which must be one array without masks; those of {env.name} are {spec}"
         )
     if config.predecessor == "one_hot" and not seems_one_hot(env):
         raise ValueError(

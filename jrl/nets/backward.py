@@ -1,5 +1,6 @@
 """A model that goes back in time: which action led to an observation, and from where (Edwards et al. 2018, arXiv 1803.10227)."""
 
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -16,12 +17,12 @@ Array = jax.Array
 
 
 class BackwardModel(NamedTuple):
-    """Pure functions of the model, of observations ``[N, D]`` and choices int32 ``[N]``.
+    """Pure functions of the model, of observations ``[N, ...]``, one array each, and choices int32 ``[N]``.
 
     Attributes:
         init: ``key -> params``.
         losses: ``(params, obs, action, next_obs) -> (float32 [N], float32 [N])``, those of the action and of the observation before.
-        imagine: ``(params, goals, keys [L]) -> (obs [L, N, D], action [L, N], next_obs [L, N, D])``, trajectories that end in the goals, their
+        imagine: ``(params, goals, keys [L]) -> (obs [L, N, ...], action [L, N], next_obs [L, N, ...])``, trajectories that end in the goals, their
             last step first.
     """
 
@@ -36,11 +37,12 @@ def backward_model(
     num_actions: int,
     predecessor: Literal["difference", "one_hot"] = "difference",
 ) -> BackwardModel:
-    """The model for observations that are vectors. ``predecessor`` says what it gives of the observation before: the difference to it, or, where
+    """The model for observations of one array. ``predecessor`` says what it gives of the observation before: the difference to it, or, where
     observations are one-hot, the probabilities of each."""
     action_head = head(config, obs_spec, num_actions, scale=0.01)
     pair = (obs_spec, jax.ShapeDtypeStruct((num_actions,), jnp.float32))
-    before_head = head(config, pair, obs_spec.shape[0], scale=0.01)
+    numbers = math.prod(obs_spec.shape)
+    before_head = head(config, pair, numbers, scale=0.01)
     one_hot = predecessor == "one_hot"
 
     def init(key: Array) -> Params:
@@ -52,8 +54,8 @@ def backward_model(
         action_loss = optax.softmax_cross_entropy_with_integer_labels(guess, action)
         output = before(params, next_obs, action)
         if one_hot:
-            return action_loss, optax.softmax_cross_entropy(output, obs)
-        return action_loss, 0.5 * jnp.square(output - (next_obs - obs)).sum(-1)
+            return action_loss, optax.softmax_cross_entropy(output, flat(obs))
+        return action_loss, 0.5 * jnp.square(output - flat(next_obs - obs)).sum(-1)
 
     def imagine(params: Params, goals: Array, keys: Array) -> tuple[Array, Array, Array]:
         def back(next_obs: Array, key: Array) -> tuple[Array, tuple[Array, Array, Array]]:
@@ -62,12 +64,15 @@ def backward_model(
             output = before(params, next_obs, action)
             if one_hot:
                 drawn = jax.random.categorical(key_before, output)
-                obs = jax.nn.one_hot(drawn, output.shape[-1], dtype=output.dtype)
+                obs = jax.nn.one_hot(drawn, numbers, dtype=output.dtype).reshape(next_obs.shape)
             else:
-                obs = next_obs - output
+                obs = next_obs - output.reshape(next_obs.shape)
             return obs, (obs, action.astype(jnp.int32), next_obs)
 
         return jax.lax.scan(back, goals, keys)[1]
+
+    def flat(x: Array) -> Array:
+        return x.reshape(-1, numbers)
 
     def before(params: Params, next_obs: Array, action: Array) -> Array:
         vector = jax.nn.one_hot(action, num_actions, dtype=jnp.float32)
