@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import processes
+import pytest
 
 ENVIRONMENT = processes.ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "JRL_CPU_DEVICES": "1"}  # the attacked are forks
 
 INPUTS = """
 import sys
 from pathlib import Path
+
 
 sys.path.insert(0, sys.argv[1])
 import attack  # noqa: F401  (sets what the forks need)
@@ -28,6 +30,7 @@ for number, case in enumerate(inputs.some(16)):
 """
 
 
+@pytest.mark.slow
 def test_bad_inputs_are_refused_with_one_line(tmp_path):
     scripts = processes.ROOT / "scripts"
     command = [sys.executable, "-c", INPUTS, str(scripts)]
@@ -40,6 +43,7 @@ def test_bad_inputs_are_refused_with_one_line(tmp_path):
 TAMPERING = """
 import sys
 from pathlib import Path
+
 sys.path.insert(0, sys.argv[1])
 from attacks import tampering
 chosen = {"ppo": 4, "shards": 3, "experts": 2, "gguf": 3}
@@ -54,6 +58,7 @@ for number, case in enumerate(tampering.cases(1, 2000)):
 """
 
 
+@pytest.mark.slow
 def test_damaged_runs_and_models_are_refused_in_a_line_or_the_damage_does_not_matter(tmp_path):
     command = [sys.executable, "-c", TAMPERING, str(Path(__file__).parents[1] / "scripts"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)

@@ -203,8 +203,8 @@ def test_adapters_of_every_kind_of_attention_are_those_of_its_matrices(attention
 
 @pytest.mark.thorough(1)
 @pytest.mark.parametrize("more", [
-    {"dense_layers": 1, "experts": moe.Config(2, expert_dim=8)}, {"attention": "nsa"}, {}, {"attention": "mla"}, {"attention": "rwkv"},
-], ids=["experts", "nsa", "dense", "mla", "rwkv"])  # fmt: skip
+    {}, {"dense_layers": 1, "experts": moe.Config(2, expert_dim=8)}, {"attention": "nsa"}, {"attention": "mla"}, {"attention": "rwkv"},
+], ids=["dense", "experts", "nsa", "mla", "rwkv"])  # fmt: skip
 def test_adapters_beside_the_matrices_compute_what_merged_ones_do(more):
     """A whole sequence, its gradient, and a step behind a cache."""
     latent = mla.Config(latent=8, nope_dim=4, rope_dim=4, value_dim=4)

@@ -180,6 +180,7 @@ def test_hashed_counts_tell_cells_apart_once_they_know_how_large_cells_are():
     assert (memory.counts > 0).sum() >= 396  # of 400 entries among 65,536, one pair or so shares one
 
 
+@pytest.mark.slow
 def test_a_bonus_without_weight_changes_nothing():
     """The same parameters as PPO's without a bonus; a sweep has a weight for each cell."""
     key = jax.random.key(3)

@@ -100,6 +100,7 @@ def test_a_sweep_is_loaded_by_cells(tmp_path):
         loaded.member(2)
 
 
+@pytest.mark.slow
 def test_wrappers_are_put_on_again_and_frames_that_dqn_stacks_only_once(tmp_path):
     network = nets.ValueConfig(hidden=(8,))
     config = dqn.Config(num_envs=2, learning_starts=0, batch_size=4, capacity=100, num_frames=2, network=network)

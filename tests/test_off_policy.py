@@ -170,7 +170,7 @@ def test_keys_are_not_reused_and_a_seed_does_not_depend_on_those_beside_it(modul
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1], b, atol=1e-5), state.params, alone.params)
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @MODULES
 def test_a_run_is_resumed_bit_for_bit_and_loaded_and_gone_on_from(module, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHUNK_SECONDS", 0.0)  # one update at a time

@@ -171,6 +171,7 @@ def test_the_way_back_is_learned_from_steps_in_any_direction():
     np.testing.assert_allclose(after - before, jnp.where(taken, 1 / 8, -1 / 8)[..., None], atol=0.06)
 
 
+@pytest.mark.slow
 def test_imagined_steps_are_paid_at_the_goal_alone():
     """Until a goal is known nothing is imagined; one that is given spreads before it was ever reached."""
     goals = fbrl.Goals(jnp.eye(10)[9:], jnp.array([1.0]), jnp.array([True]))

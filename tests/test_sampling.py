@@ -74,8 +74,8 @@ def test_answers_to_one_prompt_read_it_once(dense):
         sample(jax.random.key(2), model, params, prompt, length=8, end=END, copies=0)
 
 
-@pytest.mark.thorough(2)
-@pytest.mark.parametrize("kind", ["nsa", "window", "dense", "mla", "rwkv"])
+@pytest.mark.thorough(1)
+@pytest.mark.parametrize("kind", ["window", "nsa", "dense", "mla", "rwkv"])
 def test_a_cache_that_grows_with_the_answer_changes_nothing(kind, monkeypatch):
     model, (prompt, valid) = model_of(kind), prompts()
     params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
