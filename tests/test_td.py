@@ -643,3 +643,22 @@ def test_exact_answers_and_tabular_values_are_products_in_float32():
     entropy = distributions.tanh_normal(2).entropy
     params = distributions.NormalParams(jnp.ones((3, 2)), jnp.zeros((3, 2)))
     assert rounded_products(entropy, params)[0] == 0
+
+
+@pytest.mark.slow
+def test_shaping_by_the_exact_values_teaches_at_once():
+    """Every step tells then whether it was a best one: a sweep over the states is enough where a reward would have to travel back."""
+    env, process = envs.make("KeyAndDoor"), tabular.key_and_door()
+    v = mdp.value_iteration(process, 0.99)
+
+    def solved(easier, updates):
+        algo = td.make(easier, td.Config(num_steps=100), td.Hyper(gamma=0.99, epsilon=0.1))._replace(env=env)
+
+        def score(key):
+            state, _ = run.train_fn(algo, 100 * updates)(key)
+            return run.evaluate(algo, state, jax.random.key(9), 1).returns.mean()
+
+        return int((jax.jit(jax.vmap(score))(jax.random.split(jax.random.key(0), 8)) > 0.95).sum())
+
+    assert solved(wrappers.shaped(env, lambda obs: obs @ v, 0.99), 20) == 8
+    assert solved(env, 80) == 0
