@@ -29,6 +29,7 @@ PAGES = sorted(DOCS.rglob("*.md"))
 
 LONG = (
     "attention",
+    "bc",
     "dpo",
     "dqfd",
     "reverse_curriculum",

@@ -63,7 +63,7 @@ def close(a, b, atol=2e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=atol), a, b)
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reduction, shape",
     [("sequence_mean", SHAPE), ("token_mean", EXPERTS[0]), ("constant", EXPERTS[1])],

@@ -86,7 +86,7 @@ def test_a_published_model_takes_steps_with_adapters(smollm2_file, tmp_path):
     assert [row["update"] for row in rows_of(tmp_path / "run")] == [1, 2]
 
 
-@pytest.mark.thorough(4)
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize(
     "more, message",
     [

@@ -74,7 +74,7 @@ def run(body, *signals, apart=0.5):
     return out + err, process.returncode, time.monotonic() - begin
 
 
-@pytest.mark.thorough(6)
+@pytest.mark.thorough(4)
 @pytest.mark.parametrize("body", ["long()", "time.sleep(60)", CALLBACK, LIBRARY])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_process_that_cannot_be_interrupted_is_ended(body, number):

@@ -249,6 +249,7 @@ def test_half_of_the_rewards_foreseen_were_there():
     assert known.all() and drawn.tolist() == [2] * 3 + [1] * 4 and (seen[:3] == 3).all()
 
 
+@pytest.mark.slow
 def test_rewards_shape_the_features_of_the_policy():
     """Reward prediction alone moves the torso of the policy, value replay that of the value."""
     pays = tabular.environment(tabular.gridworld(["SG"], rewards={"G": -1.0}), "Pays", time_limit=3)

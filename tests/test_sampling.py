@@ -36,7 +36,7 @@ def dense():
     return model, params, run
 
 
-@pytest.mark.thorough(3)
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("kind", ["dense", "window", "nsa", "mla", "rwkv"])
 def test_what_was_sampled_is_what_is_scored(kind):
     model = model_of(kind)

@@ -226,7 +226,7 @@ def test_memories_are_compared(tmp_path):
     assert "resumed at 1,024 steps" in again.stderr
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, length, kind, name", [("text", 16, "window", "language"), ("needle", 256, "rwkv", "needle")]
 )
