@@ -125,9 +125,9 @@ METHODS: dict[str, Method] = {
     "ipo": by_pairs("ipo", 0.3),
     "ppo": Method(by_ppo, lambda state: state.params["actor"], 100, ROWS),
     "grpo": Method(by_grpo(lambda lesson: learned(lesson)), lambda state: state.params, 100, ROWS),
-    "grpo, gold": Method(by_grpo(lambda lesson: gold), lambda state: state.params, 100, ROWS),
+    "grpo-gold": Method(by_grpo(lambda lesson: gold), lambda state: state.params, 100, ROWS),
 }
-NAMES = ("best of n", *METHODS)
+NAMES = ("best-of-n", *METHODS)
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def best_of_n(key: Array, lesson: Lesson) -> dict[str, Array]:
 def measured(args: Args, name: str, keys: Array, lessons: Lesson, folder: Path) -> dict[str, np.ndarray]:
     """Measures ``[seeds, points]`` of a method, trained unless the folder has them."""
     settings = {"num_seeds": args.num_seeds, "num_pairs": args.num_pairs, "share": args.share, "seed": args.seed}
-    file = folder / f"{name.replace(', ', '-').replace(' ', '-')}.json"
+    file = folder / f"{name}.json"
     found = folders.read_json(file, {})
     if found.get("settings") != settings:
         method = METHODS.get(name)
