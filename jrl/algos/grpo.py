@@ -46,7 +46,6 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
     check_support(config.support(1.0), model.vocab_size)
     adapter = adapter_of(config.lora_rank)
     keeps_start = bool(config.lora_rank) or config.kl != "none"
-    estimates_kl = config.kl in ("k1", "k2", "k3")
     fixed_length = float(length) if config.reduction == "constant" else None
 
     def learn(
@@ -60,7 +59,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         if config.old_log_probs == "recomputed":
             old = jax.lax.stop_gradient(log_probs(policy(state), state, prompt, valid, rollout_))
         nothing = jnp.zeros(old.shape, jnp.float32)
-        ref = log_probs(state.frozen, state, prompt, valid, rollout_) if estimates_kl else nothing
+        ref = log_probs(state.frozen, state, prompt, valid, rollout_) if config.kl in ("k1", "k2", "k3") else nothing
         advantage = advantages(config, state.hyper, reward, old, ref, rollout_.mask)
         batch = Batch(prompt, valid, rollout_, old, ref, advantage, nothing)
         order = rollout.minibatches(key, config.rows, config.num_epochs, config.num_minibatches)
@@ -143,10 +142,9 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         return adapted(model, adapter, state.frozen, state.params)
 
     def draw(state: State, key: Array, prompt: Array, valid: Array) -> Rollout:
-        asked = [x[:: config.group_size] for x in (prompt, valid)]
         more: dict[str, Any] = {"length": length, "end": end, "pad": pad, "copies": config.group_size}
-        support = config.support(state.hyper.temperature)
-        return sample(key, model, policy(state), asked[0], valid=asked[1], support=support, **more)
+        more |= {"valid": valid[:: config.group_size], "support": config.support(state.hyper.temperature)}
+        return sample(key, model, policy(state), prompt[:: config.group_size], **more)
 
     def log_probs(params: Params, state: State, prompt: Array, valid: Array, rollout: Rollout) -> Array:
         """Log-probabilities of the tokens of all answers, computed in micro-batches."""
