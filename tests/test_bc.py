@@ -22,6 +22,7 @@ def shown(number=64):
     return bc.Demonstrations(obs, (obs[:, 0] > 0).astype(jnp.int32))
 
 
+@pytest.mark.slow
 def test_what_was_shown_is_done_and_is_a_start_for_ppo(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "CHUNK_SECONDS", 0.0)  # one update at a time
     algo = bc.make(SIGNS, shown(), SMALL, bc.Hyper(learning_rate=0.03))

@@ -254,7 +254,7 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_trains_in_a_run_that_is_resumed(name, tmp_path):
     env = envs.make("gymnasium/FrozenLake-v1", steps=20)

@@ -283,6 +283,7 @@ def test_the_command_line_starts_from_a_folder(trained, tmp_path, monkeypatch, c
     assert code == 1 and "is not the folder of a run" in said
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path, monkeypatch):
     told = iter([1.0, 3.0, 2.0, 3.0])  # by the evaluations after each of 4 updates
 

@@ -157,7 +157,7 @@ def test_truncation_bootstraps(module):
     np.testing.assert_allclose(value, 10.0, rtol=0.1)
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @MODULES
 def test_keys_are_not_reused_and_a_seed_does_not_depend_on_those_beside_it(module):
     algo = made(module)

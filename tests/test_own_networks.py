@@ -50,6 +50,7 @@ class Module(nn.Module):
         return nets.Outputs(nn.Dense(2)(x), nn.Dense(1)(x)[..., 0])
 
 
+@pytest.mark.slow
 def test_a_module_of_flax_learns_from_a_dictionary_of_observations():
     def shown(obs):
         return {"place": obs[..., :2], "speed": obs[..., 2:]}

@@ -107,6 +107,7 @@ def test_before_the_first_step_the_policy_is_the_reference(loss, wanted):
     assert later["chosen_log_ratio"] > later["rejected_log_ratio"]
 
 
+@pytest.mark.slow
 def test_losses_without_a_reference_keep_none():
     for loss in ("orpo", "simpo"):
         algo = made_dpo(loss, dpo.Hyper(beta=2.0, margin=0.5))

@@ -140,6 +140,7 @@ def test_the_same_key_gives_the_same_bits_and_a_finished_run_resumes(fields, tmp
         np.testing.assert_array_equal(a.astype("float32"), c.astype("float32"))
 
 
+@pytest.mark.slow
 def test_hyperparameters_are_swept_and_keys_used_once():
     algo = pqn.make(envs.make("Probe-policy"), TINY)
     grid = run.sweep.grid(algo.hyper, {"q_lambda": [0.0, 0.9], "optimizer.b1": [0.5, 0.9]})

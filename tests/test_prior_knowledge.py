@@ -63,7 +63,7 @@ MAKERS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.thorough(2)
+@pytest.mark.thorough(1)
 @MAKERS
 def test_keys_are_not_reused(make):
     algo = make()
@@ -109,6 +109,7 @@ def test_the_margin_by_hand(q, wanted):
     np.testing.assert_allclose(losses.large_margin(jnp.array(q), 0, 0.8), wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_what_was_shown_has_a_margin_and_it_is_never_overwritten():
     algo = made_dqfd(pretraining=0, capacity=12, n_step=1)
     state = jax.jit(algo.init)(jax.random.key(0))
@@ -120,6 +121,7 @@ def test_only_what_was_shown_has_a_margin_and_it_is_never_overwritten():
     np.testing.assert_array_equal(later.demonstrations.obs[0, 24], jax.nn.one_hot(24 % 9, 10))
 
 
+@pytest.mark.slow
 def test_who_was_shown_how_knows_it_before_the_first_step():
     algo = dqfd.make(ENV, shown(), dqfd.Config(num_envs=2, pretraining=300, network=VALUES), dqfd.Hyper(1e-2))
     state = jax.jit(algo.init)(jax.random.key(0))
