@@ -221,14 +221,13 @@ def best_of_n(key: Array, lesson: Lesson) -> dict[str, Array]:
 def measured(args: Args, name: str, keys: Array, lessons: Lesson, folder: Path) -> dict[str, np.ndarray]:
     """Measures ``[seeds, points]`` of a method, trained unless the folder has them."""
     settings = {"num_seeds": args.num_seeds, "num_pairs": args.num_pairs, "share": args.share, "seed": args.seed}
-    file = folder / f"{name}.json"
-    found = folders.read_json(file, {})
-    if found.get("settings") != settings:
+
+    def train() -> dict[str, Any]:
         method = METHODS.get(name)
         program = jax.vmap(lambda key, lesson: curve(key, lesson, args, method) if method else best_of_n(key, lesson))
-        measures = jax.jit(program)(keys, lessons)
-        found = {"settings": settings, "measures": {x: np.asarray(y).tolist() for x, y in measures.items()}}
-        folders.write_json(file, found)
+        return {"measures": {x: np.asarray(y).tolist() for x, y in jax.jit(program)(keys, lessons).items()}}
+
+    found = folders.remembered(folder / f"{name}.json", settings, train)
     return {x: np.array(y, float) for x, y in found["measures"].items()}
 
 
@@ -247,20 +246,14 @@ def row_of(name: str, found: dict[str, np.ndarray], drawn: float) -> dict[str, A
     best = int(found["gold"].mean(0).argmax())
     return {
         "method": name,
-        "gold, start": words(found["gold"][:, 0]),
-        "gold, best": words(found["gold"][:, best]),
-        "gold, end": words(found["gold"][:, -1]),
-        "learned, end": words(found["learned"][:, -1]),
-        "KL, end": words(found["kl"][:, -1]),
-        "length, end": words(found["length"][:, -1]),
+        "gold, start": stats.brief(found["gold"][:, 0], ".2f"),
+        "gold, best": stats.brief(found["gold"][:, best], ".2f"),
+        "gold, end": stats.brief(found["gold"][:, -1], ".2f"),
+        "learned, end": stats.brief(found["learned"][:, -1], ".2f"),
+        "KL, end": stats.brief(found["kl"][:, -1], ".2f"),
+        "length, end": stats.brief(found["length"][:, -1], ".2f"),
         "tokens drawn": f"{drawn:,.0f}",
     }
-
-
-def words(x: np.ndarray) -> str:
-    """IQM and 95% interval of one number a seed."""
-    low, high = stats.interval(x)
-    return f"{stats.iqm(x):.2f} ({low:.2f} to {high:.2f})"
 
 
 def main(argv: list[str]) -> None:
@@ -289,7 +282,9 @@ def main(argv: list[str]) -> None:
             panel.lines.append((name, found["kl"].mean(0), found[panel.title.split()[0]]))
         plot.draw(folder / "alignment.png", panels)
     accuracy = jax.jit(jax.vmap(agreement))(keys, lessons)
-    print(f"the reward model ranks {words(100 * np.asarray(accuracy))} % of new pairs as the gold reward does")
+    print(
+        f"the reward model ranks {stats.brief(100 * np.asarray(accuracy), '.2f')} % of new pairs as the gold reward does"
+    )
     report.print_table(folder / "alignment.csv", rows)
     print(f"{folder}/alignment.png")
 

@@ -70,19 +70,14 @@ def learning_curve(task: Task, method: str, env_steps: int, key: Array) -> tuple
 def curves(args: Args, name: str, task: Task, method: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Environment steps ``[points]`` and returns ``[seeds, points]`` of a method on a task, trained unless the folder has them."""
     settings = {"num_seeds": args.num_seeds, "share": args.share, "seed": args.seed}
-    file = folder / f"{name}-{method.replace(' ', '-')}.json"
-    found = folders.read_json(file, {})
-    if found.get("settings") != settings:
+
+    def train() -> dict[str, Any]:
         keys = jax.random.split(jax.random.key(args.seed), args.num_seeds)
         budget = int(task.env_steps * args.share)
         steps, returns = jax.jit(jax.vmap(lambda key: learning_curve(task, method, budget, key)))(keys)
-        found = {
-            "settings": settings,
-            "env_steps": np.asarray(steps)[0].tolist(),
-            "returns": np.asarray(returns).tolist(),
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        folders.write_json(file, found)
+        return {"env_steps": np.asarray(steps)[0].tolist(), "returns": np.asarray(returns).tolist()}
+
+    found = folders.remembered(folder / f"{name}-{method.replace(' ', '-')}.json", settings, train)
     return np.array(found["env_steps"]), np.array(found["returns"], float)
 
 
@@ -93,8 +88,8 @@ def row_of(name: str, method: str, env_steps: np.ndarray, returns: np.ndarray, t
         "task": name,
         "method": method,
         "seeds that got there": f"{np.isfinite(solved).sum()} of {len(solved)}",
-        "steps until then": words(np.minimum(solved, env_steps[-1])),
-        "area, %": words(100 * np.clip(returns / threshold, 0, 1).mean(1)),
+        "steps until then": stats.brief(np.minimum(solved, env_steps[-1]), ",.0f"),
+        "area, %": stats.brief(100 * np.clip(returns / threshold, 0, 1).mean(1), ",.0f"),
     }
 
 
@@ -103,12 +98,6 @@ def solved_at(env_steps: np.ndarray, returns: np.ndarray, threshold: float) -> n
     there = returns >= threshold
     there[:, :-1] &= there[:, 1:]
     return np.where(there.any(1), env_steps[there.argmax(1)], np.inf)
-
-
-def words(x: np.ndarray) -> str:
-    """IQM and 95% interval of one number a seed."""
-    low, high = stats.interval(x)
-    return f"{stats.iqm(x):,.0f} ({low:,.0f} to {high:,.0f})"
 
 
 def main(argv: list[str]) -> None:

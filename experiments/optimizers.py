@@ -111,8 +111,7 @@ def train_ppo(args: Args, preset: Preset, name: str, folder: Path) -> tuple[np.n
 
 def score(y: np.ndarray) -> str:
     """IQM and 95% interval of one number a seed; a seed that diverged counts as infinitely bad."""
-    low, high = stats.interval(y)
-    return f"{stats.iqm(y):.4g} ({low:.4g} to {high:.4g})"
+    return stats.brief(y, ".4g")
 
 
 def main(argv: list[str]) -> None:

@@ -31,7 +31,6 @@ from jrl.numerics.types import Observation, OptState, Params
 Array = jax.Array
 SIGNS = 3  # negative, zero, positive
 PREDICTOR = TorsoConfig(torso="mlp", hidden=(128,), activation="relu")
-ADAM = optim.OptimizerConfig(schedule="constant", clip="none")  # of the predictor's own layers
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,8 @@ class State(NamedTuple):
     """What the auxiliary tasks keep."""
 
     buffer: replay.Buffer
-    rewarded: (
-        ring.Ring
-    )  # observations, and the sign of the reward that followed each: 0, 1 or 2 for negative, zero or positive
+    # Observations, and the sign of the reward that followed each: 0, 1 or 2 for negative, zero or positive.
+    rewarded: ring.Ring
     unrewarded: ring.Ring
     params: Params
     opt_state: OptState
@@ -108,7 +106,7 @@ def make(config: Config, env: Environment, learner: Any, network: nets.Network, 
 
     def init(key: Array) -> State:
         params, nothing = predictor.init(key), ring.empty((spec, jax.ShapeDtypeStruct((), jnp.int32)), config.capacity)
-        return State(store.init(), nothing, nothing, params, optim.make(ADAM).init(params))
+        return State(store.init(), nothing, nothing, params, optim.make(optim.CONSTANT_ADAM).init(params))
 
     def update(
         state: Any, steps: rollout.Steps, action: Array, key: Array, tx: optax.GradientTransformation
@@ -120,7 +118,7 @@ def make(config: Config, env: Environment, learner: Any, network: nets.Network, 
             rewarded=ring.add(state.auxiliary.rewarded, (obs, sign), sign != 1),
             unrewarded=ring.add(state.auxiliary.unrewarded, (obs, sign), sign == 1),
         )
-        adam = optim.make(ADAM, learning_rate=state.hyper.auxiliary.learning_rate)
+        adam = optim.make(optim.CONSTANT_ADAM, learning_rate=state.hyper.auxiliary.learning_rate)
 
         def learn(state: Any, key: Array) -> tuple[Any, Metrics]:
             kept, (key_values, *key_rewards) = state.auxiliary, jax.random.split(key, 3)
@@ -147,11 +145,10 @@ def make(config: Config, env: Environment, learner: Any, network: nets.Network, 
 
     def replayed(params: Params, batch: replay.Batch) -> Array:
         """The loss of value replay, over the transitions of a minibatch."""
-        used = batch.weight > 0
         following = jax.lax.stop_gradient(nets.outputs(network, params, batch.next_obs).value)
         target = batch.reward + jnp.where(batch.discount > 0, batch.discount * following, 0.0)
-        error = jnp.where(used, target - nets.outputs(network, params, batch.obs).value, 0.0)
-        return 0.5 * jnp.sum(error**2) / jnp.maximum(used.sum(), 1)
+        error = jnp.where(batch.weight > 0, target - nets.outputs(network, params, batch.obs).value, 0.0)
+        return 0.5 * replay.mean(batch, error**2)
 
     def predicted(params: Params, seen: Array, sign: Array, known: Array) -> tuple[Array, Array]:
         """The loss of reward prediction from features ``[N, D]``, and the share of rewards whose sign was foreseen."""

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
 from jrl.equations import preferences, token_losses
 from jrl.lm import pairs as pairs_of
-from jrl.lm.pairs import Pairs, Scored
+from jrl.lm.pairs import PairLogProbs, Pairs
 from jrl.lm.policy import Answers, adapted, adapter_of, language_model, reader
 from jrl.lm.sampling import Model, Support
 from jrl.lm.tasks import Task
@@ -48,8 +48,7 @@ from jrl.numerics.types import OptState, Params
 
 Array = jax.Array
 Loss = Literal["sigmoid", "ipo", "hinge", "kto", "apo", "orpo", "simpo"]
-WITHOUT_REFERENCE = ("orpo", "simpo")
-OF_MEANS = ("orpo", "simpo")  # losses of a token's mean log-probability
+WITHOUT_REFERENCE = ("orpo", "simpo")  # losses of a token's mean log-probability
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,9 @@ def make(
         config: static settings.
         hyper: defaults that ``init`` takes.
         pairs: what is learned from, in a new order each epoch; if not given, pairs are drawn from the policy at each update.
-        reward: of answers, float32 ``[N]``, which ranks those that are drawn; whether they are correct, if not given.
+        reward: A function of answers that gives float32 ``[N]`` and ranks those that are drawn; by default whether they are correct.
         start: parameters of policy and reference; at random if not given.
-        model: in place of the decoder that ``config.model`` describes.
+        model: A language model that takes the place of the decoder of ``config.model``.
 
     Raises ``ValueError`` for a setting out of range, and for pairs or a reward that do not fit.
     """
@@ -233,11 +232,11 @@ class State(NamedTuple):
 
 
 def losses_of(
-    config: Config, hyper: Hyper, scored: Scored, reference: Reference, mean: Callable[[Array], Array]
+    config: Config, hyper: Hyper, scored: PairLogProbs, reference: Reference, mean: Callable[[Array], Array]
 ) -> Array:
     """The loss of each pair, ``[N]``; ``mean`` is over the pairs that count."""
     chosen, rejected, ref_chosen, ref_rejected = scored.chosen, scored.rejected, *reference
-    if config.token_mean or config.loss in OF_MEANS:
+    if config.token_mean or config.loss in WITHOUT_REFERENCE:
         chosen, ref_chosen = chosen / scored.chosen_length, ref_chosen / scored.chosen_length
         rejected, ref_rejected = rejected / scored.rejected_length, ref_rejected / scored.rejected_length
     both = chosen, rejected, ref_chosen, ref_rejected

@@ -175,18 +175,13 @@ def make(
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
         check_hyper(hyper)
-        key_params, key_envs, key_run, key_optimizer, key_pretraining = jax.random.split(key, 5)
-        params = network.init(key_params)
+        *keys, key_pretraining = jax.random.split(key, 5)
         steps = demonstrations._replace(truncated=jnp.asarray(demonstrations.truncated).at[-1].set(True))
         stats = normalize.init(without_mask(spec).shape) if config.normalize_observations else None
         state = State(
-            **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer),
-            target_params=optim.copied(params),
-            actors=rollout.start(env, key_envs, config.num_envs, ()),
+            **value_policy.start_learning(env, config, hyper, network, own.one, keys, num_updates, optimizer),
             obs_stats=after(stats, jax.tree.map(jnp.asarray, steps.obs)),
-            buffer=own.one.init(),
             demonstrations=replay.add_rollout(shown.one, shown.one.init(), steps, steps.action, config.reward_clip),
-            key=key_run,
         )
         return pretrained(state, key_pretraining)
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from jrl import algorithm, intrinsic, nets
 from jrl.algorithm import Algorithm, Metrics, exploration
+from jrl.algos import value_policy
 from jrl.algos.dqn_settings import RAINBOW as RAINBOW
 from jrl.algos.dqn_settings import Config, Hyper, check, check_hyper
 from jrl.envs import wrappers
@@ -213,16 +214,11 @@ def make(
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
         check_hyper(hyper)
-        key_params, key_envs, key_run, key_optimizer, *key_bonus = jax.random.split(key, 5 if curiosity else 4)
-        params = network.init(key_params)
+        keys = jax.random.split(key, 5 if curiosity else 4)
         return State(
-            **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer),
-            target_params=optim.copied(params),
-            actors=rollout.start(env, key_envs, config.num_envs, ()),
+            **value_policy.start_learning(env, config, hyper, network, store, keys[:4], num_updates, optimizer),
             **normalize.start(config, observation_spec(env), start),
-            bonus=curiosity.init(*key_bonus, config.num_envs) if curiosity else None,
-            buffer=store.init(),
-            key=key_run,
+            bonus=curiosity.init(keys[4], config.num_envs) if curiosity else None,
         )
 
     def act(state: State, obs: Observation, key: Array | None = None, memory: Memory = None) -> tuple[Array, Any]:

@@ -43,7 +43,6 @@ from jrl.numerics.settings import (
 from jrl.numerics.types import Observation, OptState, Params
 
 Array = jax.Array
-ADAM = optim.OptimizerConfig(schedule="constant", clip="none")  # of the model
 
 
 def _model_network() -> TorsoConfig:
@@ -154,12 +153,12 @@ def make(
         imagined = imagine(state, key_goals, key_model)
         both = jax.tree.map(lambda *parts: jnp.concatenate(parts), real, imagined)
         target = value_policy.double_targets(network, state.params, state.target_params, both)
-        is_real = jnp.arange(target.size) < config.batch_size
 
         def loss(params: Params) -> tuple[Array, Metrics]:
             taken = pick(nets.outputs(network, params, both.obs), both.action)
             error = jnp.where(both.weight > 0, target - taken, 0.0)
-            seen, thought = (mean_square(error, both.weight, rows) for rows in (is_real, ~is_real))
+            squares = jnp.split(error**2, [config.batch_size])
+            seen, thought = replay.mean(real, squares[0]), replay.mean(imagined, squares[1])
             return 0.5 * (seen + state.hyper.imagined_weight * thought), {"loss": seen, "imagined_loss": thought}
 
         tx = algorithm.current_optimizer(config, state, optimizer)
@@ -169,14 +168,13 @@ def make(
 
     def learn_model(state: State, batch: replay.Batch) -> tuple[State, Metrics]:
         """A step of the model of what came before, from real transitions."""
-        used = batch.weight > 0
 
         def loss(params: Params) -> tuple[Array, Metrics]:
             each = model.losses(params, batch.obs, batch.action, batch.next_obs)
-            action, before = (jnp.sum(jnp.where(used, x, 0.0)) / jnp.maximum(used.sum(), 1) for x in each)
+            action, before = (replay.mean(batch, x) for x in each)
             return action + before, {"backward_action_loss": action, "backward_loss": before}
 
-        tx = optim.make(ADAM, learning_rate=state.hyper.model_learning_rate)
+        tx = optim.make(optim.CONSTANT_ADAM, learning_rate=state.hyper.model_learning_rate)
         step = optim.minimize(tx, loss, state.model_params, state.model_opt_state)
         return state._replace(model_params=step.params, model_opt_state=step.opt_state), step.extra
 
@@ -194,18 +192,14 @@ def make(
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
         check_hyper(hyper)
-        key_params, key_envs, key_run, key_optimizer, key_model = jax.random.split(key, 5)
-        params, model_params = network.init(key_params), model.init(key_model)
+        *keys, key_model = jax.random.split(key, 5)
+        model_params = model.init(key_model)
         return State(
-            **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer),
-            target_params=optim.copied(params),
+            **value_policy.start_learning(env, config, hyper, network, store, keys, num_updates, optimizer),
             model_params=model_params,
-            model_opt_state=optim.make(ADAM).init(model_params),
-            actors=rollout.start(env, key_envs, config.num_envs, ()),
+            model_opt_state=optim.make(optim.CONSTANT_ADAM).init(model_params),
             **normalize.start(config, spec, start),
-            buffer=store.init(),
             goals=known_goals,
-            key=key_run,
         )
 
     return Algorithm(
@@ -240,12 +234,6 @@ class State(NamedTuple):
     updates: Array  # int32: done so far
     num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown
     hyper: Hyper
-
-
-def mean_square(error: Array, weight: Array, rows: Array) -> Array:
-    """The mean of squared errors ``[N]`` of those of the rows ``[N]`` whose weight is not 0."""
-    used = rows & (weight > 0)
-    return jnp.sum(jnp.where(used, error**2, 0.0)) / jnp.maximum(used.sum(), 1)
 
 
 def array_spec(env: Environment, config: Config) -> jax.ShapeDtypeStruct:

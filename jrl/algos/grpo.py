@@ -173,9 +173,9 @@ def make(
         task: what is asked.
         config: static settings.
         hyper: defaults that ``init`` takes.
-        model: in place of the decoder that ``config.model`` describes (``jrl.lm.own``).
+        model: A language model (``jrl.lm.own``) that takes the place of the decoder of ``config.model``.
         start: parameters to begin with; at random, or after supervised learning, if not given.
-        reward: of answers, float32 ``[N]``; by default the verifier's parts, weighed by ``hyper``.
+        reward: A function of answers that gives float32 ``[N]``; by default the verifier's parts, weighed by ``hyper``.
 
     Raises ``ValueError`` for a setting out of range or one that does not fit the task.
     """

@@ -25,11 +25,6 @@ from jrl.numerics.types import Observation, Params
 Array = jax.Array
 
 
-def constant_adam() -> optim.OptimizerConfig:
-    """Adam at a constant rate, without clipping, as the papers have it."""
-    return optim.OptimizerConfig(schedule="constant", clip="none")
-
-
 @dataclass(frozen=True)
 class OffPolicyConfig(Settings):
     """Static settings, which shape the compiled program."""
@@ -47,7 +42,8 @@ class OffPolicyConfig(Settings):
     reward_clip: NonNegative = 0.0  # Bound that rewards are cut off at, above and below 0; 0 for none.
     # Shape of the policy and of each critic.
     network: nets.ContinuousConfig = field(default_factory=nets.ContinuousConfig)
-    optimizer: optim.OptimizerConfig = field(default_factory=constant_adam)  # What the optimizers are made of.
+    # What the optimizers are made of.
+    optimizer: optim.OptimizerConfig = field(default_factory=lambda: optim.CONSTANT_ADAM)
     # float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
     precision: Precision = "float32"
 
@@ -106,12 +102,6 @@ def sample(parts: Parts, state: Any, key: Array) -> replay.Batch:
     return normalize.transitions(state, parts.store.sample(state.buffer, key, state.hyper.gamma))
 
 
-def mean(batch: replay.Batch, x: Array) -> Array:
-    """The mean of ``x [N]`` over the transitions of a minibatch."""
-    used = batch.weight > 0
-    return jnp.sum(jnp.where(used, x, 0.0)) / jnp.maximum(used.sum(), 1)
-
-
 def critic_step(
     parts: Parts, tx: optax.GradientTransformation, state: Any, batch: replay.Batch, target: Array
 ) -> tuple[Any, Metrics]:
@@ -120,7 +110,8 @@ def critic_step(
     def loss(params: Params) -> tuple[Array, Metrics]:
         values = nets.outputs(parts.critics, params, (batch.obs, batch.action))
         each = 0.5 * jnp.square(values - jax.lax.stop_gradient(target)[:, None]).sum(-1)
-        return mean(batch, each), {"critic_loss": mean(batch, each), "q": mean(batch, values.mean(-1))}
+        total = replay.mean(batch, each)
+        return total, {"critic_loss": total, "q": replay.mean(batch, values.mean(-1))}
 
     step = optim.minimize(tx, loss, state.critic_params, state.critic_opt_state)
     state = state._replace(critic_params=step.params, critic_opt_state=step.opt_state)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from jrl import algorithm, nets
 from jrl.algorithm import Algorithm, Metrics
-from jrl.algos.off_policy import constant_adam, real_actions
+from jrl.algos.off_policy import real_actions
 from jrl.envs.spaces import to_env
 from jrl.envs.strict import strict
 from jrl.envs.types import Environment, observation_spec
@@ -56,7 +56,8 @@ class Config(Settings):
     first_std: AboveZero = 0.5  # Standard deviation of the policy at first, between 0.01 and 1.
     # Shape of the networks of mean, deviation and value.
     network: nets.ContinuousConfig = field(default_factory=lambda: nets.ContinuousConfig(hidden=(64, 64)))
-    optimizer: optim.OptimizerConfig = field(default_factory=constant_adam)  # What the optimizers are made of.
+    # What the optimizers are made of.
+    optimizer: optim.OptimizerConfig = field(default_factory=lambda: optim.CONSTANT_ADAM)
     # float32, bfloat16, float16 (with dynamic loss scaling), pure_bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
     precision: Precision = "float32"
 

@@ -46,7 +46,7 @@ def make(
         config: static settings.
         hyper: defaults that ``init`` takes.
         start: parameters of actor and reference; at random if not given.
-        reward: of answers, float32 ``[N]``; by default the verifier's parts, weighed by ``hyper``.
+        reward: A function of answers that gives float32 ``[N]``; by default the verifier's parts, weighed by ``hyper``.
 
     Raises ``ValueError`` for a setting out of range or one that does not fit the task.
     """

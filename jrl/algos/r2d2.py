@@ -158,15 +158,10 @@ def make(
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
         settings.check_hyper(hyper)
-        key_params, key_envs, key_run, key_optimizer = jax.random.split(key, 4)
-        params = network.init(key_params)
+        keys = jax.random.split(key, 4)
         return State(
-            **algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer),
-            target_params=optim.copied(params),
-            actors=rollout.start(env, key_envs, config.num_envs, network.memory),
+            **value_policy.start_learning(env, config, hyper, network, store, keys, num_updates, optimizer),
             **normalize.start(config, observation_spec(env), start),
-            buffer=store.init(),
-            key=key_run,
         )
 
     return Algorithm(

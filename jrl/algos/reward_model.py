@@ -73,7 +73,7 @@ def make(
         config: static settings.
         hyper: defaults that ``init`` takes.
         start: parameters of the decoder, of a policy for example; at random if not given.
-        model: in place of the decoder that ``config.model`` describes.
+        model: A language model that takes the place of the decoder of ``config.model``.
 
     Raises ``ValueError`` for a setting out of range, and for pairs that do not fit the task.
     """

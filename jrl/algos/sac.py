@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jrl import algorithm, nets
 from jrl.algorithm import Algorithm, Metrics
 from jrl.algos import off_policy
-from jrl.algos.off_policy import OffPolicyConfig, mean
+from jrl.algos.off_policy import OffPolicyConfig
 from jrl.envs.spaces import to_env
 from jrl.envs.types import Environment
 from jrl.equations import distributions
@@ -113,10 +113,14 @@ def make(
         alpha, fixed = jnp.exp(params["log_alpha"]), jax.lax.stop_gradient
         action, log_prob = distributions.squashed(policy(params, batch.obs), z)
         value = nets.outputs(parts.critics, state.critic_params, (batch.obs, action)).min(-1)
-        policy_loss = mean(batch, fixed(alpha) * log_prob - value)
+        policy_loss = replay.mean(batch, fixed(alpha) * log_prob - value)
         wanted = state.hyper.target_entropy * parts.num_actions
-        temperature_loss = -alpha * mean(batch, fixed(log_prob) + wanted)
-        metrics = {"policy_loss": policy_loss, "temperature_loss": temperature_loss, "entropy": -mean(batch, log_prob)}
+        temperature_loss = -alpha * replay.mean(batch, fixed(log_prob) + wanted)
+        metrics = {
+            "policy_loss": policy_loss,
+            "temperature_loss": temperature_loss,
+            "entropy": -replay.mean(batch, log_prob),
+        }
         return policy_loss + temperature_loss, metrics
 
     def policy(params: Params, obs: Observation) -> NormalParams:

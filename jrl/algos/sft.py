@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
 from jrl.equations import token_losses
+from jrl.lm.pairs import as_rollout
 from jrl.lm.policy import language_model, reader
-from jrl.lm.sampling import Model, Rollout, score
-from jrl.lm.tasks import Task, answer_mask
+from jrl.lm.sampling import Model, score
+from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe, transformer
 from jrl.numerics import checks, optim
@@ -59,8 +60,8 @@ def make(task: Task, config: Config = Config(), hyper: Hyper = Hyper(), *, model
         key, key_draw = jax.random.split(state.key)
         problems = jax.vmap(task.draw)(jax.random.split(key_draw, config.batch_size))
         tokens = jax.vmap(task.demonstrate)(problems)
-        mask = answer_mask(tokens)
-        shown = Rollout(tokens, mask, jnp.zeros(tokens.shape, jnp.float32), None)
+        shown = as_rollout(tokens)
+        mask = shown.mask
         weight = token_losses.weights(mask, "token_mean")
 
         def loss(params: Params) -> tuple[Array, tuple[Metrics, moe.Load]]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jrl import algorithm, nets
 from jrl.algorithm import Algorithm, Metrics
 from jrl.algos import off_policy
-from jrl.algos.off_policy import OffPolicyConfig, mean
+from jrl.algos.off_policy import OffPolicyConfig
 from jrl.envs.spaces import to_env
 from jrl.envs.types import Environment
 from jrl.experience import normalize, replay, rollout
@@ -94,7 +94,7 @@ def make(
 
         def loss(params: Params) -> tuple[Array, Metrics]:
             value = nets.outputs(parts.critics, state.critic_params, (batch.obs, policy(params, batch.obs)))[:, 0]
-            return -mean(batch, value), {"policy_loss": -mean(batch, value)}
+            return -replay.mean(batch, value), {"policy_loss": -replay.mean(batch, value)}
 
         step = optim.minimize(tx, loss, state.params, state.opt_state)
         online = {"policy": step.params, "critics": state.critic_params}

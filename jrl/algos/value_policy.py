@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl import nets
-from jrl.algorithm import Metrics, exploration
+from jrl import algorithm, nets
+from jrl.algorithm import Metrics, Optimizer, exploration
 from jrl.envs.types import Environment, observation_spec
 from jrl.experience import normalize, replay, rollout
 from jrl.experience.greedy import choose, epsilon_greedy, exploration_noise, mask, pick
@@ -47,6 +47,28 @@ def collect(
     act = actor(network, state)
     actors, steps, episodes = rollout.collect(env, state.actors, act, noise, key_envs, config.num_steps)
     return actors, steps, {"epsilon": exploration(state)} | rollout.episode_metrics(episodes)
+
+
+def start_learning(
+    env: Environment,
+    config: Any,
+    hyper: Any,
+    network: nets.Network,
+    store: replay.Replay,
+    keys: Any,
+    num_updates: Any,
+    optimizer: Optimizer | None,
+) -> dict[str, Any]:
+    """The fields of a state that learners with a replay and a target network have in common; ``keys`` are for parameters, environments, the run and
+    the optimizer."""
+    key_params, key_envs, key_run, key_optimizer = keys
+    params = network.init(key_params)
+    return algorithm.start_learning(config, hyper, params, key_optimizer, num_updates, optimizer) | {
+        "target_params": optim.copied(params),
+        "actors": rollout.start(env, key_envs, config.num_envs, network.memory),
+        "buffer": store.init(),
+        "key": key_run,
+    }
 
 
 def double_targets(network: nets.Network, params: Params, target_params: Params, batch: replay.Batch) -> Array:

@@ -155,7 +155,7 @@ def decode_step(
     """
     wide = jnp.promote_types(nope.dtype, jnp.float32)
     p = jax.tree.map(lambda w: w.astype(nope.dtype), params)
-    latent, key = (x.astype(nope.dtype) for x in cache)
+    latent, key = (x.astype(nope.dtype) for x in kv.seen(cache))
     absorbed = jnp.einsum("bhw,rhw->bhr", nope, p["up_key"])
     scores = jnp.einsum("bhr,bsr->bhs", absorbed, latent, preferred_element_type=wide)
     scores = scores + jnp.einsum("bhw,bsw->bhs", turned, key, preferred_element_type=wide)

@@ -53,6 +53,7 @@ def write(
     The sequence began at ``start``, where its blocks count from; both are int32 ``[]`` or ``[B]``.
     """
     k_compress, v_compress, k_select, v_select, k_window, v_window = streams
+    cache = cache._replace(recent=kv.seen(cache.recent), compressed=kv.seen(cache.compressed))  # small, and read here
     recent = kv.write(cache.recent, k_compress, v_compress, position)
     batch, rows = k_compress.shape[0], cache.compressed.k.shape[1]
     first = per_row(position - start, batch) + 1 - config.block  # of the block that ends here, if one does
@@ -110,6 +111,7 @@ def decode_step(
     ``position`` and ``start`` (the first position that may be seen, with which the tokens were written) are int32 ``[]`` or ``[B]``;
     the token at ``position`` was written before.
     """
+    cache = kv.seen(cache)
     batch, heads, dim = q.shape
     if gates.shape != (batch, heads, 3):
         raise ValueError(f"gates must be {[batch, heads, 3]}: compression, selection, window; got {list(gates.shape)}")

@@ -189,6 +189,12 @@ def add_rollout(store: Replay, buffer: Buffer, steps: Any, action: Array, reward
     return jax.lax.scan(lambda b, step: (store.add(b, step), None), buffer, rows)[0]
 
 
+def mean(batch: Batch, x: Array) -> Array:
+    """The mean of ``x [N]`` over the transitions of a minibatch; 0 if there is none."""
+    used = batch.weight > 0
+    return jnp.sum(jnp.where(used, x, 0.0)) / jnp.maximum(used.sum(), 1)
+
+
 def make_sequences(
     obs_spec: Any, num_envs: int, capacity: int, batch_size: int, length: int, prioritized: bool = False
 ) -> Replay:

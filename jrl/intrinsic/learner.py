@@ -24,7 +24,6 @@ from jrl.numerics.types import Memory, Observation, OptState, Params
 
 Array = jax.Array
 MODELS = {"rnd": rnd.make, "icm": icm.make, "counts": counts.exact, "hash": counts.hashed}
-ADAM = optim.OptimizerConfig(schedule="constant", clip="none")
 CLIP = 5.0  # of standardized observations, as in RND's code
 
 
@@ -86,7 +85,7 @@ def make(config: Config, env: Environment, passes: tuple[int, int], own: Intrins
         params, memory = model.init(key_model)
         value_params = value.init(key_value)
         inputs = jax.tree.map(lambda x: normalize.init(x.shape), spec)
-        adam = optim.make(ADAM)
+        adam = optim.make(optim.CONSTANT_ADAM)
         valued = ValueState(value_params, adam.init(value_params))
         return State(params, adam.init(params), memory, inputs, normalize.init_rewards(num_envs), valued)
 
@@ -160,7 +159,7 @@ def descend(
     """Epochs of minibatch steps down ``loss(params, rows)``, and its mean; nothing where there are no parameters."""
     if not jax.tree.leaves(params):
         return params, opt_state, jnp.float32(0)
-    tx = optim.make(ADAM, learning_rate=hyper.learning_rate)
+    tx = optim.make(optim.CONSTANT_ADAM, learning_rate=hyper.learning_rate)
 
     def minibatch(carry: tuple[Params, OptState], rows: Array) -> tuple[tuple[Params, OptState], Array]:
         def with_value(params: Params) -> tuple[Array, Array]:

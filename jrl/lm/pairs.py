@@ -77,7 +77,7 @@ def check(task: Task, pairs: Pairs) -> int:
     return number
 
 
-class Scored(NamedTuple):
+class PairLogProbs(NamedTuple):
     """Log-probabilities ``[N]`` of both answers of each pair: sums over their tokens, and how many these are; and the load of experts."""
 
     chosen: Array
@@ -87,7 +87,7 @@ class Scored(NamedTuple):
     load: moe.Load
 
 
-def log_probs(model: Model, params: Any, pairs: Pairs) -> Scored:
+def log_probs(model: Model, params: Any, pairs: Pairs) -> PairLogProbs:
     """Log-probabilities of both answers of each pair, differentiable, in one pass over ``2 N`` rows."""
     prompt, valid = (jnp.concatenate([x, x]) for x in (pairs.prompt, pairs.valid))
     said = as_rollout(jnp.concatenate([pairs.chosen, pairs.rejected]))
@@ -95,7 +95,7 @@ def log_probs(model: Model, params: Any, pairs: Pairs) -> Scored:
     total = jnp.sum(token_losses.masked(scored.log_prob, said.mask), axis=-1)
     length = said.mask.sum(-1, dtype=jnp.float32)
     (chosen, rejected), (chosen_length, rejected_length) = jnp.split(total, 2), jnp.split(length, 2)
-    return Scored(chosen, rejected, chosen_length, rejected_length, scored.load)
+    return PairLogProbs(chosen, rejected, chosen_length, rejected_length, scored.load)
 
 
 def as_rollout(tokens: Array) -> Rollout:

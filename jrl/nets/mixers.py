@@ -215,11 +215,9 @@ def _sparse_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
 
 def _sparse_step(layer: Any, y: Array, cache: Any, position: Array, start: Array | int, config: Any):
     q, k, v = _placed_step(layer, y, position, start, config)
-    small = {name: kv_cache.seen(getattr(cache, name)) for name in ("recent", "compressed")}
-    cache = cache._replace(**small)
     cache = nsa_cache.write(layer["compress"], cache, _streams(k, v), position, config.sparse, start=start)
     gates = branch_gates(layer, y)
-    return nsa_cache.decode_step(q, gates, kv_cache.seen(cache), position, config.sparse, start=start), cache
+    return nsa_cache.decode_step(q, gates, cache, position, config.sparse, start=start), cache
 
 
 # Latent attention
@@ -255,8 +253,7 @@ def _latent_step(layer: Any, y: Array, cache: Any, position: Array, start: Array
     latent, key = mla.latents(params, y, at, config.latent)
     nope, turned = mla.queries(params, y, at, config.latent)
     cache = mla.write(cache, latent[:, 0], key[:, 0], position)
-    kept = kv_cache.seen(cache)
-    return mla.decode_step(params, nope[:, 0], turned[:, 0], kept, position, config.latent, start=start), cache
+    return mla.decode_step(params, nope[:, 0], turned[:, 0], cache, position, config.latent, start=start), cache
 
 
 # RWKV

@@ -74,6 +74,9 @@ class OptimizerConfig(Settings, prefix="optimizer"):
         return self.schedule != "constant" or self.warmup > 0
 
 
+CONSTANT_ADAM = OptimizerConfig(schedule="constant", clip="none")  # as it stands in most papers
+
+
 class Hyper(NamedTuple):
     """Numbers of the optimizer, floats or traced float32 scalars; each may be swept.
 

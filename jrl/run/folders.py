@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,16 @@ def read_json(path: Path, default: Any) -> Any:
         return [unsealed(part) for part in found] if isinstance(found, list) else unsealed(found)
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}") from None
+
+
+def remembered(path: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make()`` gives, JSON values by their names: read from the file if it holds that of the same settings, else made, and written there."""
+    found = read_json(path, {})
+    if found.get("settings") != settings:
+        found = {"settings": settings} | make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found)
+    return found
 
 
 def write_json(path: Path, data: dict[str, Any] | list[dict[str, Any]]) -> None:

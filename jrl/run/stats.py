@@ -55,6 +55,12 @@ def text(scores: dict[str, Any]) -> str:
     return f"{scores['iqm']:.1f} ({scores['ci_low']:.1f} to {scores['ci_high']:.1f})"
 
 
+def brief(x: Any, form: str) -> str:
+    """IQM and 95% interval of one number a seed, each written as ``form`` says, like ``.2f``."""
+    low, high = interval(x)
+    return f"{iqm(x):{form}} ({low:{form}} to {high:{form}})"
+
+
 def seeds(number: int) -> str:
     """A number of seeds in words: "1 seed", "8 seeds"."""
     return f"{number} seed" if number == 1 else f"{number} seeds"
