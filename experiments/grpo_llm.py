@@ -5,7 +5,7 @@ python experiments/grpo_llm.py --model FOLDER --dataset countdown               
 python experiments/grpo_llm.py --model FOLDER --dataset mine.py                 problems of your own: make(seed) -> verifiers.Source
 python experiments/grpo_llm.py --model MODEL --run-dir runs/mine                 and, after Ctrl-C, the same again: it goes on
 
-It trains matrices beside the frozen model (LoRA), which is the reference of the KL at no cost; --config.lora-rank 0 trains the
+It trains matrices beside the frozen model (LoRA), which is the reference of the KL at no cost; --config.adapter.kind full trains the
 model itself. Answers lie over the devices; --model-devices 4 cuts the model over four of them. Leaves metrics.csv, answers.txt,
 curve.png and checkpoints in the folder. Datasets by name need the package reasoning-gym.
 """
@@ -28,13 +28,13 @@ from jrl import lm
 from jrl.algos import grpo
 from jrl.lm import groups, verifiers
 from jrl.lm.sampling import Rollout, decoder
-from jrl.nets import transformer
+from jrl.nets import adapters, transformer
 from jrl.numerics import checks, precision, sharding
 from jrl.run import cli, disk, folders, interrupt, log, memory, plot
 from jrl.run.checkpoint import Checkpoints, RunError, disk_errors
 from jrl.run.interrupt import StopOnSignal
 
-CONFIG = grpo.Config(num_prompts=4, group_size=4, lora_rank=16, micro_batches=4, kl="none")
+CONFIG = grpo.Config(num_prompts=4, group_size=4, adapter=adapters.Config("lora"), micro_batches=4, kl="none")
 BLOCK = 100  # updates whose problems are drawn at once
 
 # What of a completion is judged, what is asked for it, and the tokens of the longest answer.

@@ -14,7 +14,7 @@ from jrl.equations import token_losses
 from jrl.lm import groups, tasks
 from jrl.lm.policy import language_model
 from jrl.lm.sampling import Rollout
-from jrl.nets import moe, transformer
+from jrl.nets import adapters, moe, transformer
 from jrl.numerics import lora, optim
 
 TASK = tasks.make("modular_addition", modulus=3)
@@ -144,7 +144,7 @@ def test_what_stands_behind_the_end_does_not_matter(answered):
 
 @pytest.mark.slow
 def test_a_frozen_base_serves_as_the_reference(answered):
-    before, after, metrics = answered(replace(TINY, lora_rank=2, kl="exact"))
+    before, after, metrics = answered(replace(TINY, adapter=adapters.Config("lora", rank=2), kl="exact"))
     close(before.frozen, after.frozen)
     np.testing.assert_allclose(metrics["kl"], 0, atol=1e-6)  # at first the adapters do nothing
     assert sum(x.size for x in jax.tree.leaves(after.params)) < sum(x.size for x in jax.tree.leaves(after.frozen))
@@ -307,7 +307,9 @@ AVERAGED = optim.OptimizerConfig("adamw", ema=True)
     [
         sft.make(TASK, sft.Config(model=SHAPE, optimizer=AVERAGED)),
         ppo_lm.make(TASK, ppo_lm.Config(model=SHAPE, optimizer=AVERAGED)),
-        grpo.make(TASK, replace(TINY, optimizer=replace(AVERAGED, accumulate=2), lora_rank=2)),
+        grpo.make(
+            TASK, replace(TINY, optimizer=replace(AVERAGED, accumulate=2), adapter=adapters.Config("lora", rank=2))
+        ),
     ],
     ids=["sft", "ppo_lm", "grpo"],
 )

@@ -23,7 +23,7 @@ def model(tmp_path_factory):
 
 def arguments(model, folder, *more):
     fixed = ("--model", model, "--dataset", model / "say.py", "--run-dir", folder, "--prompt-length", 4)
-    sizes = ("--answer-length", 3, "--config.lora-rank", 4, "--hyper.learning-rate", 0.01, "--save-every", 2)
+    sizes = ("--answer-length", 3, "--config.adapter.rank", 4, "--hyper.learning-rate", 0.01, "--save-every", 2)
     return (*fixed, *sizes, *more)
 
 
@@ -66,7 +66,7 @@ def test_a_run_goes_on_only_with_the_settings_it_had(model, tmp_path):
 
 @pytest.mark.slow
 def test_the_model_itself_over_two_devices_learns_as_on_one(model, tmp_path):
-    full = ("--steps", 2, "--config.lora-rank", 0, "--config.micro-batches", 2)
+    full = ("--steps", 2, "--config.adapter.kind", "full", "--config.micro-batches", 2)
     for count in (1, 2):
         done = train(model, tmp_path / str(count), "--devices", count, "--model-devices", count, *full)
         assert done.returncode == 0, done.stderr

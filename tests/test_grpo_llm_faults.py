@@ -47,7 +47,7 @@ def train(model, tmp_path, monkeypatch):  # noqa: F811
             2,
             "--config.micro-batches",
             1,
-            "--config.lora-rank",
+            "--config.adapter.rank",
             2,
         )
         grpo_llm.main([str(x) for x in (*fixed, *sizes, *more)])

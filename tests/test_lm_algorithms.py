@@ -9,7 +9,7 @@ import pytest
 from jrl import run
 from jrl.algos import grpo, ppo_lm, sft
 from jrl.lm import tasks
-from jrl.nets import transformer
+from jrl.nets import adapters, transformer
 from jrl.numerics import optim
 from jrl.run import checkpoint, folders
 
@@ -82,7 +82,7 @@ def dtypes(function, *args):
 
 
 VARIANTS = {
-    "parts": {"micro_batches": 2, "kl": "exact", "lora_rank": 2, "top_k": 3, "overlong": 1, "oversample": 2},
+    "parts": {"micro_batches": 2, "kl": "exact", "adapter": adapters.Config("lora", rank=2), "top_k": 3, "overlong": 1, "oversample": 2},
     "recomputed": {"old_log_probs": "recomputed", "truncated_importance": True, "kl": "k3", "min_p": 0.1, "precision": "bfloat16"},
     "constant": {"reduction": "constant", "advantage": "rloo", "loss": "gspo", "top_p": 0.9},
 }  # fmt: skip

@@ -16,7 +16,7 @@ from jrl.lm import pairs as pairs_of
 from jrl.lm import tasks
 from jrl.lm.policy import Answers, answer, language_model
 from jrl.lm.sampling import Support, score
-from jrl.nets import transformer
+from jrl.nets import adapters, transformer
 from jrl.run import loop
 
 TASK = tasks.make("modular_addition", modulus=3)
@@ -168,7 +168,7 @@ def test_a_run_is_resumed_bit_for_bit(make, tmp_path, monkeypatch):
 
 
 def test_matrices_beside_the_frozen_model_learn_preferences():
-    algo = made_dpo(lora_rank=2, hyper=dpo.Hyper(learning_rate=0.02))
+    algo = made_dpo(adapter=adapters.Config("lora", rank=2), hyper=dpo.Hyper(learning_rate=0.02))
     state, metrics = jax.jit(lambda k: run.train_fn(algo, 12 * algo.env_steps_per_update)(k))(jax.random.key(0))
     assert set(state.params) >= {"layers/q", "layers/o"} and metrics["loss"][-1] < metrics["loss"][0]
 

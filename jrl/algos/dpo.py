@@ -28,16 +28,15 @@ from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
 from jrl.equations import preferences, token_losses
 from jrl.lm import pairs as pairs_of
 from jrl.lm.pairs import PairLogProbs, Pairs
-from jrl.lm.policy import Answers, adapted, adapter_of, language_model, reader
+from jrl.lm.policy import Answers, adapted, language_model, reader
 from jrl.lm.sampling import Model, Support
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
-from jrl.nets import moe, transformer
+from jrl.nets import adapters, moe, transformer
 from jrl.numerics import checks, optim
 from jrl.numerics.settings import (
     AboveZero,
     NonNegative,
-    NonNegativeInt,
     Positive,
     Precision,
     Settings,
@@ -60,7 +59,9 @@ class Config(Settings):
     batch_size: Positive = 64  # Pairs of a gradient step.
     loss: Loss = "sigmoid"  # Loss of a pair.
     token_mean: bool = False  # Log-ratios are means over tokens instead of sums; orpo and simpo always take means.
-    lora_rank: NonNegativeInt = 0  # Train matrices of this rank beside the frozen ones; 0 trains all parameters.
+    adapter: adapters.Config = field(
+        default_factory=adapters.Config
+    )  # What is trained: everything, or a little beside.
     # What the optimizer is made of.
     optimizer: optim.OptimizerConfig = field(default_factory=lambda: optim.OptimizerConfig("adamw"))
     precision: Precision = "float32"  # float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
@@ -113,8 +114,8 @@ def make(
         raise ValueError(f"config.batch_size must be at most the {number} pairs; got {config.batch_size}")
     remake = functools.partial(make, task, hyper=hyper, pairs=pairs, reward=reward, start=start, model=model)
     model = language_model(task, config.model, config.precision, model)
-    adapter = adapter_of(config.lora_rank)
-    keeps_start = bool(config.lora_rank) or config.loss not in WITHOUT_REFERENCE
+    adapter = model.adapter(config.adapter)
+    keeps_start = not config.adapter.trains_all or config.loss not in WITHOUT_REFERENCE
     rank_by = reward or (lambda answers: answers.parts["correct"])
     defaults = hyper
 
@@ -132,7 +133,7 @@ def make(
         tx = current_optimizer(config, state)
         step = optim.minimize(tx, lambda trained: loss(trained, state, batch, reference), state.params, state.opt_state)
         metrics, load = step.extra
-        params = step.params if config.lora_rank else model.balance(step.params, load)
+        params = model.balance(step.params, load) if config.adapter.trains_all else step.params
         state = state._replace(params=params, opt_state=step.opt_state, key=key, updates=state.updates + 1)
         metrics |= {"episodes": jnp.float32(2 * config.batch_size), "grad_norm": step.grad_norm}
         return state, metrics | {"episode_return": metrics["accuracy"]} | seen

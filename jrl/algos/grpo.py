@@ -28,7 +28,7 @@ from jrl.algos.grpo_kin import method as method
 from jrl.equations import token_losses
 from jrl.experience import rollout
 from jrl.lm import groups
-from jrl.lm.policy import Answers, adapted, adapter_of, answer, language_model, reader
+from jrl.lm.policy import Answers, adapted, answer, language_model, reader
 from jrl.lm.sampling import Model, Rollout, check_support, sample, score
 from jrl.lm.tasks import END, PAD, Task
 from jrl.lm.tasks.environment import as_environment
@@ -44,8 +44,8 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
     """GRPO of a model whose answers have up to ``length`` tokens, as pure functions. Raises ``ValueError`` for a wrong setting."""
     check(config)
     check_support(config.support(1.0), model.vocab_size)
-    adapter = adapter_of(config.lora_rank)
-    keeps_start = bool(config.lora_rank) or config.kl != "none"
+    adapter = model.adapter(config.adapter)
+    keeps_start = not config.adapter.trains_all or config.kl != "none"
     fixed_length = float(length) if config.reduction == "constant" else None
 
     def learn(
@@ -71,7 +71,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
             tokens = token_losses.weights(part.rollout.mask, "token_mean")
             step = optim.minimize(tx, lambda p: loss(p, state, part, tokens), *carry)
             metrics, load = step.extra
-            params = step.params if config.lora_rank else model.balance(step.params, load)
+            params = model.balance(step.params, load) if config.adapter.trains_all else step.params
             return (params, step.opt_state), metrics | {"grad_norm": step.grad_norm}
 
         (params, opt_state), metrics = jax.lax.scan(minibatch, (state.params, state.opt_state), order)

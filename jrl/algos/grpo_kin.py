@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jrl.equations import token_losses
 from jrl.lm.sampling import Support
-from jrl.nets import transformer
+from jrl.nets import adapters, transformer
 from jrl.numerics import checks, optim
 from jrl.numerics.settings import (
     AboveZero,
@@ -58,7 +58,9 @@ class Config(Settings):
     top_p: float = 1.0  # Sample from the most likely tokens that have this probability together.
     min_p: float = 0.0  # Sample from tokens of at least this share of the largest probability.
     supervised: NonNegativeInt = 0  # Supervised updates before reinforcement learning starts.
-    lora_rank: NonNegativeInt = 0  # Train matrices of this rank beside the frozen ones; 0 trains all parameters.
+    adapter: adapters.Config = field(
+        default_factory=adapters.Config
+    )  # What is trained: everything, or a little beside.
     optimizer: optim.OptimizerConfig = field(default_factory=ADAMW)  # What the optimizer is made of.
     precision: Precision = "float32"  # float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
 

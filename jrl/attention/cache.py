@@ -103,6 +103,7 @@ def decode_step(
     start: Array | int = 0,
     window: int | None = None,
     scale: float | None = None,
+    prefix: tuple[Array, Array] | None = None,
 ) -> Array:
     """Attention of the query ``[B, H, D]`` at ``position`` to the cached tokens up to it: ``[B, H, Dv]``.
 
@@ -113,6 +114,7 @@ def decode_step(
         start: first position that may be seen (the beginning of the episode), int32 ``[]`` or ``[B]``.
         window: only the last so many tokens are seen.
         scale: of the scores; ``D ** -0.5`` if not given.
+        prefix: Keys ``[N, K, D]`` and values ``[N, K, Dv]`` that every query sees.
     """
     cache = seen(cache)
     batch, heads, dim = q.shape
@@ -125,8 +127,16 @@ def decode_step(
     visible = visible_rows(position, start, window, batch, capacity)
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
     scores = jnp.einsum("bkgd,bskd->bkgs", grouped, cache.k.astype(q.dtype), preferred_element_type=wide)
-    p = masked_softmax(scores * (dim**-0.5 if scale is None else scale), visible[:, None, None])
-    out = jnp.einsum("bkgs,bskd->bkgd", p.astype(q.dtype), cache.v.astype(q.dtype), preferred_element_type=wide)
+    if prefix is not None:
+        more = jnp.einsum("bkgd,nkd->bkgn", grouped, prefix[0].astype(q.dtype), preferred_element_type=wide)
+        scores, first = jnp.concatenate([more, scores], axis=-1), jnp.ones((batch, len(prefix[0])), bool)
+        visible = jnp.concatenate([first, visible], axis=-1)
+    p = masked_softmax(scores * (dim**-0.5 if scale is None else scale), visible[:, None, None]).astype(q.dtype)
+    own = p[..., -capacity:]
+    out = jnp.einsum("bkgs,bskd->bkgd", own, cache.v.astype(q.dtype), preferred_element_type=wide)
+    if prefix is not None:
+        of_prefix = p[..., :-capacity]
+        out += jnp.einsum("bkgn,nkd->bkgd", of_prefix, prefix[1].astype(q.dtype), preferred_element_type=wide)
     return out.reshape(batch, heads, -1).astype(q.dtype)
 
 

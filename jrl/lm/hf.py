@@ -90,8 +90,8 @@ def save(
     if len(shards) > 1:
         size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
         where = {x.name: name for name, shard in zip(names, shards, strict=True) for x in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
-    _write_json(folder / "config.json", found)
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": where})
+    write_json(folder / "config.json", found)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _write_json(path: Path, found: Any) -> None:
+def write_json(path: Path, found: Any) -> None:
     path.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -223,8 +223,8 @@ def check_shapes(params: Params, config: Config) -> None:
     given = {path: x.shape for path, x in _by_path(params).items()}
     for path in wanted | given:
         if wanted.get(path) != given.get(path):
-            raise ValueError(f"params{list(path)}: wanted {_say(wanted.get(path))}; got {_say(given.get(path))}")
+            raise ValueError(f"params{list(path)}: wanted {say(wanted.get(path))}; got {say(given.get(path))}")
 
 
-def _say(shape: tuple[int, ...] | None) -> str:
+def say(shape: tuple[int, ...] | None) -> str:
     return "none" if shape is None else str(list(shape))

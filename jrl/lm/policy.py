@@ -38,16 +38,11 @@ def language_model(task: Task, shape: transformer.Config, policy: str, own: Mode
     return model._replace(init=lambda key: precision.cast_params(model.init(key), parsed.params))
 
 
-def adapter_of(lora_rank: int) -> lora.Adapter:
-    """What is trained: matrices of this rank beside the frozen ones, or all parameters if it is 0."""
-    return lora.lora(lora_rank, 2.0 * lora_rank) if lora_rank else lora.full()
-
-
-def adapted(model: Model, adapter: lora.Adapter, frozen: Params, trained: Any) -> Any:
-    """The parameters that are computed with: adapters stand beside their matrices where the model can compute that."""
+def adapted(model: Model, adapter: lora.Adapter, frozen: Params, trained: Any, key: Array | None = None) -> Any:
+    """The parameters that are computed with: adapters stand beside their matrices where the model can compute that. With a key, dropout is on."""
     if model.low_rank is None:
         return adapter.merge(frozen, trained)
-    return adapter.beside(frozen, trained, model.low_rank)
+    return adapter.beside(frozen, trained, model.low_rank, key)
 
 
 class Reading(NamedTuple):

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jrl.equations import token_losses
-from jrl.nets import moe, transformer
-from jrl.numerics import checks, precision, sharding
+from jrl.nets import adapters, moe, transformer
+from jrl.numerics import checks, lora, precision, sharding
 from jrl.numerics.types import Params
 
 Array = jax.Array
@@ -40,6 +40,7 @@ class Model(NamedTuple):
         low_rank: a regular expression for the parameters that may be ``lora.LowRank``; None for none.
         grow: ``(cache, capacity) -> cache`` with room for more tokens; None where room for all is needed from the start.
         repeat: ``(cache, copies) -> cache``, each row so many times, side by side; None to read a prompt once for each of its answers.
+        adapter: ``adapters.Config -> lora.Adapter`` of what is trained.
     """
 
     init: Callable[[Array], Any]
@@ -53,6 +54,7 @@ class Model(NamedTuple):
     low_rank: str | None = None
     grow: Callable[[Any, int], Any] | None = None
     repeat: Callable[[Any, int], Any] | None = None
+    adapter: Callable[[adapters.Config], lora.Adapter] = lambda config: adapters.make(config, None)
 
 
 def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float32, tokens: int | None = None) -> Model:
@@ -105,6 +107,7 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         transformer.low_rank(config),
         lambda cache, capacity: transformer.grown(cache, config, capacity),
         lambda cache, copies: jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), cache),
+        lambda adapter: adapters.make(adapter, config),
     )
 
 

@@ -101,7 +101,8 @@ def project(layer: Any, x: Array, config: Any) -> tuple[Array, Array, Array]:
 def _placed(layer: Any, y: Array, tokens: Tokens, config: Any) -> tuple[Array, Array, Array]:
     q, k, v = project(layer, y, config)
     theta, scaling = config.rope_theta, config.rope_scaling
-    return rope(q, tokens.position, theta, scaling), rope(k, tokens.position[None], theta, scaling), v
+    position = tokens.position + (len(layer["prefix_k"]) if "prefix_k" in layer else 0)
+    return rope(q, position, theta, scaling), rope(k, position[None], theta, scaling), v
 
 
 def _placed_step(layer: Any, y: Array, position: Array, start: Array | int, config: Any) -> tuple[Array, Array, Array]:
@@ -115,15 +116,19 @@ def _placed_step(layer: Any, y: Array, position: Array, start: Array | int, conf
 
 
 def _sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array:
-    return _attend(*_placed(layer, y, tokens, config), tokens, config)
+    return _attend(layer, *_placed(layer, y, tokens, config), tokens, config)
 
 
 def _prefill(layer: Any, y: Array, tokens: Tokens, cache: Any, config: Any) -> tuple[Array, Any]:
     q, k, v = _placed(layer, y, tokens, config)
-    return _attend(q, k, v, tokens, config), kv_cache.fill(cache, k[0], v[0])
+    if "prefix_k" in layer and tokens.segment_ids is not None:  # which is seen across segments
+        tokens = tokens._replace(segment_ids=None, valid=jnp.asarray(tokens.segment_ids > 0))
+    return _attend(layer, q, k, v, tokens, config), kv_cache.fill(cache, k[0], v[0])
 
 
-def _attend(q: Array, k: Array, v: Array, tokens: Tokens, config: Any) -> Array:
+def _attend(layer: Any, q: Array, k: Array, v: Array, tokens: Tokens, config: Any) -> Array:
+    if "prefix_k" in layer:
+        return _attend_behind(layer["prefix_k"], layer["prefix_v"], q, k[0], v[0], tokens, config)
     return attend(
         q,
         k[0],
@@ -136,6 +141,29 @@ def _attend(q: Array, k: Array, v: Array, tokens: Tokens, config: Any) -> Array:
     )
 
 
+def _attend_behind(
+    prefix_k: Array, prefix_v: Array, q: Array, k: Array, v: Array, tokens: Tokens, config: Any
+) -> Array:
+    """With the keys and values of a prefix ``[N, K, D]``, which all tokens see (2101.00190, eq. 3)."""
+    if tokens.segment_ids is not None:
+        raise ValueError("segment_ids: a prefix is of one sequence a row; do not pack several")
+
+    def behind(prefix, x):
+        return jnp.concatenate([jnp.broadcast_to(prefix.astype(x.dtype), (len(x), *prefix.shape)), x], axis=1)
+
+    there = None if tokens.valid is None else jnp.pad(tokens.valid, [(0, 0), (len(prefix_k), 0)], constant_values=True)
+    return attend(
+        q,
+        behind(prefix_k, k),
+        behind(prefix_v, v),
+        causal=config.causal,
+        valid=tokens.valid,
+        kv_valid=there,
+        q_offset=len(prefix_k),
+        implementation=config.implementation,
+    )
+
+
 def _init_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
     rows = min(capacity, _window(config) or capacity)
     return kv_cache.init(batch, rows, config.num_kv_heads, config.width, dtype=dtype)
@@ -144,7 +172,8 @@ def _init_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
 def _step(layer: Any, y: Array, cache: Any, position: Array, start: Array | int, config: Any) -> tuple[Array, Any]:
     q, k, v = _placed_step(layer, y, position, start, config)
     cache = kv_cache.write(cache, k[0], v[0], position)
-    return kv_cache.decode_step(q, cache, position, start=start, window=_window(config)), cache
+    prefix = (layer["prefix_k"], layer["prefix_v"]) if "prefix_k" in layer else None
+    return kv_cache.decode_step(q, cache, position, start=start, window=_window(config), prefix=prefix), cache
 
 
 def _window(config: Any) -> int | None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jrl.attention import Implementation, mla, nsa
 from jrl.attention import cache as kv_cache
 from jrl.attention.rotary import Scaling, rms_norm
-from jrl.nets import moe
+from jrl.nets import bottleneck, moe
 from jrl.nets.mixers import MIXERS, Leaf, Tokens
 from jrl.numerics import lora
 from jrl.numerics.settings import AtLeastOne, NonNegativeInt, Positive, Settings, Unit
@@ -281,9 +281,9 @@ def blocks_and_loads(
     def run(x: Array, layer: Any, config: Config) -> tuple[Array, moe.Load]:
         y = rms_norm(x, layer["attention_norm"], config.norm_eps)
         mixed = MIXERS[config.attention].sequence(layer, y, tokens, config)
-        x = x + out(layer, mixed)
+        x = bottleneck.added(layer, "attention", x, out(layer, mixed))
         output, load = ffn_and_load(layer, x, config, counted)
-        return x + output, load
+        return bottleneck.added(layer, "ffn", x, output), load
 
     for name, shape in stacks(config).items():
         layer = partial(run, config=shape)
@@ -412,8 +412,9 @@ def _with_caches(
         (x, caches), (layer, number) = carry, both
         mine = jax.tree.map(lambda rows: kv_cache.Layer(rows, number), caches)
         mixed, mine = mix(layer, rms_norm(x, layer["attention_norm"], config.norm_eps), mine, config)
-        x = x + out(layer, mixed)
-        return (x + ffn(layer, x, config), jax.tree.map(partial(_kept, number), caches, mine)), None
+        x = bottleneck.added(layer, "attention", x, out(layer, mixed))
+        x = bottleneck.added(layer, "ffn", x, ffn(layer, x, config))
+        return (x, jax.tree.map(partial(_kept, number), caches, mine)), None
 
     written = {}
     for name, shape in stacks(config).items():

@@ -35,11 +35,15 @@ LAYOUTS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("head_norm", "head_norm_bias", "decay", "bonus"), (2, 0)),
     **dict.fromkeys(("norm", "attention_norm", "ffn_norm", "q_norm", "k_norm", "query_norm"), (1, 0)),
     **dict.fromkeys(("bias", "o_bias", "gate_bias", "up_bias", "down_bias", "b_in", "b_out"), (1, 0)),
-    **dict.fromkeys(("shift", "shift_all"), (1, 0)),
+    **dict.fromkeys(("shift", "shift_all", "magnitude", "row_scale", "column_scale"), (1, 0)),
+    **dict.fromkeys(("prefix_k", "prefix_v"), (1, 2)),
 }
 STACKS = ("layers", "first")
 # A layer may have several: of branches, of experts, of mixtures of tokens.
-STACKED_IN_A_LAYER = ("k", "v", "k_bias", "v_bias", "gate", "up", "down", "shift", "shift_down", "shift_up", "a", "b")
+STACKED_IN_A_LAYER = (
+    "k", "v", "k_bias", "v_bias", "gate", "up", "down", "shift", "shift_down", "shift_up", "a", "b", "magnitude", "row_scale",
+    "column_scale",
+)  # fmt: skip
 
 
 class Axes(NamedTuple):

@@ -361,8 +361,8 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "grpo.py": (
         "--methods", "--methods nope", "--methods grpo nope", "--task nope", "--task-params modulus=1", "--task-params nope=1", "--updates 0",
         "--config.group-size 0", "--config.group-size 1", "--config.num-minibatches 7", "--config.model.num-heads 3", "--config.model.dim 5",
-        "--config.model.dim 0", "--config.model.dim 1e12", "--config.model.num-layers 1e12", "--config.model.attention nope", "--config.lora-rank -1",
-        "--config.lora-rank 4000000000", "--hyper.learning-rate nan", "--sweep hyper.nope=1", "--eval-episodes -1", "--config.kl nope", "--updates 1e30",
+        "--config.model.dim 0", "--config.model.dim 1e12", "--config.model.num-layers 1e12", "--config.model.attention nope", "--config.adapter.rank -1",
+        "--config.adapter.rank 4000000000", "--hyper.learning-rate nan", "--sweep hyper.nope=1", "--eval-episodes -1", "--config.kl nope", "--updates 1e30",
         "--methods grpo --config.loss nope", "--config.oversample 0", "--config.num-prompts 1e12", "--config.group-size 1e12",
     ),
     "memory.py": ("--task nope", "--lengths 0", "--lengths -1", "--lengths x", "--kinds nope", "--kinds gru nope", "--env-steps 0", "--env-steps 1", "--num-seeds 0",
@@ -378,8 +378,8 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
     "rainbow.py": ("--parts", "--parts nope", "--parts C51 --v-min 5 --v-max 1", "--parts C51 --v-min nan", "--parts C51 --v-max inf", "--env Pendulum-v1",
         "--env nope", "--num-seeds 0", "--env-steps 0", "--env-steps 1"),
     "grpo_llm.py": ("--form nope", "--steps 0", "--prompt-length 0", "--prompt-length 1", "--answer-length 0", "--answer-length 1e12", "--prompt-length 1e12",
-        "--save-every 0", "--devices 0", "--devices 99", "--model-devices 0", "--model-devices 99", "--setting x", "--setting seed=1", "--config.lora-rank -1",
-        "--config.lora-rank 4000000000", "--config.supervised 5", "--config.precision nope", "--hyper.learning-rate nan", "--config.group-size 0",
+        "--save-every 0", "--devices 0", "--devices 99", "--model-devices 0", "--model-devices 99", "--setting x", "--setting seed=1", "--config.adapter.rank -1",
+        "--config.adapter.rank 4000000000", "--config.supervised 5", "--config.precision nope", "--hyper.learning-rate nan", "--config.group-size 0",
         "--dataset nope", "--dataset chain_sum --setting nope=1", "--dataset chain_sum --setting min_terms=x", "--dataset chain_sum --setting max_terms=-1",
         "--dataset say.py --setting largest=x", "--config.num-prompts 1e12", "--config.group-size 1e12", "--config.micro-batches 0", "--config.micro-batches 7"),
 }  # fmt: skip

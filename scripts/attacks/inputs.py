@@ -82,7 +82,7 @@ HUGE = ("1e12", "1e18", "2147483648", "9223372036854775808", "999999999999999999
 # Flags whose values are sizes of what must be held in memory, so that huge ones cannot work.
 SIZES = (
     "num_seeds", "runs", "num_envs", "num_steps", "capacity", "batch_size", "eval_episodes", "group_size", "num_prompts",
-    "lora_rank", "dim", "num_layers", "gru", "network.hidden", "samples", "vocabulary", "toy_steps", "devices", "model_devices",
+    "rank", "dim", "num_layers", "gru", "network.hidden", "samples", "vocabulary", "toy_steps", "devices", "model_devices",
     "prompt_length", "num_sequences",
 )  # fmt: skip
 # Right whatever the number: not tried with one.

@@ -24,7 +24,7 @@ def make(seed, largest=3):
 """
 WORDS = (
     *("--model", str(FOLDER), "--dataset", str(FOLDER / "say.py"), "--prompt-length", "4", "--answer-length", "3"),
-    *("--config.lora-rank", "4", "--hyper.learning-rate", "0.01"),
+    *("--config.adapter.rank", "4", "--hyper.learning-rate", "0.01"),
 )
 
 

@@ -33,7 +33,7 @@ TRAINED = {
     "parquet": ("ppo.py", (*COMMON, *ON_POLICY, "--num-seeds", str(log.CSV_MEMBERS + 1))),
     "finished": ("ppo.py", (*COMMON, *ON_POLICY, "--num-seeds", "1")),
 }
-GRPO = ("--prompt-length", "4", "--answer-length", "3", "--config.lora-rank", "4", "--save-every", "2", "--steps", str(UPDATES),)  # fmt: skip
+GRPO = ("--prompt-length", "4", "--answer-length", "3", "--config.adapter.rank", "4", "--save-every", "2", "--steps", str(UPDATES),)  # fmt: skip
 RUNS = (*TRAINED, "grpo_llm")
 MODELS = ("folder", "shards", "experts", "saved", "gguf")
 
