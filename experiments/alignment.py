@@ -29,7 +29,8 @@ from jrl.equations import token_losses
 from jrl.lm import pairs as pairs_of
 from jrl.lm.pairs import Pairs
 from jrl.lm.policy import Answers, answer, language_model
-from jrl.lm.sampling import Support, score
+from jrl.lm.sampling import Support
+from jrl.lm.scoring import score
 from jrl.lm.tasks import MARKS, Problem, Task, parts
 from jrl.nets import transformer
 from jrl.numerics import checks

@@ -27,7 +27,8 @@ import numpy as np
 from jrl import lm
 from jrl.algos import grpo
 from jrl.lm import groups, verifiers
-from jrl.lm.sampling import Rollout, decoder
+from jrl.lm.model import decoder
+from jrl.lm.sampling import Rollout
 from jrl.nets import adapters, transformer
 from jrl.numerics import checks, precision, sharding
 from jrl.run import cli, disk, folders, interrupt, log, memory, plot

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 
 from jrl.algos import grpo
 from jrl.lm import tasks
+from jrl.lm.model import Model
 from jrl.lm.policy import language_model
-from jrl.lm.sampling import Model, Rollout
+from jrl.lm.sampling import Rollout
 from jrl.nets import transformer
 from jrl.numerics import checks
 from jrl.run import cli, layout, report, stats

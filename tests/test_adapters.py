@@ -12,7 +12,9 @@ import pytest
 import safetensors.numpy
 
 from jrl.lm import hf, peft
-from jrl.lm.sampling import decoder, sample, score
+from jrl.lm.model import decoder
+from jrl.lm.sampling import sample
+from jrl.lm.scoring import score
 from jrl.nets import adapters, transformer
 from jrl.numerics import lora
 

@@ -13,7 +13,9 @@ from tokenizers import models, pre_tokenizers
 
 from jrl import lm
 from jrl.lm import hf, templates, tokenizer
-from jrl.lm.sampling import Support, decoder, sample, score
+from jrl.lm.model import decoder
+from jrl.lm.sampling import Support, sample
+from jrl.lm.scoring import score
 from jrl.nets import transformer
 
 SYMBOLS = ["<end>", "<turn>", "a", "b", "c"]

@@ -9,7 +9,9 @@ import pytest
 
 from jrl.algos import grpo, ppo_lm, sft
 from jrl.lm import tasks
-from jrl.lm.sampling import Rollout, decoder, score
+from jrl.lm.model import decoder
+from jrl.lm.sampling import Rollout
+from jrl.lm.scoring import score
 from jrl.nets import moe, transformer
 from jrl.numerics import optim
 

@@ -11,8 +11,8 @@ import pytest
 from jrl import algorithm
 from jrl.algos import grpo, sft
 from jrl.lm import own, tasks
+from jrl.lm.model import decoder
 from jrl.lm.policy import language_model
-from jrl.lm.sampling import decoder
 from jrl.nets import transformer
 
 RANK_PROMOTION = "allow"  # as in a user's own process
@@ -88,7 +88,7 @@ def test_what_is_no_model_of_the_task_is_refused():
         r"must give logits \[batch, 7\] for the token after a prompt": own.language_model(
             DECODER.init, lambda params, tokens, valid: jnp.zeros((*tokens.shape, 3)), VOCABULARY
         ),
-        "make: model must be a jrl.lm.sampling.Model": "gpt",
+        "make: model must be a jrl.lm.model.Model": "gpt",
     }
     for message, model in wrong.items():
         with pytest.raises(ValueError, match=message.replace("7", str(VOCABULARY))):

@@ -15,7 +15,8 @@ from jrl.algos import dpo, reward_model, sft
 from jrl.lm import pairs as pairs_of
 from jrl.lm import tasks
 from jrl.lm.policy import Answers, answer, language_model
-from jrl.lm.sampling import Support, score
+from jrl.lm.sampling import Support
+from jrl.lm.scoring import score
 from jrl.nets import adapters, transformer
 from jrl.run import loop
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from jrl.attention import mla, nsa
-from jrl.lm import sampling
-from jrl.lm.sampling import Support, decoder, kept, sample, score
+from jrl.lm import model as model_file
+from jrl.lm import sampling, scoring
+from jrl.lm.model import decoder
+from jrl.lm.sampling import Support, kept, sample
+from jrl.lm.scoring import score
 from jrl.nets import mixers, transformer
 
 END, PAD = 1, 0
@@ -95,7 +98,7 @@ def test_a_few_rows_are_scored_at_once_where_all_do_not_fit(dense, monkeypatch):
     rollout = run(jax.random.key(2), params=params, prompt=prompt, valid=valid)
     scores = []
     for at_once in (2**25, 2 * 8 * 11 + 5, 1):  # all, two rows, one row
-        monkeypatch.setattr(sampling, "AT_ONCE", at_once)
+        monkeypatch.setattr(scoring, "AT_ONCE", at_once)
         scores.append(score(model, params, prompt, rollout, valid=valid))
     for other in scores[1:]:
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), other, scores[0])
@@ -103,9 +106,9 @@ def test_a_few_rows_are_scored_at_once_where_all_do_not_fit(dense, monkeypatch):
 
 def test_padding_is_turned_behind_and_back_and_so_are_slopes():
     x, steps = jnp.arange(12.0).reshape(2, 6), jnp.array([2, 0])
-    np.testing.assert_array_equal(sampling._turned(x, -steps)[0], [2, 3, 4, 5, 0, 1])
-    np.testing.assert_array_equal(sampling._turned(sampling._turned(x, -steps), steps), x)
-    slope = jax.grad(lambda x: jnp.sum(sampling._turned(x, steps) * jnp.arange(6.0)[None]))(x)
+    np.testing.assert_array_equal(model_file.turned(x, -steps)[0], [2, 3, 4, 5, 0, 1])
+    np.testing.assert_array_equal(model_file.turned(model_file.turned(x, -steps), steps), x)
+    slope = jax.grad(lambda x: jnp.sum(model_file.turned(x, steps) * jnp.arange(6.0)[None]))(x)
     np.testing.assert_array_equal(slope, [[2, 3, 4, 5, 0, 1], [0, 1, 2, 3, 4, 5]])
 
 

@@ -27,9 +27,10 @@ import jax.numpy as jnp
 from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
 from jrl.equations import preferences, token_losses
 from jrl.lm import pairs as pairs_of
+from jrl.lm.model import Model
 from jrl.lm.pairs import PairLogProbs, Pairs
 from jrl.lm.policy import Answers, adapted, language_model, reader
-from jrl.lm.sampling import Model, Support
+from jrl.lm.sampling import Support
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import adapters, moe, transformer

@@ -28,8 +28,10 @@ from jrl.algos.grpo_kin import method as method
 from jrl.equations import token_losses
 from jrl.experience import rollout
 from jrl.lm import groups
+from jrl.lm.model import Model
 from jrl.lm.policy import Answers, adapted, answer, language_model, reader
-from jrl.lm.sampling import Model, Rollout, check_support, sample, score
+from jrl.lm.sampling import Rollout, check_support, sample
+from jrl.lm.scoring import score
 from jrl.lm.tasks import END, PAD, Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe

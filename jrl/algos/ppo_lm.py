@@ -20,7 +20,8 @@ from jrl.algos.ppo_lm_settings import Config, Hyper, check
 from jrl.equations import losses, token_losses
 from jrl.experience import rollout
 from jrl.lm.policy import Answers, answer, language_model, reader
-from jrl.lm.sampling import Rollout, Support, answer_hidden, score
+from jrl.lm.sampling import Rollout, Support
+from jrl.lm.scoring import answer_hidden, score
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
 from jrl.equations import preferences
 from jrl.lm import pairs as pairs_of
+from jrl.lm.model import Model
 from jrl.lm.pairs import Pairs
 from jrl.lm.policy import Answers, language_model, reader
-from jrl.lm.sampling import Model, answer_hidden
+from jrl.lm.scoring import answer_hidden
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import transformer

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrl.lm.sampling import Model
+from jrl.lm.model import Model
 from jrl.nets import moe
 from jrl.numerics import checks, precision
 from jrl.numerics.types import Params
@@ -21,7 +21,7 @@ def language_model(
     [B, L, vocab_size]``.
 
     It must be causal, and leave out tokens that are not valid: the padding before a prompt. It needs no cache: for each token of an answer
-    all that stands before it is read again, which a small model can afford. Others fill in the record ``sampling.Model`` themselves.
+    all that stands before it is read again, which a small model can afford. Others fill in the record ``lm.model.Model`` themselves.
     """
     checks.positive_int("vocab_size", vocab_size)
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jrl.equations import token_losses
+from jrl.lm.model import Model
 from jrl.lm.policy import Answers, answer
-from jrl.lm.sampling import Model, Rollout, Support, score
+from jrl.lm.sampling import Rollout, Support
+from jrl.lm.scoring import score
 from jrl.lm.tasks import Task, answer_mask
 from jrl.nets import moe
 from jrl.numerics import checks

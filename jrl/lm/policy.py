@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jrl.lm.model import Model, decoder
 from jrl.lm.own import checked, computed_in
-from jrl.lm.sampling import Model, Rollout, Support, decoder, sample, supported
+from jrl.lm.sampling import Rollout, Support, sample, supported
 from jrl.lm.tasks import END, PAD, Problem, Task
 from jrl.nets import transformer
 from jrl.numerics import checks, lora, optim, precision
