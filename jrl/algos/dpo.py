@@ -18,13 +18,13 @@ log-probabilities of pairs that are given are computed once.
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
+from jrl.algos.dpo_settings import WITHOUT_REFERENCE, Config, Hyper
 from jrl.equations import preferences, token_losses
 from jrl.lm import pairs as pairs_of
 from jrl.lm.model import Model
@@ -33,55 +33,91 @@ from jrl.lm.policy import Answers, adapted, language_model, reader
 from jrl.lm.sampling import Support
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
-from jrl.nets import adapters, moe, transformer
-from jrl.numerics import checks, optim
-from jrl.numerics.settings import (
-    AboveZero,
-    NonNegative,
-    Positive,
-    Precision,
-    Settings,
-    Unit,
-    check_hyper,
-)
+from jrl.nets import moe
+from jrl.numerics import checks, loops, optim
+from jrl.numerics.settings import check_hyper
 from jrl.numerics.types import OptState, Params
 
 Array = jax.Array
-Loss = Literal["sigmoid", "ipo", "hinge", "kto", "apo", "orpo", "simpo"]
-WITHOUT_REFERENCE = ("orpo", "simpo")  # losses of a token's mean log-probability
 
 
-@dataclass(frozen=True)
-class Config(Settings):
-    """Static settings, which shape the compiled program."""
+def learner(model: Model, config: Config) -> "Learner":
+    """DPO of a model on pairs of any origin, as pure functions. Raises ``ValueError`` for settings that do not fit each other."""
+    token_losses.refuse_accumulation(config.optimizer.accumulate, "a larger config.batch_size")
+    if config.batch_size % config.micro_batches or (config.loss == "kto" and config.micro_batches > 1):
+        raise ValueError(
+            f"config.micro_batches must divide batch_size = {config.batch_size}, and be 1 for kto; got {config.micro_batches}"
+        )
+    adapter = model.adapter(config.adapter)
 
-    # Shape of the decoder; its vocabulary is the task's.
-    model: transformer.Config = field(default_factory=lambda: transformer.Config(dim=64, num_layers=2))
-    batch_size: Positive = 64  # Pairs of a gradient step.
-    loss: Loss = "sigmoid"  # Loss of a pair.
-    token_mean: bool = False  # Log-ratios are means over tokens instead of sums; orpo and simpo always take means.
-    adapter: adapters.Config = field(
-        default_factory=adapters.Config
-    )  # What is trained: everything, or a little beside.
-    # What the optimizer is made of.
-    optimizer: optim.OptimizerConfig = field(default_factory=lambda: optim.OptimizerConfig("adamw"))
-    precision: Precision = "float32"  # float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
+    def learn(state: State, batch: Pairs, reference: Reference | tuple[()]) -> tuple[State, Metrics]:
+        tx = current_optimizer(config, state)
+        step = optim.minimize(tx, lambda trained: loss(trained, state, batch, reference), state.params, state.opt_state)
+        metrics, load = step.extra
+        params = model.balance(step.params, load) if config.adapter.trains_all else step.params
+        state = state._replace(params=params, opt_state=step.opt_state, updates=state.updates + 1)
+        return state, metrics | {"grad_norm": step.grad_norm}
 
+    def loss(
+        trained: Any, state: State, batch: Pairs, reference: Reference | tuple[()]
+    ) -> tuple[Array, tuple[Metrics, moe.Load]]:
+        params = adapted(model, adapter, state.frozen, trained)
+        weight = batch.weight / jnp.maximum(batch.weight.sum(), 1)
 
-class Hyper(NamedTuple):
-    """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
+        def part(x: tuple[Pairs, Reference | tuple[()], Array]) -> tuple[Array, Metrics, moe.Load]:
+            return scored(params, state.hyper, *x)
 
-    learning_rate: NonNegative = 3e-4  # Initial learning rate; decays by config.optimizer.schedule.
-    beta: AboveZero = 0.1  # How dear it is to leave the reference; of orpo, the weight of its odds ratio.
-    smoothing: Unit = 0.0  # Share of pairs taken to be labelled the wrong way round (sigmoid, simpo).
-    margin: NonNegative = 0.5  # Margin of simpo.
-    liked_weight: NonNegative = 1.0  # Weight of chosen answers in kto.
-    disliked_weight: NonNegative = 1.0  # Weight of rejected answers in kto.
-    likelihood_weight: NonNegative = 0.0  # Weight of -log p of a chosen token beside the loss (orpo has 1 more).
-    temperature: AboveZero = 1.0  # Temperature at which answers are drawn online.
-    balance_weight: NonNegative = 1e-3  # Weight of the loss that evens the load of experts (moe.balance_loss).
-    max_grad_norm: AboveZero = 1.0  # Largest global norm of a gradient.
-    optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
+        total, metrics, load = loops.sum_over_parts(part, (batch, reference, weight), config.micro_batches)
+        return total + state.hyper.balance_weight * model.balance_loss(load), (metrics, load)
+
+    def scored(
+        params: Any, hyper: Hyper, batch: Pairs, reference: Reference | tuple[()], weight: Array
+    ) -> tuple[Array, Metrics, moe.Load]:
+        """Loss and metrics of some pairs, whose weights are part of a sum of 1."""
+        found = pairs_of.log_probs(model, params, batch)
+        mean = functools.partial(token_losses.weighted_sum, weight)
+        if not isinstance(reference, Reference):
+            reference = Reference(jnp.zeros_like(found.chosen), jnp.zeros_like(found.rejected))
+        each = mean(losses_of(config, hyper, found, reference, mean))
+        likelihood = mean(-found.chosen / found.chosen_length)
+        liked, disliked = found.chosen - reference.chosen, found.rejected - reference.rejected
+        metrics = {
+            "loss": each,
+            "accuracy": mean(1.0 * (liked > disliked)),
+            "margin": hyper.beta * mean(liked - disliked),
+            "chosen_log_ratio": mean(liked),
+            "rejected_log_ratio": mean(disliked),
+            "likelihood_loss": likelihood,
+        }
+        return each + (hyper.likelihood_weight + (config.loss == "orpo")) * likelihood, metrics, found.load
+
+    def reference_of(params: Any, batch: Pairs) -> Any:
+        """Log-probabilities of pairs under ``params``, a few at once; nothing where the loss needs none."""
+        if config.loss in WITHOUT_REFERENCE:
+            return ()
+
+        def of_one(pair: Pairs) -> Reference:
+            found = pairs_of.log_probs(model, params, jax.tree.map(lambda x: x[None], pair))
+            return Reference(found.chosen[0], found.rejected[0])
+
+        return jax.lax.map(of_one, batch, batch_size=config.batch_size // config.micro_batches)
+
+    def init(
+        key: Array, params: Params, hyper: Hyper, num_updates: Array | int | None = None, keeps_start: bool = False
+    ) -> State:
+        key_adapter, key_optimizer, key_run, key_order = jax.random.split(key, 4)
+        fields = start_learning(config, hyper, adapter.init(key_adapter, params), key_optimizer, num_updates)
+        kept = keeps_start or not config.adapter.trains_all
+        frozen = jax.tree.map(jnp.copy, params) if kept else ()
+        return State(**fields, frozen=frozen, pairs=(), reference=(), key=key_run, key_order=key_order)
+
+    def policy(state: State) -> Any:
+        return adapted(model, adapter, state.frozen, state.params)
+
+    def evaluate(state: State, batch: Pairs, reference: Reference | tuple[()]) -> Metrics:
+        return loss(state.params, state, batch, reference)[1][0]
+
+    return Learner(init, policy, reference_of, learn, evaluate)
 
 
 def make(
@@ -107,7 +143,8 @@ def make(
 
     Raises ``ValueError`` for a setting out of range, and for pairs or a reward that do not fit.
     """
-    check(task, config, hyper)
+    checks.instances("dpo.make", task=(task, Task), config=(config, Config), hyper=(hyper, Hyper))
+    check_hyper(hyper)
     if pairs is not None and reward is not None:
         raise ValueError("dpo.make: pairs that are given are ranked already; reward ranks those that are drawn")
     number = None if pairs is None else pairs_of.check(task, pairs)
@@ -115,63 +152,25 @@ def make(
         raise ValueError(f"config.batch_size must be at most the {number} pairs; got {config.batch_size}")
     remake = functools.partial(make, task, hyper=hyper, pairs=pairs, reward=reward, start=start, model=model)
     model = language_model(task, config.model, config.precision, model)
-    adapter = model.adapter(config.adapter)
-    keeps_start = not config.adapter.trains_all or config.loss not in WITHOUT_REFERENCE
+    learning = learner(model, config)
     rank_by = reward or (lambda answers: answers.parts["correct"])
+    drawn_needs_start = number is None and config.loss not in WITHOUT_REFERENCE
     defaults = hyper
 
     def update(state: State) -> tuple[State, Metrics]:
         key, key_draw = jax.random.split(state.key)
         if number is None:
-            support = Support(state.hyper.temperature)
-            batch, answers = pairs_of.draw(key_draw, task, model, policy(state), config.batch_size, rank_by, support)
-            reference = reference_of(state, batch)
+            support, now = Support(state.hyper.temperature), learning.policy(state)
+            batch, answers = pairs_of.draw(key_draw, task, model, now, config.batch_size, rank_by, support)
+            reference = learning.reference(state.frozen, batch)
             seen = {"episode_return": answers.parts["correct"].mean(), "informative": batch.weight.mean()}
         else:
             rows = rows_of(state, number)
             batch, reference = jax.tree.map(lambda x: x[rows], (state.pairs, state.reference))
             seen = {}
-        tx = current_optimizer(config, state)
-        step = optim.minimize(tx, lambda trained: loss(trained, state, batch, reference), state.params, state.opt_state)
-        metrics, load = step.extra
-        params = model.balance(step.params, load) if config.adapter.trains_all else step.params
-        state = state._replace(params=params, opt_state=step.opt_state, key=key, updates=state.updates + 1)
-        metrics |= {"episodes": jnp.float32(2 * config.batch_size), "grad_norm": step.grad_norm}
-        return state, metrics | {"episode_return": metrics["accuracy"]} | seen
-
-    def loss(
-        trained: Any, state: State, batch: Pairs, reference: Reference | tuple[()]
-    ) -> tuple[Array, tuple[Metrics, moe.Load]]:
-        scored = pairs_of.log_probs(model, adapted(model, adapter, state.frozen, trained), batch)
-        mean = functools.partial(token_losses.weighted_sum, batch.weight / jnp.maximum(batch.weight.sum(), 1))
-        if config.loss in WITHOUT_REFERENCE:
-            reference = Reference(jnp.zeros_like(scored.chosen), jnp.zeros_like(scored.rejected))
-        assert isinstance(reference, Reference)
-        each = losses_of(config, state.hyper, scored, reference, mean)
-        likelihood = mean(-scored.chosen / scored.chosen_length)
-        weight = state.hyper.likelihood_weight + (config.loss == "orpo")
-        liked, disliked = scored.chosen - reference.chosen, scored.rejected - reference.rejected
-        metrics = {
-            "loss": mean(each),
-            "accuracy": mean(1.0 * (liked > disliked)),
-            "margin": state.hyper.beta * mean(liked - disliked),
-            "chosen_log_ratio": mean(liked),
-            "rejected_log_ratio": mean(disliked),
-            "likelihood_loss": likelihood,
-        }
-        balance = state.hyper.balance_weight * model.balance_loss(scored.load)
-        return metrics["loss"] + weight * likelihood + balance, (metrics, scored.load)
-
-    def reference_of(state: State, batch: Pairs) -> Any:
-        """Log-probabilities under the policy at the start; nothing where there is none."""
-        if config.loss in WITHOUT_REFERENCE:
-            return ()
-
-        def of_one(pair: Pairs) -> Reference:
-            scored = pairs_of.log_probs(model, state.frozen, jax.tree.map(lambda x: x[None], pair))
-            return Reference(scored.chosen[0], scored.rejected[0])
-
-        return jax.lax.map(of_one, batch, batch_size=config.batch_size)
+        state, metrics = learning.learn(state._replace(key=key), batch, reference)
+        metrics |= {"episodes": jnp.float32(2 * config.batch_size), "episode_return": metrics["accuracy"]}
+        return state, metrics | seen
 
     def rows_of(state: State, number: int) -> Array:
         """Pairs of this update: the next ones of an order that is new in each epoch."""
@@ -183,23 +182,18 @@ def make(
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
         check_hyper(hyper)
-        key_start, key_adapter, key_optimizer, key_run, key_order = jax.random.split(key, 5)
+        key_start, key_learner = jax.random.split(key)
         params = model.init(key_start) if start is None else start
-        learner = start_learning(config, hyper, adapter.init(key_adapter, params), key_optimizer, num_updates)
-        frozen = jax.tree.map(jnp.copy, params) if keeps_start else ()
-        state = State(**learner, frozen=frozen, pairs=(), reference=(), key=key_run, key_order=key_order)
+        state = learning.init(key_learner, params, hyper, num_updates, drawn_needs_start)
         if pairs is None:
             return state
         shown = jax.tree.map(jnp.asarray, pairs)
-        return state._replace(pairs=shown, reference=reference_of(state, shown))
-
-    def policy(state: State) -> Any:
-        return adapted(model, adapter, state.frozen, state.params)
+        return state._replace(pairs=shown, reference=learning.reference(params, shown))
 
     return Algorithm(
         init=init,
         update=update,
-        act=reader(task, model, policy, lambda state: Support(state.hyper.temperature)),
+        act=reader(task, model, learning.policy, lambda state: Support(state.hyper.temperature)),
         env_steps_per_update=2 * config.batch_size * task.answer_length,
         name="dpo",
         env=as_environment(task),
@@ -233,6 +227,25 @@ class State(NamedTuple):
     hyper: Hyper
 
 
+class Learner(NamedTuple):
+    """The algorithm without its task: pairs may come from anywhere.
+
+    Attributes:
+        init: ``(key, params, hyper, num_updates=None, keeps_start=False) -> State``; ``keeps_start`` keeps the parameters at the start in
+            ``state.frozen``, where all are trained.
+        policy: ``State -> params`` of the model as it is now.
+        reference: ``(params, pairs) -> Reference``, under the parameters at the start; ``()`` where the loss needs none.
+        learn: ``(state, pairs, reference) -> (State, Metrics)``.
+        evaluate: ``(state, pairs, reference) -> Metrics``.
+    """
+
+    init: Callable[..., State]
+    policy: Callable[[State], Any]
+    reference: Callable[[Any, Pairs], Any]
+    learn: Callable[..., tuple[State, Metrics]]
+    evaluate: Callable[..., Metrics]
+
+
 def losses_of(
     config: Config, hyper: Hyper, scored: PairLogProbs, reference: Reference, mean: Callable[[Array], Array]
 ) -> Array:
@@ -259,10 +272,3 @@ def losses_of(
             apart = mean((chosen - ref_chosen + rejected - ref_rejected) / 2)
             liked, disliked = preferences.kto(*both, hyper.beta, apart)
             return 0.5 * (hyper.liked_weight * liked + hyper.disliked_weight * disliked)
-
-
-def check(task: Task, config: Config, hyper: Hyper) -> None:
-    """Raise ``ValueError`` for settings that are wrong or do not fit each other."""
-    checks.instances("dpo.make", task=(task, Task), config=(config, Config), hyper=(hyper, Hyper))
-    check_hyper(hyper)
-    token_losses.refuse_accumulation(config.optimizer.accumulate, "a larger config.batch_size")

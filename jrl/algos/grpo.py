@@ -35,7 +35,7 @@ from jrl.lm.scoring import score
 from jrl.lm.tasks import END, PAD, Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import moe
-from jrl.numerics import checks, optim
+from jrl.numerics import checks, loops, optim
 from jrl.numerics.settings import check_hyper
 from jrl.numerics.types import OptState, Params
 
@@ -91,11 +91,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         def part(x: tuple[Batch, Array]) -> tuple[Array, Metrics, moe.Load]:
             return part_loss(trained, state, *x)
 
-        if config.micro_batches == 1:
-            total, metrics, load = part((batch, tokens))
-        else:
-            parts = jax.lax.map(jax.checkpoint(part), _split((batch, tokens), config.micro_batches))
-            total, metrics, load = jax.tree.map(lambda x: x.sum(0), parts)
+        total, metrics, load = loops.sum_over_parts(part, (batch, tokens), config.micro_batches)
         return total + state.hyper.balance_weight * model.balance_loss(load), (metrics, load)
 
     def part_loss(trained: Any, state: State, batch: Batch, tokens: Array) -> tuple[Array, Metrics, moe.Load]:
@@ -292,11 +288,7 @@ def rewards(config: Config, hyper: Hyper, parts: dict[str, Array], mask: Array) 
     return total
 
 
-def _split(tree: Any, parts: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), tree)
-
-
 def _in_parts(function: Callable[[Any], Array], rows: Any, parts: int) -> Array:
     """``function`` of rows ``[N, ...]``, in ``parts`` sequential chunks."""
-    found = jax.lax.map(function, _split(rows, parts))
+    found = jax.lax.map(function, loops.split(rows, parts))
     return found.reshape(-1, *found.shape[2:])

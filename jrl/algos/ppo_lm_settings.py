@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jrl.equations import token_losses
-from jrl.lm.tasks import Task
-from jrl.nets import transformer
-from jrl.numerics import checks, optim
-from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, Unit, check_hyper
+from jrl.nets import adapters, transformer
+from jrl.numerics import optim
+from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, Unit
 
 
 @dataclass(frozen=True)
@@ -19,6 +18,9 @@ class Config(Settings):
     num_answers: Positive = 256  # Answers of an update, each to a prompt of its own.
     num_epochs: Positive = 2  # Passes over the answers of an update.
     num_minibatches: Positive = 2  # Gradient steps per pass; divides num_answers.
+    micro_batches: Positive = 1  # Parts in which a minibatch is computed, one after another; they change no gradient.
+    whiten_rewards: bool = False  # Divide the tokens' rewards by their standard deviation over the batch.
+    adapter: adapters.Config = field(default_factory=adapters.Config)  # What is trained of actor and critic.
     # What the optimizer is made of.
     optimizer: optim.OptimizerConfig = field(default_factory=lambda: optim.OptimizerConfig("adamw"))
     precision: Precision = "float32"  # float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
@@ -34,6 +36,9 @@ class Hyper(NamedTuple):
     value_clip_eps: NonNegative = 0.2  # Range of a value update.
     value_weight: NonNegative = 0.5  # Weight of the value loss.
     kl_weight: NonNegative = 0.05  # Beta, the weight of the KL to the reference in the reward.
+    kl_target: NonNegative = 0.0  # KL of an answer that beta is adapted to; 0 leaves it as it is.
+    kl_gain: NonNegative = 0.1  # How fast beta is adapted: by up to a fifth of this at each update.
+    unended_penalty: NonNegative = 0.0  # What an answer that does not end within its length loses.
     entropy_weight: NonNegative = 0.0  # Weight of the entropy bonus.
     balance_weight: NonNegative = 1e-3  # Weight of the loss that evens the load of actor's and critic's experts.
     temperature: AboveZero = 1.0  # Temperature at which answers are sampled.
@@ -43,12 +48,11 @@ class Hyper(NamedTuple):
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
-def check(task: Task, config: Config, hyper: Hyper) -> None:
-    """Raise ``ValueError`` for settings that are wrong or do not fit each other."""
-    checks.instances("ppo_lm.make", task=(task, Task), config=(config, Config), hyper=(hyper, Hyper))
-    check_hyper(hyper)
+def check(config: Config) -> None:
+    """Raise ``ValueError`` for settings that do not fit each other."""
     token_losses.refuse_accumulation(config.optimizer.accumulate, "fewer config.num_minibatches")
-    if config.num_answers % config.num_minibatches:
+    if config.num_answers % (config.num_minibatches * config.micro_batches):
         raise ValueError(
-            f"config.num_minibatches must divide num_answers = {config.num_answers}; got {config.num_minibatches}"
+            f"config.num_minibatches * micro_batches must divide num_answers = {config.num_answers}; got "
+            f"{config.num_minibatches} and {config.micro_batches}"
         )

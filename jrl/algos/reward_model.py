@@ -22,12 +22,12 @@ from jrl.equations import preferences
 from jrl.lm import pairs as pairs_of
 from jrl.lm.model import Model
 from jrl.lm.pairs import Pairs
-from jrl.lm.policy import Answers, language_model, reader
+from jrl.lm.policy import Answers, adapted, language_model, reader
 from jrl.lm.scoring import answer_hidden
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
-from jrl.nets import transformer
-from jrl.numerics import checks, optim
+from jrl.nets import adapters, transformer
+from jrl.numerics import checks, loops, optim
 from jrl.numerics.settings import AboveZero, BelowOne, NonNegative, Positive, Precision, Settings, check_hyper
 from jrl.numerics.types import OptState, Params
 
@@ -41,6 +41,8 @@ class Config(Settings):
     # Shape of the decoder; its vocabulary is the task's.
     model: transformer.Config = field(default_factory=lambda: transformer.Config(dim=64, num_layers=2))
     batch_size: Positive = 64  # Pairs of a gradient step.
+    micro_batches: Positive = 1  # Parts in which a batch is computed, one after another; they change no gradient.
+    adapter: adapters.Config = field(default_factory=adapters.Config)  # What is trained beside the head.
     held_out: BelowOne = 0.1  # Share of the pairs, the last ones, that are not learned from.
     # What the optimizer is made of.
     optimizer: optim.OptimizerConfig = field(default_factory=lambda: optim.OptimizerConfig("adamw"))
@@ -55,6 +57,68 @@ class Hyper(NamedTuple):
     balance_weight: NonNegative = 1e-3  # Weight of the loss that evens the load of experts (moe.balance_loss).
     max_grad_norm: AboveZero = 1.0  # Largest global norm of a gradient.
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
+
+
+def learner(model: Model, config: Config) -> "Learner":
+    """A reward model on pairs of any origin, as pure functions. Raises ``ValueError`` for settings that do not fit each other."""
+    if config.batch_size % config.micro_batches:
+        raise ValueError(
+            f"config.micro_batches must divide batch_size = {config.batch_size}; got {config.micro_batches}"
+        )
+    adapter = model.adapter(config.adapter)
+
+    def learn(state: State, batch: Pairs) -> tuple[State, Metrics]:
+        step = optim.minimize(
+            current_optimizer(config, state), lambda p: loss(p, state, batch), state.params, state.opt_state
+        )
+        metrics, load = step.extra
+        params = step.params
+        if config.adapter.trains_all:
+            params |= {"body": model.balance(params["body"], load)}
+        state = state._replace(params=params, opt_state=step.opt_state, updates=state.updates + 1)
+        return state, metrics | {"grad_norm": step.grad_norm}
+
+    def loss(trained: Params, state: State, batch: Pairs) -> tuple[Array, tuple[Metrics, Any]]:
+        params = whole(state, trained)
+        weight = batch.weight / jnp.maximum(batch.weight.sum(), 1)
+
+        def part(x: tuple[Pairs, Array]) -> tuple[Array, Metrics, Any]:
+            return scored(params, state.hyper, *x)
+
+        total, metrics, load = loops.sum_over_parts(part, (batch, weight), config.micro_batches)
+        return total + state.hyper.balance_weight * model.balance_loss(load), (metrics, load)
+
+    def scored(params: Params, hyper: Hyper, batch: Pairs, weight: Array) -> tuple[Array, Metrics, Any]:
+        """Loss and metrics of some pairs, whose weights are part of a sum of 1."""
+        prompt, valid = (jnp.concatenate([x, x]) for x in (batch.prompt, batch.valid))
+        rewards, load = scores(model, params, prompt, valid, jnp.concatenate([batch.chosen, batch.rejected]))
+        chosen, rejected = jnp.split(rewards, 2)
+        value = jnp.sum(weight * preferences.bradley_terry(chosen, rejected))
+        metrics = {
+            "loss": value,
+            "accuracy": jnp.sum(weight * (chosen > rejected)),
+            "margin": jnp.sum(weight * (chosen - rejected)),
+        }
+        return value + hyper.centring * jnp.sum(weight * jnp.square(chosen + rejected)), metrics, load
+
+    def init(key: Array, params: Params, hyper: Hyper, num_updates: Array | int | None = None) -> State:
+        key_adapter, key_optimizer, key_run = jax.random.split(key, 3)
+        head = jnp.zeros(width_of(model, params), jnp.float32)
+        trained = {"body": adapter.init(key_adapter, params), "head": head}
+        fields = start_learning(config, hyper, trained, key_optimizer, num_updates)
+        frozen = () if config.adapter.trains_all else jax.tree.map(jnp.copy, params)
+        return State(**fields, frozen=frozen, pairs=(), key=key_run)
+
+    def whole(state: State, trained: Params) -> Any:
+        return {"body": adapted(model, adapter, state.frozen, trained["body"]), "head": trained["head"]}
+
+    def parameters(state: State) -> Any:
+        return whole(state, optim.eval_params(state.opt_state, state.params))
+
+    def evaluate(state: State, batch: Pairs) -> Metrics:
+        return loss(state.params, state, batch)[1][0]
+
+    return Learner(init, parameters, learn, evaluate)
 
 
 def make(
@@ -86,53 +150,32 @@ def make(
         raise ValueError(f"config.held_out leaves none of the {number} pairs to learn from; got {config.held_out:g}")
     remake = functools.partial(make, task, pairs, hyper=hyper, start=start, model=model)
     model = language_model(task, config.model, config.precision, model)
+    learning = learner(model, config)
     defaults = hyper
 
     def update(state: State) -> tuple[State, Metrics]:
         key, key_rows, key_test = jax.random.split(state.key, 3)
         rows = jax.random.randint(key_rows, (config.batch_size,), 0, number - held_out)
-        batch = jax.tree.map(lambda x: x[rows], state.pairs)
-        step = optim.minimize(
-            current_optimizer(config, state), lambda p: loss(p, batch, state.hyper), state.params, state.opt_state
-        )
-        metrics, load = step.extra
-        params = step.params | {"body": model.balance(step.params["body"], load)}
-        state = state._replace(params=params, opt_state=step.opt_state, key=key, updates=state.updates + 1)
+        state, metrics = learning.learn(state._replace(key=key), jax.tree.map(lambda x: x[rows], state.pairs))
         if held_out:
             rows = number - 1 - jax.random.randint(key_test, (config.batch_size,), 0, held_out)
-            others = jax.tree.map(lambda x: x[rows], state.pairs)
-            unseen = loss(params, others, state.hyper._replace(centring=jnp.float32(0)))[1][0]
+            unseen = learning.evaluate(state, jax.tree.map(lambda x: x[rows], state.pairs))
             metrics |= {"held_out_accuracy": unseen["accuracy"], "held_out_loss": unseen["loss"]}
-        metrics |= {"episodes": jnp.float32(2 * config.batch_size), "grad_norm": step.grad_norm}
+        metrics |= {"episodes": jnp.float32(2 * config.batch_size)}
         return state, metrics | {"episode_return": metrics.get("held_out_accuracy", metrics["accuracy"])}
-
-    def loss(params: Params, batch: Pairs, hyper: Hyper) -> tuple[Array, tuple[Metrics, Any]]:
-        prompt, valid = (jnp.concatenate([x, x]) for x in (batch.prompt, batch.valid))
-        rewards, load = scores(model, params, prompt, valid, jnp.concatenate([batch.chosen, batch.rejected]))
-        chosen, rejected = jnp.split(rewards, 2)
-        weight = batch.weight / jnp.maximum(batch.weight.sum(), 1)
-        value = jnp.sum(weight * preferences.bradley_terry(chosen, rejected))
-        total = value + hyper.centring * jnp.sum(weight * jnp.square(chosen + rejected))
-        metrics = {
-            "loss": value,
-            "accuracy": jnp.sum(weight * (chosen > rejected)),
-            "margin": jnp.sum(weight * (chosen - rejected)),
-        }
-        return total + hyper.balance_weight * model.balance_loss(load), (metrics, load)
 
     def init(key: Array, hyper: Hyper | None = None, num_updates: Array | int | None = None) -> State:
         hyper = hyper or defaults
         check_hyper(hyper)
-        key_body, key_optimizer, key_run = jax.random.split(key, 3)
-        body = model.init(key_body) if start is None else jax.tree.map(jnp.copy, start)
-        params = {"body": body, "head": jnp.zeros(width_of(model, task, body), jnp.float32)}
-        learner = start_learning(config, hyper, params, key_optimizer, num_updates)
-        return State(**learner, pairs=jax.tree.map(jnp.asarray, pairs), key=key_run)
+        key_body, key_learner = jax.random.split(key)
+        body = model.init(key_body) if start is None else start
+        state = learning.init(key_learner, body, hyper, num_updates)
+        return state._replace(pairs=jax.tree.map(jnp.asarray, pairs))
 
     return Algorithm(
         init=init,
         update=update,
-        act=reader(task, model, lambda state: state.params["body"]),
+        act=reader(task, model, lambda state: learning.parameters(state)["body"]),
         env_steps_per_update=2 * config.batch_size * task.answer_length,
         name="reward_model",
         env=as_environment(task),
@@ -147,13 +190,30 @@ def make(
 class State(NamedTuple):
     """The whole run, the pairs included."""
 
-    params: dict[str, Any]  # of the decoder, "body", and of the head
+    params: dict[str, Any]  # what is trained: of the decoder, "body", or what stands beside it, and of the head
+    frozen: Any  # the decoder at the start, where little is trained beside it; else ()
     opt_state: OptState
-    pairs: Pairs
+    pairs: Any  # Pairs that were given; () where they come from elsewhere
     key: Array
     updates: Array  # int32: done so far
     num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown
     hyper: Hyper
+
+
+class Learner(NamedTuple):
+    """The algorithm without its task: pairs may come from anywhere.
+
+    Attributes:
+        init: ``(key, params, hyper, num_updates=None) -> State``.
+        parameters: ``State -> {"body", "head"}`` of the reward model as it is now, for ``scores``.
+        learn: ``(state, pairs) -> (State, Metrics)``.
+        evaluate: ``(state, pairs) -> Metrics``.
+    """
+
+    init: Callable[..., State]
+    parameters: Callable[[State], Any]
+    learn: Callable[..., tuple[State, Metrics]]
+    evaluate: Callable[..., Metrics]
 
 
 def scores(model: Model, params: Params, prompt: Array, valid: Array, tokens: Array) -> tuple[Array, Any]:
@@ -171,7 +231,7 @@ def scores(model: Model, params: Params, prompt: Array, valid: Array, tokens: Ar
 def reward_of(algo: Algorithm, state: State, task: Task, model: Model | None = None) -> Callable[[Answers], Array]:
     """The trained model as the reward of answers, float32 ``[N]``; ``state`` is of one seed, and ``model`` the one that ``make`` was given."""
     model = language_model(task, algo.config.model, algo.config.precision, model)
-    params = optim.eval_params(state.opt_state, state.params)
+    params = learner(model, algo.config).parameters(state)
 
     def reward(answers: Answers) -> Array:
         problems, tokens = answers.problems, jnp.where(answers.rollout.mask, answers.rollout.tokens, 0)
@@ -180,8 +240,8 @@ def reward_of(algo: Algorithm, state: State, task: Task, model: Model | None = N
     return reward
 
 
-def width_of(model: Model, task: Task, params: Params) -> int:
+def width_of(model: Model, params: Params) -> int:
     """Width of the decoder's stream."""
-    prompt = jnp.zeros((1, task.prompt_length), jnp.int32)
-    valid = jnp.ones(prompt.shape, bool)
-    return jax.eval_shape(lambda p: model.hidden_and_load(p, prompt, valid, valid)[0], params).shape[-1]
+    one = jnp.zeros((1, 1), jnp.int32)
+    there = jnp.ones(one.shape, bool)
+    return jax.eval_shape(lambda p: model.hidden_and_load(p, one, there, there)[0], params).shape[-1]

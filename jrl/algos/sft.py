@@ -23,7 +23,7 @@ from jrl.lm.tasks import Problem, Task, answer_mask
 from jrl.lm.tasks.environment import as_environment
 from jrl.lm.texts import Texts
 from jrl.nets import adapters, moe, transformer
-from jrl.numerics import checks, optim
+from jrl.numerics import checks, loops, optim
 from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, check_hyper
 from jrl.numerics.types import OptState, Params
 
@@ -88,11 +88,7 @@ def learner(model: Model, config: Config, *, packed: bool = False) -> "Learner":
         def part(x: tuple[Texts, Array]) -> tuple[Metrics, moe.Load]:
             return scored(params, *x)
 
-        if config.micro_batches == 1:
-            metrics, load = part((texts, weight))
-        else:
-            rows = jax.tree.map(lambda x: x.reshape(config.micro_batches, -1, *x.shape[1:]), (texts, weight))
-            metrics, load = jax.tree.map(lambda x: x.sum(0), jax.lax.map(jax.checkpoint(part), rows))
+        metrics, load = loops.sum_over_parts(part, (texts, weight), config.micro_batches)
         return metrics["loss"] + state.hyper.balance_weight * model.balance_loss(load), (metrics, load)
 
     def scored(params: Params, texts: Texts, weight: Array) -> tuple[Metrics, moe.Load]:

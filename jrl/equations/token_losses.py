@@ -157,8 +157,8 @@ def gae(value: Array, reward: Array, mask: Array, gamma: Scalar, lambda_: Scalar
     return jax.vmap(row)(value, reward, mask)
 
 
-def whiten(x: Array, mask: Array, eps: Scalar = 1e-8) -> Array:
-    """``(x - mean) / sqrt(variance + eps)`` over all valid tokens, ``[N, T]``, 0 where masked.
+def whiten(x: Array, mask: Array, eps: Scalar = 1e-8, *, keep_mean: bool = False) -> Array:
+    """``(x - mean) / sqrt(variance + eps)`` over all valid tokens, ``[N, T]``, 0 where masked; ``keep_mean`` adds the mean again.
 
     The variance divides by the number of tokens less one, as PPO on language models does. Without variance: 0.
     """
@@ -168,7 +168,8 @@ def whiten(x: Array, mask: Array, eps: Scalar = 1e-8) -> Array:
     low, high = (jnp.where(mask > 0, x, end) for end in (jnp.inf, -jnp.inf))
     varies = high.max() > low.min()  # of equal numbers, or of none, the sum of squares may be a rounding error
     variance = jnp.where(varies, jnp.sum(difference**2) / jnp.maximum(count - 1, 1), 1)
-    return jnp.where(varies, difference / jnp.sqrt(variance + eps), 0)
+    white = jnp.where(varies, difference / jnp.sqrt(variance + eps), 0)
+    return masked(white + x.sum() / jnp.maximum(count, 1), mask) if keep_mean else white
 
 
 def reinforce_plus_plus(

@@ -98,3 +98,17 @@ def _bits(x: Array, dtype: Any) -> Array:
     if x.dtype == dtype:
         return x
     return x.astype(dtype) if bool in (x.dtype, dtype) else jax.lax.bitcast_convert_type(x, dtype)
+
+
+def sum_over_parts(function: Callable[[Any], Any], rows: Any, parts: int) -> Any:
+    """The sum of ``function`` over ``parts`` of rows ``[N, ...]``, one after another, each computed again in the backward pass: the memory is that of
+    one part."""
+    if parts == 1:
+        return function(rows)
+    found = jax.lax.map(jax.checkpoint(function), split(rows, parts))
+    return jax.tree.map(lambda x: x.sum(0), found)
+
+
+def split(rows: Any, parts: int) -> Any:
+    """Rows ``[N, ...]`` as ``[parts, N / parts, ...]``."""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)
