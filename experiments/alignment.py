@@ -236,7 +236,7 @@ def agreement(key: Array, lesson: Lesson) -> Array:
     """Share of new pairs of the policy's answers that the reward model ranks as the gold reward does."""
     pairs, _ = pairs_of.draw(key, TASK, MODEL, lesson.policy, MEASURED, gold)
     chosen, rejected = (
-        reward_model.scores(MODEL, lesson.judge.params, pairs.prompt, pairs.valid, x)[0]
+        reward_model.scores(MODEL, lesson.judge.params, pairs.prompt, pairs.valid, pairs_of.as_rollout(x))[0]
         for x in (pairs.chosen, pairs.rejected)
     )
     return jnp.sum(pairs.weight * (chosen > rejected)) / pairs.weight.sum()

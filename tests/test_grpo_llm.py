@@ -1,4 +1,4 @@
-"""experiments/grpo_llm.py on a tiny model in Hugging Face's layout, with problems from a file."""
+"""experiments/lm.py grpo on a tiny model in Hugging Face's layout, with problems from a file."""
 
 import csv
 import importlib.util
@@ -28,7 +28,7 @@ def arguments(model, folder, *more):
 
 
 def train(model, folder, *more):
-    return processes.experiment("grpo_llm", *arguments(model, folder, *more))
+    return processes.experiment("lm", "grpo", *arguments(model, folder, *more))
 
 
 def rows_of(folder):
@@ -40,9 +40,9 @@ def rows_of(folder):
 def test_a_run_that_was_killed_goes_on_to_the_same_numbers(model, tmp_path):
     whole = train(model, tmp_path / "whole", "--steps", 20)
     assert whole.returncode == 0, whole.stderr
-    assert (tmp_path / "whole/curve.png").exists() and "step 20" in (tmp_path / "whole/answers.txt").read_text()
+    assert (tmp_path / "whole/curve.png").exists() and '\n20,"say' in (tmp_path / "whole/samples.csv").read_text()
 
-    line = processes.command("grpo_llm", *arguments(model, tmp_path / "killed", "--steps", 20))
+    line = processes.command("lm", "grpo", *arguments(model, tmp_path / "killed", "--steps", 20))
     killed = subprocess.Popen(line, stdout=subprocess.PIPE, env=processes.ENVIRONMENT)
     while not any(path.name.isdigit() for path in (tmp_path / "killed/checkpoints").glob("*")):
         assert killed.poll() is None
@@ -80,7 +80,7 @@ def test_a_published_model_takes_steps_with_adapters(smollm2_file, tmp_path):
     problems = () if importlib.util.find_spec("reasoning_gym") else ("--dataset", tmp_path / "say.py")
     sizes = ("--config.num-prompts", 2, "--config.group-size", 2, "--config.micro-batches", 1, "--answer-length", 4)
     done = processes.experiment(
-        "grpo_llm", "--model", smollm2_file, "--run-dir", tmp_path / "run", "--steps", 2, *problems, *sizes
+        "lm", "grpo", "--model", smollm2_file, "--run-dir", tmp_path / "run", "--steps", 2, *problems, *sizes
     )
     assert done.returncode == 0, done.stderr
     assert [row["update"] for row in rows_of(tmp_path / "run")] == [1, 2]

@@ -1,4 +1,4 @@
-"""experiments/grpo_llm.py where problems, verifiers or settings give trouble: no update is lost, and the run goes on."""
+"""experiments/lm.py grpo where problems, verifiers or settings give trouble: no update is lost, and the run goes on."""
 
 import csv
 import math
@@ -9,10 +9,10 @@ import pytest
 from test_grpo_llm import model  # noqa: F401  (a tiny model in Hugging Face's layout)
 
 from jrl.lm import verifiers
-from jrl.run import RunError
+from jrl.run import RunError, steps
 
 sys.path.insert(0, str(processes.ROOT / "experiments"))
-import grpo_llm
+import lm_answers
 
 PROMPTS = ("say 0", "say 1", "say 2", "say 3")
 
@@ -27,7 +27,7 @@ def train(model, tmp_path, monkeypatch):  # noqa: F811
 
     def run(score, prompts, *more):
         source = verifiers.from_function([verifiers.Item(x, x[4]) for x in prompts], score, "say")
-        monkeypatch.setattr(grpo_llm, "source_of", lambda args: source)
+        monkeypatch.setattr(lm_answers, "source_of", lambda args: source)
         fixed = (
             "--model",
             model,
@@ -50,7 +50,7 @@ def train(model, tmp_path, monkeypatch):  # noqa: F811
             "--config.adapter.rank",
             2,
         )
-        grpo_llm.main([str(x) for x in (*fixed, *sizes, *more)])
+        lm_answers.grpo([str(x) for x in (*fixed, *sizes, *more)])
         with (tmp_path / "run/metrics.csv").open() as file:
             return list(csv.DictReader(file))
 
@@ -59,7 +59,8 @@ def train(model, tmp_path, monkeypatch):  # noqa: F811
 
 
 def steps_of(path):
-    return [line for line in path.read_text().splitlines() if line.startswith("step ")]
+    with path.open() as file:
+        return sorted({int(row["update"]) for row in csv.DictReader(file)})
 
 
 @pytest.mark.slow
@@ -77,15 +78,15 @@ def test_a_verifier_that_raises_costs_no_update_and_the_run_goes_on(train, capsy
     ):
         train(breaks, PROMPTS, "--steps", 4)
     assert "saved at step 2" in capsys.readouterr().out
-    with (train.folder / "answers.txt").open("a") as file:
-        file.write("step 3\nof an update that was not saved\n")
+    with (train.folder / "samples.csv").open("a") as file:
+        file.write("3,of an update that was not saved\n")
     rows = train(
         right, PROMPTS, "--steps", 4, "--prompt-length", 6, "--config.micro-batches", 2
     )  # which change no mathematics
     assert "resumed at step 2" in capsys.readouterr().out
     assert [row["update"] for row in rows] == ["1", "2", "3", "4"]
-    assert steps_of(train.folder / "answers.txt") == ["step 1", "step 2", "step 3", "step 4"]
-    assert "not saved" not in (train.folder / "answers.txt").read_text()
+    assert steps_of(train.folder / "samples.csv") == [1, 2, 3, 4]
+    assert "not saved" not in (train.folder / "samples.csv").read_text()
 
 
 def test_long_prompts_are_passed_over_and_counted_and_unjudged_answers_take_no_part(train, capsys):
@@ -99,7 +100,7 @@ def test_long_prompts_are_passed_over_and_counted_and_unjudged_answers_take_no_p
         }
 
     rows = train(abstains, prompts, "--steps", 3)
-    assert "3 3" not in (train.folder / "answers.txt").read_text()
+    assert "3 3" not in (train.folder / "samples.csv").read_text()
     passed = sum(float(row["overlong_prompts"]) for row in rows)
     assert (
         passed >= 1
@@ -125,6 +126,6 @@ def test_what_cannot_be_trained_on_is_one_line(score, prompts, more, message, tr
 
 
 def test_an_update_that_breaks_the_model_is_refused():
-    grpo_llm.refuse_nan({"loss": 0.5, "grad_norm": 1.0, "mine": math.nan}, 7)
+    steps.refuse_nan({"loss": 0.5, "grad_norm": 1.0, "mine": math.nan}, 7)
     with pytest.raises(RunError, match="grad_norm turned NaN at update 8; the model of update 7 is kept"):
-        grpo_llm.refuse_nan({"loss": 0.5, "grad_norm": math.inf}, 7)
+        steps.refuse_nan({"loss": 0.5, "grad_norm": math.inf}, 7)

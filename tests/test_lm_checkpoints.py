@@ -14,11 +14,15 @@ import pytest
 import safetensors.numpy
 
 from jrl import lm
+from jrl.algos import reward_model
 from jrl.attention.rotary import Scaling, frequencies, rope
 from jrl.lm import gguf, hf, layout, settings
+from jrl.lm.model import decoder
+from jrl.lm.pairs import as_rollout
 from jrl.nets import moe, transformer
 
 DATA = Path(__file__).parent / "data" / "hf"  # made by make.py there
+REWARD = DATA.with_name("reward_head")
 FAMILIES = sorted(x.name for x in DATA.iterdir() if x.is_dir())
 MOE = {"experts": 4, "chosen": 2, "expert_dim": 8}
 
@@ -434,3 +438,29 @@ def test_neighbours_become_halves_and_back():
     halves = layout._halves(rows, 4)
     np.testing.assert_array_equal(halves[0], [0, 1, 3, 2, 4])
     np.testing.assert_array_equal(layout._neighbours(halves, 4), rows)
+
+
+def test_a_reward_model_scores_as_in_transformers():
+    """LlamaForSequenceClassification of transformers 5.17.0 (``tests/data/reward_head``): scores, wherever the padding is."""
+    known = np.load(REWARD / "scores.npz")
+    shape, params = hf.load_scorer(REWARD)
+    model = decoder(shape)
+    ids, mask = known["right_input_ids"], known["right_attention_mask"].astype(bool)
+    hidden, _ = model.hidden_and_load(params["body"], ids, np.ones_like(mask), mask)
+    each = jnp.einsum("btd,d->bt", hidden, params["head"])
+    np.testing.assert_allclose(np.asarray(each)[mask], known["token_scores_right"][mask], atol=2e-5)
+    prompt, valid = known["left_input_ids"][:, :-1], known["left_attention_mask"][:, :-1].astype(bool)
+    said = as_rollout(jnp.asarray(known["left_input_ids"][:, -1:]), jnp.ones((4, 1), bool))
+    found = reward_model.scores(model, params, jnp.asarray(prompt), jnp.asarray(valid), said)[0]
+    np.testing.assert_allclose(found[:3], known["scores_left_position_ids"][:3, 0], atol=2e-5)
+
+
+def test_a_reward_model_is_written_as_it_was_read(tmp_path):
+    shape, params = hf.load_scorer(REWARD)
+    hf.save_scorer(tmp_path, shape, params, pad=0)
+    ours, theirs = (safetensors.numpy.load_file(folder / "model.safetensors") for folder in (tmp_path, REWARD))
+    assert ours.keys() == theirs.keys()
+    for name, x in theirs.items():
+        np.testing.assert_array_equal(ours[name], x)
+    with pytest.raises(ValueError, match=r"tensor score.weight is missing: this is no reward model"):
+        hf.load_scorer(REWARD.parent / "adapters" / "base")

@@ -183,7 +183,7 @@ def test_a_reward_sees_the_whole_answer_and_nothing_behind_its_end():
     params, pairs = state.params | {"head": head}, shown(6)
 
     def scored(tokens):
-        return reward_model.scores(MODEL, params, pairs.prompt, pairs.valid, tokens)[0]
+        return reward_model.scores(MODEL, params, pairs.prompt, pairs.valid, pairs_of.as_rollout(tokens))[0]
 
     reward = scored(pairs.chosen)
     early = pairs.chosen.at[:, 0].set(tasks.END)  # it ends at once: what stands behind does not count
@@ -193,7 +193,7 @@ def test_a_reward_sees_the_whole_answer_and_nothing_behind_its_end():
     found = reward_model.reward_of(algo, state._replace(params=params), TASK)(answers)
     said = jnp.where(answers.rollout.mask, answers.rollout.tokens, 0)
     problems = answers.problems
-    wanted = reward_model.scores(MODEL, params, problems.prompt, problems.valid, said)[0]
+    wanted = reward_model.scores(MODEL, params, problems.prompt, problems.valid, pairs_of.as_rollout(said))[0]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     assert isinstance(answers, Answers) and np.abs(found).max() > 0
 

@@ -156,8 +156,8 @@ def test_optimizers_are_compared(tmp_path):
             "config.group_size must be an integer",
         ),
         (
-            "grpo_llm",
-            ["--model", "none", "--config.num-minibatches", "7"],
+            "lm",
+            ["grpo", "--model", "none", "--config.num-minibatches", "7"],
             "config.num_minibatches * micro_batches must",
         ),
     ],

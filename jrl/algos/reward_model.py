@@ -23,6 +23,7 @@ from jrl.lm import pairs as pairs_of
 from jrl.lm.model import Model
 from jrl.lm.pairs import Pairs
 from jrl.lm.policy import Answers, adapted, language_model, reader
+from jrl.lm.sampling import Rollout
 from jrl.lm.scoring import answer_hidden
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
@@ -90,8 +91,7 @@ def learner(model: Model, config: Config) -> "Learner":
 
     def scored(params: Params, hyper: Hyper, batch: Pairs, weight: Array) -> tuple[Array, Metrics, Any]:
         """Loss and metrics of some pairs, whose weights are part of a sum of 1."""
-        prompt, valid = (jnp.concatenate([x, x]) for x in (batch.prompt, batch.valid))
-        rewards, load = scores(model, params, prompt, valid, jnp.concatenate([batch.chosen, batch.rejected]))
+        rewards, load = scores(model, params, *pairs_of.answers_of(batch))
         chosen, rejected = jnp.split(rewards, 2)
         value = jnp.sum(weight * preferences.bradley_terry(chosen, rejected))
         metrics = {
@@ -216,9 +216,9 @@ class Learner(NamedTuple):
     evaluate: Callable[..., Metrics]
 
 
-def scores(model: Model, params: Params, prompt: Array, valid: Array, tokens: Array) -> tuple[Array, Any]:
-    """Rewards float32 ``[N]`` of answers ``tokens [N, T]``, and the load of experts."""
-    said = pairs_of.as_rollout(tokens)
+def scores(model: Model, params: Params, prompt: Array, valid: Array, said: Rollout) -> tuple[Array, Any]:
+    """Rewards float32 ``[N]`` of answers ``[N, T]``, and the load of experts."""
+    tokens = jnp.where(said.mask, said.tokens, 0)
     # The stream that predicts the token after the last one has seen the whole answer.
     behind = said._replace(
         tokens=jnp.pad(tokens, [(0, 0), (0, 1)]), mask=jnp.pad(said.mask, [(0, 0), (0, 1)]), log_prob=said.log_prob
@@ -234,8 +234,7 @@ def reward_of(algo: Algorithm, state: State, task: Task, model: Model | None = N
     params = learner(model, algo.config).parameters(state)
 
     def reward(answers: Answers) -> Array:
-        problems, tokens = answers.problems, jnp.where(answers.rollout.mask, answers.rollout.tokens, 0)
-        return scores(model, params, problems.prompt, problems.valid, tokens)[0]
+        return scores(model, params, answers.problems.prompt, answers.problems.valid, answers.rollout)[0]
 
     return reward
 

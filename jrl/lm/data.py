@@ -5,6 +5,7 @@
     pairs     {"prompt": "...", "chosen": "...", "rejected": "..."}              each a text or messages; without a prompt, the messages that both share
     judged    {"prompt": "...", "completion": "...", "label": true}              single answers, liked or not
     steps     {"prompt": "...", "completions": ["...", ...], "labels": [true, ...]}
+    prompts   {"prompt": "..."}                                                  a text or messages
 
     rows = read("chats.jsonl", "texts")             a sequence; rows are parsed when they are asked for
     corpus = tokenized(words, rows)                 tokens, and which of them are learned from
@@ -19,11 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jrl.lm.pairs import Pairs
 from jrl.lm.texts import Corpus
 from jrl.lm.tokenizer import Tokenizer
 from jrl.numerics import checks
 
-Format = Literal["texts", "pairs", "judged", "steps"]
+Format = Literal["texts", "pairs", "judged", "steps", "prompts"]
+Overlong = Literal["drop", "cut"]
 Fields = dict[str, Any]
 
 
@@ -36,6 +39,12 @@ class Rows(Sequence):
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def cut(self, begin: int, end: int) -> "Rows":
+        """Those from ``begin`` to before ``end``."""
+        first = self._ends - [len(x) for x in self._places]
+        parts = [x[max(0, begin - n) : max(0, end - n)] for x, n in zip(self._places, first, strict=True)]
+        return Rows(self.paths, parts)
 
     def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < len(self):
@@ -133,8 +142,13 @@ def _steps(row: Fields) -> None:
             raise ValueError(f"labels must be true or false; got {label!r}")
 
 
+def _prompts(row: Fields) -> None:
+    _has(row, "prompt")
+    _alike(row, "prompt")
+
+
 _CHECKS: dict[str, Callable[[Fields], None]] = {
-    "texts": _texts, "pairs": _pairs, "judged": _judged, "steps": _steps
+    "texts": _texts, "pairs": _pairs, "judged": _judged, "steps": _steps, "prompts": _prompts
 }  # fmt: skip
 
 
@@ -260,6 +274,34 @@ def pair_of(words: Tokenizer, row: Fields) -> tuple[list[int], list[int], list[i
         prompt, chosen, rejected = row["chosen"][:n], row["chosen"][n:], row["rejected"][n:]
     begin, liked, disliked = prompt_and_answers(words, prompt, chosen, rejected)
     return begin, liked, disliked
+
+
+def paired(
+    words: Tokenizer,
+    rows: Sequence[Fields],
+    prompt_length: int | None,
+    answer_length: int | None,
+    overlong: Overlong,
+    pad: int,
+    progress: Callable[[Sequence[Fields]], Iterator[Fields]] = iter,
+) -> tuple[Pairs, int]:
+    """Rows of pairs as arrays of numpy, and how many were dropped since they are longer than the lengths that are given; None is the longest there is.
+    Cut are prompts at their beginning and answers at their end."""
+    found = [pair_of(words, row) for row in progress(rows)]
+    longest = (
+        prompt_length or max(len(x[0]) for x in found),
+        answer_length or max(len(x) for row in found for x in row[1:]),
+    )
+    fit = [row for row in found if len(row[0]) <= longest[0] and max(map(len, row[1:])) <= longest[1]]
+    if overlong == "cut":
+        fit = [(p[-longest[0] :], a[: longest[1]], b[: longest[1]]) for p, a, b in found]
+    if not fit:
+        raise ValueError(f"no pair has a prompt of up to {longest[0]} and answers of up to {longest[1]} tokens")
+    prompts, chosen, rejected = zip(*fit, strict=True)
+    (liked, liked_mask), (disliked, disliked_mask) = (right_padded(x, longest[1], pad) for x in (chosen, rejected))
+    weight = np.ones(len(fit), np.float32)
+    pairs = Pairs(*left_padded(prompts, longest[0], pad), liked, disliked, weight, liked_mask, disliked_mask)  # type: ignore[arg-type]
+    return pairs, len(found) - len(fit)
 
 
 def prompt_tokens(words: Tokenizer, prompt: str) -> list[int]:

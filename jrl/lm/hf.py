@@ -9,6 +9,7 @@ Names and shapes of all tensors are checked before any is read.
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from jrl.numerics import checks
 from jrl.numerics.types import Params
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SCORE = "score.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -36,6 +38,53 @@ def load(folder: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple
     missing, extra or of another shape, with its name.
     """
     folder = Path(folder)
+    config, found, held = _opened(folder, dtype)
+    params = _gathered(folder, config, found, held, dtype)
+
+    def get(name):
+        return held[name][1].get_tensor(name)
+
+    if config.tie_embeddings and "lm_head.weight" in held:
+        file, _ = held["lm_head.weight"]
+        if not np.array_equal(get("lm_head.weight"), get("model.embed_tokens.weight")):
+            raise ValueError(
+                f"{file}: lm_head.weight differs from model.embed_tokens.weight, with tie_word_embeddings=true"
+            )
+    return config, params
+
+
+def load_scorer(folder: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple[Config, dict[str, Any]]:
+    """A decoder's configuration and ``{"body", "head"}`` of a reward model: a decoder without a head for tokens, and ``score.weight`` ``[1, dim]``,
+    as ``transformers`` writes those of sequence classification with one label. Raises as ``load`` does."""
+    folder = Path(folder)
+    config, found, held = _opened(folder, dtype)
+    config = replace(config, tie_embeddings=True)
+    if SCORE not in held:
+        raise ValueError(f"{folder}: tensor {SCORE} is missing: this is no reward model")
+    head = np.asarray(held.pop(SCORE)[1].get_tensor(SCORE), np.float32)
+    if head.shape != (1, config.dim):
+        raise ValueError(f"{folder}: tensor {SCORE} must be {[1, config.dim]}; got {list(head.shape)}")
+    body = _gathered(folder, config, found, held, dtype)
+    return config, {"body": body, "head": jnp.asarray(head[0])}
+
+
+def save_scorer(folder: str | Path, config: Config, params: Params, *, pad: int | None = None) -> None:
+    """Write a reward model ``{"body", "head"}`` as ``load_scorer`` reads it, in one file, without a head for tokens. ``transformers`` reads the score at
+    the last token that is not ``pad``."""
+    folder = Path(folder)
+    config = replace(config, tie_embeddings=True)
+    body = {name: x for name, x in params["body"].items() if name != "head"}
+    family = settings.ARCHITECTURES[settings.write(config)["model_type"]].removesuffix("ForCausalLM")
+    more: dict[str, Any] = {"architectures": [f"{family}ForSequenceClassification"], "pad_token_id": pad}
+    more |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    save(folder, config, body, more=more, shard_bytes=2**62)
+    tensors = safetensors.numpy.load_file(folder / ONE)
+    tensors[SCORE] = np.asarray(params["head"], np.float32)[None]
+    safetensors.numpy.save_file(tensors, folder / ONE, metadata={"format": "pt"})
+
+
+def _opened(folder: Path, dtype: jax.typing.DTypeLike) -> tuple[Config, dict[str, Any], dict[str, tuple[Path, Any]]]:
+    """The configuration, as it is used and as it stands in the file, and the tensors' files."""
     checks.one_of("dtype", jnp.dtype(dtype).name, DTYPES)
     found = read_json(folder / "config.json")
     try:
@@ -44,20 +93,16 @@ def load(folder: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     held = _held(_files(folder))
     layout.enough(config, len(held), str(folder))
+    return config, found, held
+
+
+def _gathered(
+    folder: Path, config: Config, found: Mapping[str, Any], held: Mapping[str, tuple[Path, Any]], dtype: Any
+) -> dict[str, Any]:
+    """The parameters, once all names and shapes are as they must be."""
     wanted = _wanted(config, found)
     _check(folder, wanted, held, found)
-
-    def get(name):
-        return held[name][1].get_tensor(name)
-
-    params = layout.gather(config, wanted, get, dtype)
-    if config.tie_embeddings and "lm_head.weight" in held:
-        file, _ = held["lm_head.weight"]
-        if not np.array_equal(get("lm_head.weight"), get("model.embed_tokens.weight")):
-            raise ValueError(
-                f"{file}: lm_head.weight differs from model.embed_tokens.weight, with tie_word_embeddings=true"
-            )
-    return config, params
+    return layout.gather(config, wanted, lambda name: held[name][1].get_tensor(name), dtype)
 
 
 def save(

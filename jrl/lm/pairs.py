@@ -27,6 +27,8 @@ class Pairs(NamedTuple):
         chosen: int32 ``[N, T]``, the preferred answer, ended and padded.
         rejected: int32 ``[N, T]``, the other one.
         weight: float32 ``[N]``, 1 for a pair that counts, 0 for one whose answers are equally good.
+        chosen_mask: bool ``[N, T]``, true for the answer's tokens; None where it ends as those of a task do, with the token 1.
+        rejected_mask: as well.
     """
 
     prompt: Array
@@ -34,6 +36,8 @@ class Pairs(NamedTuple):
     chosen: Array
     rejected: Array
     weight: Array
+    chosen_mask: Array | None = None
+    rejected_mask: Array | None = None
 
 
 def draw(
@@ -73,7 +77,8 @@ def check(task: Task, pairs: Pairs) -> int:
     checks.instances("pairs", pairs=(pairs, Pairs))
     number = len(pairs.weight)
     shapes = [(number, task.prompt_length)] * 2 + [(number, task.answer_length)] * 2 + [(number,)]
-    for name, x, wanted in zip(Pairs._fields, pairs, shapes, strict=True):
+    given: tuple[Any, ...] = pairs[: len(shapes)]
+    for name, x, wanted in zip(Pairs._fields, given, shapes, strict=False):
         if jnp.shape(x) != wanted:
             raise ValueError(f"pairs.{name} must be {list(wanted)} for {task.name}; got {list(jnp.shape(x))}")
     return number
@@ -91,8 +96,7 @@ class PairLogProbs(NamedTuple):
 
 def log_probs(model: Model, params: Any, pairs: Pairs) -> PairLogProbs:
     """Log-probabilities of both answers of each pair, differentiable, in one pass over ``2 N`` rows."""
-    prompt, valid = (jnp.concatenate([x, x]) for x in (pairs.prompt, pairs.valid))
-    said = as_rollout(jnp.concatenate([pairs.chosen, pairs.rejected]))
+    prompt, valid, said = answers_of(pairs)
     scored = score(model, params, prompt, said, valid=valid)
     total = jnp.sum(token_losses.masked(scored.log_prob, said.mask), axis=-1)
     length = said.mask.sum(-1, dtype=jnp.float32)
@@ -100,6 +104,17 @@ def log_probs(model: Model, params: Any, pairs: Pairs) -> PairLogProbs:
     return PairLogProbs(chosen, rejected, chosen_length, rejected_length, scored.load)
 
 
-def as_rollout(tokens: Array) -> Rollout:
-    """Answers ``[N, T]`` that nobody drew."""
-    return Rollout(tokens, answer_mask(tokens), jnp.zeros(tokens.shape, jnp.float32), None)
+def answers_of(pairs: Pairs) -> tuple[Array, Array, Rollout]:
+    """Prompts, which of their tokens are valid, and answers, ``[2 N, ...]``: all that are chosen, then all that are rejected."""
+    prompt, valid, tokens = (
+        jnp.concatenate(x) for x in ((pairs.prompt,) * 2, (pairs.valid,) * 2, (pairs.chosen, pairs.rejected))
+    )
+    if pairs.chosen_mask is None or pairs.rejected_mask is None:
+        return prompt, valid, as_rollout(tokens)
+    return prompt, valid, as_rollout(tokens, jnp.concatenate([pairs.chosen_mask, pairs.rejected_mask]))
+
+
+def as_rollout(tokens: Array, mask: Array | None = None) -> Rollout:
+    """Answers ``[N, T]`` that nobody drew; without a ``mask``, those of a task, which end with its token."""
+    mask = answer_mask(tokens) if mask is None else mask
+    return Rollout(tokens, mask, jnp.zeros(tokens.shape, jnp.float32), None)

@@ -72,6 +72,7 @@ def save(
     _check(config, trained, shape)
     if config.kind in PLACES:
         found, tensors = _write_bottleneck(config, trained, shape)
+        found["base_model_name_or_path"] = base
         file = BOTTLENECK
     else:
         checks.one_of("adapter.kind", config.kind, WRITERS)

@@ -41,12 +41,12 @@ class Source(NamedTuple):
         name: shown to people.
         draw: ``(seed, n) -> n Items``, the same for the same seed.
         score: ``(items, texts) -> parts``, float32 arrays ``[n]``, "correct" among them, NaN where it abstains; ``texts`` are
-            completions.
+            completions. None where nothing verifies them, and a reward model judges.
     """
 
     name: str
     draw: Callable[[int, int], list[Item]]
-    score: Callable[[Sequence[Item], Sequence[str]], dict[str, np.ndarray]]
+    score: Callable[[Sequence[Item], Sequence[str]], dict[str, np.ndarray]] | None
 
 
 Extract = Callable[[str], tuple[str | None, bool]]  # a completion's answer, and whether it has the wanted form
@@ -142,13 +142,21 @@ def from_function(
     return Source(name, _shuffled(items), score)
 
 
+def from_prompts(prompts: Sequence[Any], name: str) -> Source:
+    """Prompts without a verifier, texts or messages. They come in random order, and none twice before all came."""
+    checks.not_empty(prompts=prompts)
+    return Source(name, _shuffled([Item(prompt, None) for prompt in prompts]), None)
+
+
 class VerifierError(ValueError):
     """A verifier that raises or returns what it may not; its text is one clear line."""
 
 
 def judge(source: Source, items: Sequence[Item], texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """``source.score(items, texts)``, checked. Raises ``VerifierError`` for a verifier that raises, with the first problem that it
+    """``source.score(items, texts)``, checked; no parts where nothing verifies them. Raises ``VerifierError`` for a verifier that raises, with the first problem that it
     raises for by itself, and for scores of another form."""
+    if source.score is None:
+        return {}
     try:
         return _parts(source.name, source.score(items, texts), items, lambda x: x is None or np.isnan(x))
     except VerifierError:
@@ -161,6 +169,7 @@ def judge(source: Source, items: Sequence[Item], texts: Sequence[str]) -> dict[s
 def _culprit(source: Source, items: Sequence[Item], texts: Sequence[str]) -> tuple[str, Exception] | None:
     for item, text in zip(items, texts, strict=True):
         try:
+            assert source.score is not None
             source.score([item], [text])
         except Exception as error:
             return f" (problem {item.prompt!r}, answer {text!r})", error

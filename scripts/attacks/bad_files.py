@@ -377,7 +377,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
         "--env nope", "--num-seeds 0", "--env-steps 0"),
     "rainbow.py": ("--parts", "--parts nope", "--parts C51 --v-min 5 --v-max 1", "--parts C51 --v-min nan", "--parts C51 --v-max inf", "--env Pendulum-v1",
         "--env nope", "--num-seeds 0", "--env-steps 0", "--env-steps 1"),
-    "grpo_llm.py": ("--form nope", "--steps 0", "--prompt-length 0", "--prompt-length 1", "--answer-length 0", "--answer-length 1e12", "--prompt-length 1e12",
+    "lm.py": ("--form nope", "--steps 0", "--prompt-length 0", "--prompt-length 1", "--answer-length 0", "--answer-length 1e12", "--prompt-length 1e12",
         "--save-every 0", "--devices 0", "--devices 99", "--model-devices 0", "--model-devices 99", "--setting x", "--setting seed=1", "--config.adapter.rank -1",
         "--config.adapter.rank 4000000000", "--config.supervised 5", "--config.precision nope", "--hyper.learning-rate nan", "--config.group-size 0",
         "--dataset nope", "--dataset chain_sum --setting nope=1", "--dataset chain_sum --setting min_terms=x", "--dataset chain_sum --setting max_terms=-1",
@@ -386,7 +386,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
 MAY_WORK: dict[str, tuple[str, ...]] = {
     "ppo.py": ("--seed -1 --log-every 1e18 --eval-every 1e18 --seeds-at-once 1e18 --checkpoint-every 1e300", "--env-params gravity=5 --eval-episodes 0"),
     "q_learning.py": ("--methods sarsa sarsa",),
-    "grpo_llm.py": ("--setting largest=2",),
+    "lm.py": ("--setting largest=2",),
 }  # fmt: skip
 PARAMETERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("CartPole-v1", ("gravity=nan", "gravity=inf", "gravity=-inf", "gravity=1e400", "gravity=true", "gravity=", "gravity", "nope=1", "max_steps_in_episode=0",

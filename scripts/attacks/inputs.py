@@ -67,9 +67,9 @@ SMALL: dict[str, tuple[str, ...]] = {
     "estimators.py": ("--methods", "rloo", "--samples", "2", "--group-sizes", "2", "--run-dir", "out"),
     "precision.py": ("--env-steps", "512", "--num-seeds", "1", "--variants", "float32", "--run-dir", "out"),
     "rainbow.py": ("--env-steps", "512", "--num-seeds", "1", "--parts", "plain", "--run-dir", "out"),
-    "grpo_llm.py": ("--model", "model", "--dataset", "say.py", "--steps", "1", "--answer-length", "2", "--run-dir", "out"),
+    "lm.py": ("grpo", "--model", "model", "--dataset", "say.py", "--steps", "1", "--answer-length", "2", "--run-dir", "out"),
 }  # fmt: skip
-HELD: dict[str, dict[str, Any]] = {"grpo_llm.py": {"files": (("say.py", bad_files.SAY),), "model": ()}}
+HELD: dict[str, dict[str, Any]] = {"lm.py": {"files": (("say.py", bad_files.SAY),), "model": ()}}
 LONG = "a" * 20_000
 TEXTS = ("nope", "", "Ünï-çödé ☃", LONG, "../..", "None", "-", "a\nb", "%s%n{0}", "0")
 NO_NUMBERS = ("x", "", "1,5", "--", "½", "0x10", "1e", "None", "1 2", "true", "a" * 5000)
@@ -223,10 +223,15 @@ def _single_values() -> Iterator[Case]:
 def _several(rng: random.Random) -> Case:
     """Several wrong values at once."""
     name = rng.choice(list(SMALL))
-    flags = [(flag, kind) for flag, kind in _flags(script(name).Args) if _wrong(flag, kind)]
+    flags = [(flag, kind) for flag, kind in _flags(_args(name)) if _wrong(flag, kind)]
     picked = rng.sample(flags, min(3, len(flags)))
     words = [f"--{flag.replace('_', '-')}={rng.choice(_wrong(flag, kind))}" for flag, kind in picked]
     return Case(name, (*SMALL[name], *words), **HELD.get(name, {}))
+
+
+def _args(name: str) -> Any:
+    """The settings of an experiment."""
+    return script("lm_answers.py").GRPO if name == "lm.py" else script(name).Args
 
 
 # Cases written by hand
@@ -263,7 +268,7 @@ def _environments() -> Iterator[Case]:
         for name in ("ppo.py", "rainbow.py", "precision.py", "optimizers.py"):
             yield Case(name, (*SMALL[name], f"--env={text}"))
         yield Case("grpo.py", (*SMALL["grpo.py"], f"--task={text}"))
-        yield Case("grpo_llm.py", (*SMALL["grpo_llm.py"], f"--dataset={text}"), **HELD["grpo_llm.py"])
+        yield Case("lm.py", (*SMALL["lm.py"], f"--dataset={text}"), **HELD["lm.py"])
     for env, params in bad_files.PARAMETERS:
         for param in params:
             yield Case("ppo.py", (*TINY, "--env", env, "--env-params", *param.split()))
@@ -302,8 +307,8 @@ def _folders() -> Iterator[Case]:
         for folder in ("file", "file/x", "/dev/null", "/dev/null/x", "/proc/nope", "a" * 300):
             yield Case(name, (*SMALL[name][:-2], "--run-dir", folder), there)
     for folder in ("file", "/dev/null/x", "/proc/nope", "a" * 300):
-        given = (*SMALL["grpo_llm.py"][:-2], "--run-dir", folder)
-        yield Case("grpo_llm.py", given, (*there, ("say.py", bad_files.SAY)), model=())
+        given = (*SMALL["lm.py"][:-2], "--run-dir", folder)
+        yield Case("lm.py", given, (*there, ("say.py", bad_files.SAY)), model=())
 
 
 def _variables() -> Iterator[Case]:
@@ -326,10 +331,10 @@ def _user_files() -> Iterator[Case]:
     for text in bad_files.tasks():
         yield Case("grpo.py", (*SMALL["grpo.py"], "--task", "mine.py"), (("mine.py", text),))
     for text, setting in bad_files.problems():
-        words = (*SMALL["grpo_llm.py"], "--dataset", "mine.py", *(("--setting", *setting.split()) if setting else ()))
-        yield Case("grpo_llm.py", words, (("mine.py", text),), model=())
+        words = (*SMALL["lm.py"], "--dataset", "mine.py", *(("--setting", *setting.split()) if setting else ()))
+        yield Case("lm.py", words, (("mine.py", text),), model=())
     for name in ("nope.py", "folder.py", ".py", "☃.py", LONG + ".py", "/dev/null/x.py", "a/../b.py"):
-        for flag, program in (("--env", "ppo.py"), ("--task", "grpo.py"), ("--dataset", "grpo_llm.py")):
+        for flag, program in (("--env", "ppo.py"), ("--task", "grpo.py"), ("--dataset", "lm.py")):
             yield Case(
                 program, (*SMALL[program], flag, name), (("folder.py/", ""),), model=HELD.get(program, {}).get("model")
             )
@@ -337,20 +342,20 @@ def _user_files() -> Iterator[Case]:
 
 def _models() -> Iterator[Case]:
     """A model's folder that is wrong."""
-    words, files = SMALL["grpo_llm.py"], (("say.py", bad_files.SAY),)
+    words, files = SMALL["lm.py"], (("say.py", bad_files.SAY),)
     for template, may_work in bad_files.TEMPLATES:
         said = json.dumps({"eos_token": "<end>", "chat_template": template})
-        yield Case("grpo_llm.py", words, files, model=(("tokenizer_config.json", said),), may_work=may_work)
+        yield Case("lm.py", words, files, model=(("tokenizer_config.json", said),), may_work=may_work)
     whole = json.loads(_model()["config.json"])
     for name, values in bad_files.MODEL_SETTINGS.items():
         for value in values:
-            yield Case("grpo_llm.py", words, files, model=(("config.json", json.dumps(whole | {name: value})),))
+            yield Case("lm.py", words, files, model=(("config.json", json.dumps(whole | {name: value})),))
     for name, texts in bad_files.MODEL_FILES.items():
         for text in texts:
-            yield Case("grpo_llm.py", words, files, model=((name, text),))
+            yield Case("lm.py", words, files, model=((name, text),))
     for path in ("nope", "say.py", "nope.gguf", "say.gguf", "", "☃", "/dev/null", "/proc", LONG):
-        given = ("--model", path, *words[2:])
-        yield Case("grpo_llm.py", given, (*files, ("say.gguf", "GGUF" + "\1" * 100)), model=())
+        given = ("grpo", "--model", path, *words[3:])
+        yield Case("lm.py", given, (*files, ("say.gguf", "GGUF" + "\1" * 100)), model=())
 
 
 @cache

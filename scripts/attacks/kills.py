@@ -64,7 +64,7 @@ RUNS = {
             *("--config.num-prompts", "4", "--config.group-size", "4"),
         ),
     ),
-    "grpo_llm": Run("grpo_llm.py", (*language_model.WORDS, "--steps", "12", "--save-every", "2"), goes_on=True),
+    "grpo_llm": Run("lm.py", ("grpo", *language_model.WORDS, "--steps", "12", "--save-every", "2"), goes_on=True),
 }
 
 
@@ -78,7 +78,7 @@ class Case(NamedTuple):
     blows: tuple[tuple[float | str, int], ...]
 
 
-SAME = ("sweep.csv", "answers.txt", "curve.png", "curve.svg", "grpo.csv", "grpo.png", "grpo.svg")  # to the last byte
+SAME = ("sweep.csv", "samples.csv", "curve.png", "curve.svg", "grpo.csv", "grpo.png", "grpo.svg")  # to the last byte
 FILES = (
     "config.json",
     "config.tmp",

@@ -110,6 +110,8 @@ def _become(body: Callable[[], Any], folder: Path, log: Path, environment: Mappi
 def script(name: str) -> Any:
     """The module of an experiment."""
     path = ROOT / "experiments" / name
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # for the files that it imports
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

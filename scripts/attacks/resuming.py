@@ -20,9 +20,10 @@ import jax
 
 from attacks import language_model, processes
 from jrl import lm
+from jrl.algos import grpo
 from jrl.lm import gguf, hf, layout
 from jrl.nets import moe, transformer
-from jrl.run import cli, compiled, loop, scores
+from jrl.run import cli, compiled, loop, scores, steps
 
 SECONDS = 120.0  # until a case counts as hanging
 MEMORY = 24 << 30  # bytes of address space
@@ -129,10 +130,9 @@ def _compile_once() -> None:
         return checked
 
     loop.check, loop.check_act = check_once("check", check), check_once("act", check_act)
-    language = processes.script("grpo_llm.py")
-    language.StopOnSignal = Stop
-    language.plot.draw = lambda *_: None
-    learner = language.grpo.learner
+    steps.StopOnSignal = Stop
+    steps.plot.draw = lambda *_: None
+    learner = grpo.learner
 
     def learner_once(model: Any, config: Any, **more: Any) -> Any:
         name = ("learner", str(config), str(more))
@@ -140,7 +140,7 @@ def _compile_once() -> None:
             kept[name] = learner(model, config, **more)
         return kept[name]
 
-    language.grpo.learner = learner_once
+    grpo.learner = learner_once
 
 
 class Server:

@@ -56,7 +56,7 @@ MODEL_PARTS = {
 def parts_of(kind: str) -> dict[str, tuple[str, ...]]:
     """What of a kind can be damaged, and how."""
     if kind == "grpo_llm":
-        return GRPO_PARTS | {"answers.txt": FILE + ROWS[:3]}
+        return GRPO_PARTS | {"samples.csv": FILE + ROWS[:3]}
     if kind in TRAINED:
         return PARTS
     if kind == "gguf":
@@ -103,7 +103,8 @@ def command(root: Path, kind: str, folder: Path, *more: str) -> tuple[str, list[
     """The experiment, and its words."""
     if kind == "grpo_llm":
         model = base(root, "folder")
-        return "grpo_llm.py", [
+        return "lm.py", [
+            "grpo",
             "--model",
             str(model),
             "--dataset",

@@ -1,0 +1,266 @@
+"""The commands of lm.py that learn from files: ``sft``, ``reward`` and ``dpo``."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrl.algos import dpo as dpo_
+from jrl.algos import reward_model
+from jrl.algos import sft as sft_
+from jrl.lm import data, texts
+from jrl.lm.pairs import Pairs
+from jrl.lm.texts import Texts
+from jrl.nets import adapters
+from jrl.numerics import optim
+from jrl.numerics.settings import check_hyper
+from jrl.run import cli, files, folders, interrupt, language, steps
+from jrl.run.files import Job
+from jrl.run.language import Opened
+from jrl.run.progress import Progress
+
+LORA = adapters.Config("lora")
+
+
+@dataclass(frozen=True)
+class Files:
+    """What commands that learn from files have in common."""
+
+    model: Path  # A .gguf file, a folder with config.json, safetensors and tokenizer.json, or the folder of a run.
+    data: tuple[Path, ...]  # JSON lines; several files are read as one.
+    eval_data: tuple[Path, ...] = ()  # Held-out data; default: a share of the data.
+    eval_share: float = 0.05  # Share of the rows, the last ones, that are held out where there is no eval_data.
+    eval_every: int = 20  # Updates between evaluations, of which the best one's checkpoint is kept.
+    epochs: float = 1.0  # Passes over the data.
+    steps: int | None = None  # Number of updates, in place of epochs.
+    save_every: int = 20  # Updates between checkpoints.
+    # Number of devices to use; default: all, but only one of a CPU's, which share its cores.
+    devices: int | None = None
+    model_devices: int = 1  # Number of devices that hold one copy of the model together.
+    seed: int = 0  # Seed of all random numbers.
+
+
+@dataclass(frozen=True)
+class SFT(Files):
+    """Supervised learning from texts and chats, of which the assistant's answers are learned."""
+
+    length: int | None = None  # Tokens of a row; default: the longest text's, at most 1,024. What is longer is cut.
+    # How texts share rows: bfd (whole texts, longest first), bfd_split (long ones in pieces), wrapped (one stream), none.
+    packing: texts.How = "bfd"
+    # Folder of the run. If it has a checkpoint, the run continues with its settings.
+    run_dir: cli.NamedFolder = Path("runs/lm-sft")
+    config: sft_.Config = field(default_factory=lambda: sft_.Config(batch_size=8, adapter=LORA))  # Static settings.
+    hyper: sft_.Hyper = sft_.Hyper(learning_rate=2e-4)  # Hyperparameters.
+
+
+@dataclass(frozen=True)
+class Paired(Files):
+    """What commands that learn from pairs have in common."""
+
+    prompt_length: int | None = None  # Tokens of the longest prompt; default: all fit.
+    answer_length: int | None = None  # Tokens of the longest answer; default: all fit.
+    overlong: data.Overlong = "drop"  # What becomes of longer rows: drop (they are counted) or cut.
+
+
+@dataclass(frozen=True)
+class Reward(Paired):
+    """A reward model from preferences."""
+
+    run_dir: cli.NamedFolder = Path("runs/lm-reward")  # Folder of the run, which continues if it has a checkpoint.
+    # Static settings; held_out is eval_share here.
+    config: reward_model.Config = field(default_factory=lambda: reward_model.Config(batch_size=16, adapter=LORA))
+    hyper: reward_model.Hyper = reward_model.Hyper(learning_rate=2e-4)  # Hyperparameters.
+
+
+@dataclass(frozen=True)
+class DPO(Paired):
+    """Direct preference optimization and its kin."""
+
+    run_dir: cli.NamedFolder = Path("runs/lm-dpo")  # Folder of the run, which continues if it has a checkpoint.
+    config: dpo_.Config = field(default_factory=lambda: dpo_.Config(batch_size=16, adapter=LORA))  # Static settings.
+    hyper: dpo_.Hyper = dpo_.Hyper(learning_rate=5e-5)  # Hyperparameters.
+
+
+def sft(argv: list[str]) -> None:
+    args = checked(cli.parse(SFT, argv, doc=SFT.__doc__))
+    it, rows = opened(args), data.read(args.data, "texts")
+    learning = sft_.learner(it.model, args.config, packed=args.packing != "none")
+    number = files.split(len(rows), args.eval_share, bool(args.eval_data))
+    unseen = data.read(args.eval_data, "texts") if args.eval_data else rows.cut(number, len(rows))
+    both = rows.cut(0, number), unseen
+    corpora = [data.tokenized(it.words, x, shown("texts")) for x in both if len(x)]
+    longest = max(int(corpus.lengths.max()) for corpus in corpora)
+    room = min(longest, 1024) if args.length is None else args.length
+    plans = [texts.pack(corpus.lengths, room, args.packing) for corpus in corpora]
+    held_out = len(plans[1]) if len(plans) > 1 else 0
+    print(f"{number} texts in {len(plans[0])} rows of {room} tokens; {held_out} rows are held out", flush=True)
+
+    def batch(held: bool, rows: np.ndarray) -> Texts:
+        plan = [plans[held][i] if i >= 0 else () for i in rows]
+        return Texts(*map(jnp.asarray, texts.rows_of(plan, corpora[held], room, it.pad)))
+
+    def counted(batch: Texts) -> float:
+        return float(batch.learned.sum())
+
+    sizes = len(plans[0]), held_out
+    job = Job(learning.init, learning.learn, learning.evaluate, batch, counted, sizes, args.config.batch_size)
+    state, plan = trained(args, it, job, ("loss", "token_accuracy"), ("loss", False), {"length": room})
+    leave(plan.folder, it, args.config.adapter, state)
+
+
+def reward(argv: list[str]) -> None:
+    args = checked(cli.parse(Reward, argv, doc=Reward.__doc__))
+    if args.config.adapter.kind not in adapters.BESIDE_MATRICES:
+        kinds = ", ".join(adapters.BESIDE_MATRICES)
+        raise ValueError(
+            f"config.adapter.kind of a reward model must be one of {kinds}; got {args.config.adapter.kind}"
+        )
+    it = opened(args)
+    learning = reward_model.learner(it.model, args.config)
+    pairs, sizes, lengths = paired(args, it)
+
+    def batch(held: bool, rows: np.ndarray) -> Pairs:
+        return picked(pairs[held], rows)
+
+    def learn(state: Any, key: jax.Array, batch: Pairs) -> Any:
+        return learning.learn(state, batch)
+
+    job = Job(learning.init, learn, learning.evaluate, batch, weight_of, sizes, args.config.batch_size)
+    state, plan = trained(args, it, job, ("loss", "accuracy", "margin"), ("accuracy", True), lengths)
+    now = optim.eval_params(state.opt_state, state.params)
+    body = it.model.adapter(args.config.adapter).merge(it.params, now["body"])
+    print(language.leave_scorer(plan.folder, it, now | {"body": body}))
+
+
+def dpo(argv: list[str]) -> None:
+    args = checked(cli.parse(DPO, argv, doc=DPO.__doc__))
+    it = opened(args)
+    learning = dpo_.learner(it.model, args.config)
+    pairs, sizes, lengths = paired(args, it)
+    references = [referred(args, it, learning, x) for x in pairs]  # once, of all pairs
+
+    def batch(held: bool, rows: np.ndarray) -> tuple[Pairs, Any]:
+        return picked(pairs[held], rows), jax.tree.map(lambda x: x[rows], references[held])
+
+    def learn(state: Any, key: jax.Array, batch: tuple[Pairs, Any]) -> Any:
+        return learning.learn(state, *batch)
+
+    def evaluate(state: Any, batch: tuple[Pairs, Any]) -> Any:
+        return learning.evaluate(state, *batch)
+
+    def counted(batch: tuple[Pairs, Any]) -> float:
+        return weight_of(batch[0])
+
+    job = Job(learning.init, learn, evaluate, batch, counted, sizes, args.config.batch_size)
+    state, plan = trained(args, it, job, ("loss", "accuracy", "margin"), ("loss", False), lengths)
+    leave(plan.folder, it, args.config.adapter, state)
+
+
+# What they share
+
+
+def checked(args: Any) -> Any:
+    files.check_files(args)
+    check_hyper(args.hyper)
+    return args
+
+
+def opened(args: Any) -> Opened:
+    rows = args.config.batch_size // args.config.micro_batches
+    mesh = language.mesh_of(args.devices, args.model_devices, rows, "config.batch_size / micro_batches")
+    return language.opened(args.model, args.config.precision, mesh)
+
+
+def paired(args: Any, it: Opened) -> tuple[list[Pairs], tuple[int, int], dict[str, int]]:
+    """Pairs that are learned from and those that are held out, their numbers, and their lengths."""
+    rows = data.read(args.data, "pairs")
+    first, dropped = data.paired(
+        it.words, rows, args.prompt_length, args.answer_length, args.overlong, it.pad, shown("pairs")
+    )
+    lengths = {"prompt_length": first.prompt.shape[1], "answer_length": first.chosen.shape[1]}
+    if args.eval_data:
+        others = data.read(args.eval_data, "pairs")
+        longest = lengths["prompt_length"], lengths["answer_length"]
+        second, more = data.paired(it.words, others, *longest, args.overlong, it.pad, shown("held-out pairs"))
+        found, dropped = [first, second], dropped + more
+    else:
+        number = files.split(len(first.weight), args.eval_share, given=False)
+        found = [jax.tree.map(lambda x: x[:number], first), jax.tree.map(lambda x: x[number:], first)]
+    sizes = len(found[0].weight), len(found[1].weight)
+    print(f"{sizes[0]} pairs, {sizes[1]} held out; {dropped} are too long and were dropped", flush=True)
+    return found, sizes, lengths
+
+
+def picked(pairs: Pairs, rows: np.ndarray) -> Pairs:
+    """Some pairs, of which the row -1 does not count."""
+    found = jax.tree.map(lambda x: jnp.asarray(x[rows]), pairs)
+    return found._replace(weight=found.weight * jnp.asarray(rows >= 0))
+
+
+def weight_of(pairs: Pairs) -> float:
+    return float(pairs.weight.sum())
+
+
+def referred(args: DPO, it: Opened, learning: dpo_.Learner, pairs: Pairs) -> Any:
+    """Log-probabilities of all pairs under the model at the start, arrays of numpy."""
+    if args.config.loss in dpo_.WITHOUT_REFERENCE:
+        return ()
+    size, number = args.config.batch_size, len(pairs.weight)
+    reference, found = jax.jit(learning.reference), []
+    for begin in shown("reference")(range(0, number, size)):
+        rows = np.minimum(np.arange(begin, begin + size), number - 1)
+        with jax.set_mesh(it.mesh):
+            found.append(jax.tree.map(np.asarray, reference(it.params, picked(pairs, rows))))
+    return jax.tree.map(lambda *x: np.concatenate(x)[:number], *found) if found else ()
+
+
+def shown(what: str) -> Any:
+    """``progress`` of a loop over a sequence."""
+
+    def through(rows: Sequence[Any]) -> Iterator[Any]:
+        bar = Progress(what, len(rows), 0, enabled=len(rows) > 1000)
+        for i, row in enumerate(rows):
+            yield row
+            if i % 100 == 99:
+                bar.advance(i + 1, float("nan"))
+        bar.close()
+
+    return through
+
+
+def trained(
+    args: Any, it: Opened, job: Job, names: tuple[str, ...], best: tuple[str, bool], more: dict[str, Any]
+) -> tuple[Any, steps.Plan]:
+    """The trained state, and the plan of its run, whose folder has all there is to see."""
+    updates = job.updates(args.epochs) if args.steps is None else args.steps
+    shared = (
+        asdict(args)
+        | {"config": asdict(args.config) | {"model": asdict(it.shape)}, "hyper": args.hyper._asdict()}
+        | more
+    )
+    for free in ("run_dir", "steps", "epochs", "save_every", "devices", "model_devices"):
+        del shared[free]
+    shared["data"], shared["eval_data"] = files.fingerprint(args.data), files.fingerprint(args.eval_data)
+    shared |= {"steps": updates} if args.config.optimizer.uses_length else {}
+    settings = folders.plain(shared)
+    interrupt.on_leaving(f"interrupted; the same command goes on in {args.run_dir}")
+    with folders.opened(args.run_dir, True, settings) as folder:
+        plan = steps.Plan(
+            folder, settings, updates, job.batch_size, args.seed, args.save_every, best=best, evaluated=names,
+            evaluate_every=args.eval_every, shown=("loss", *names[1:]),
+        )  # fmt: skip
+        state, done, rows = files.learn(job, it, plan, args.hyper, args.seed)
+    steps.draw_curve(folder / "curve.png", folder.name, rows, [*plan.shown, *(f"eval_{x}" for x in names)])
+    if done < updates:
+        raise KeyboardInterrupt
+    print(f"{folder}/curve.png  metrics.csv")
+    return state, plan
+
+
+def leave(folder: Path, it: Opened, adapter: adapters.Config, state: Any) -> None:
+    params = optim.eval_params(state.opt_state, state.params)
+    print(language.leave(folder, it, adapter, params))

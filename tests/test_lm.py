@@ -1,0 +1,134 @@
+"""experiments/lm.py: supervised learning, reward models, DPO and PPO on a tiny model in Hugging Face's layout, with data from files."""
+
+import csv
+import json
+import sys
+
+import jax
+import numpy as np
+import processes
+import pytest
+from attacks import language_model
+
+from jrl import lm
+from jrl.lm import hf, peft
+from jrl.nets import transformer
+
+sys.path.insert(0, str(processes.ROOT / "experiments"))
+import lm_answers
+import lm_texts
+
+COMMANDS = {"sft": lm_texts.sft, "reward": lm_texts.reward, "dpo": lm_texts.dpo, "ppo": lm_answers.ppo}
+SMALL = (
+    "--save-every",
+    "2",
+    "--config.adapter.rank",
+    "2",
+    "--config.micro-batches",
+    "1",
+    "--hyper.learning-rate",
+    "0.01",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    language_model.make(folder)
+    rows = {
+        "texts": [{"prompt": f"say {i % 10}", "completion": f"{i % 10}"} for i in range(40)],
+        "pairs": [{"prompt": f"say {i % 10}", "chosen": f"{i % 10}", "rejected": f"{(i + 3) % 10}"} for i in range(40)],
+        "prompts": [{"prompt": f"say {i}"} for i in range(10)],
+    }
+    for name, found in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    return folder
+
+
+def words_of(command, folder, run_dir, *more):
+    data = {"sft": "texts", "reward": "pairs", "dpo": "pairs"}.get(command)
+    given = ("--data", folder / f"{data}.jsonl", "--config.batch-size", 4) if data else ("--answer-length", 3)
+    return [str(x) for x in ("--model", folder, "--run-dir", run_dir, *SMALL, *given, *more)]
+
+
+def train(command, folder, run_dir, *more):
+    COMMANDS[command](words_of(command, folder, run_dir, *more))
+    with (run_dir / "metrics.csv").open() as file:
+        return [{k: x for k, x in row.items() if "per_s" not in k} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def judge(folder, tmp_path_factory):
+    """A reward model that was trained on the pairs."""
+    run_dir = tmp_path_factory.mktemp("judge") / "run"
+    rows = train("reward", folder, run_dir, "--steps", 40, "--eval-every", 20)
+    return run_dir, rows
+
+
+def test_a_reward_model_ranks_pairs_that_it_did_not_see_and_is_left_for_transformers(folder, judge):
+    run_dir, rows = judge
+    assert float(rows[-1]["eval_accuracy"]) > 0.9 and float(rows[-1]["loss"]) < 0.5
+    shape, params = hf.load_scorer(run_dir / "model")
+    assert params["head"].shape == (shape.dim,) and np.abs(params["head"]).max() > 0
+    config = json.loads((run_dir / "model/config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and config["id2label"] == {"0": "LABEL_0"}
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_a_run_goes_on_in_the_middle_of_an_epoch_to_the_same_numbers(command, folder, tmp_path, capsys):
+    more = ("--eval-every", 1, "--config.optimizer.schedule", "constant")  # which does not go by the length
+    whole = train(command, folder, tmp_path / "whole", "--steps", 5, *more)
+    train(command, folder, tmp_path / "parts", "--steps", 2, *more)
+    parts = train(command, folder, tmp_path / "parts", "--steps", 5, *more)
+    assert "resumed at step 2" in capsys.readouterr().out
+    assert parts == whole and len(parts) == 5
+    a, b = (peft.load(tmp_path / name / "adapter", language_model.SHAPE)[1] for name in ("whole", "parts"))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_what_was_learned_is_left_and_loaded_by_the_folder_of_the_run(folder, tmp_path):
+    rows = train("sft", folder, tmp_path / "run", "--steps", 30, "--eval-every", 10, "--packing", "none")
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    shape, params, words = lm.load(tmp_path / "run")
+    base = lm.load(folder)[1]
+    assert np.abs(params["layers"]["q"] - base["layers"]["q"]).max() > 1e-3
+    tokens = np.array([words.encode("say 3")])
+    assert np.isfinite(transformer.forward(params, tokens, shape)).all()
+    full = ("--config.adapter.kind", "full", "--steps", 2)
+    train("sft", folder, tmp_path / "full", *full)
+    assert (tmp_path / "full/model/tokenizer.json").is_file()
+    again = train("sft", tmp_path / "full", tmp_path / "more", "--steps", 1, "--data", folder / "texts.jsonl")
+    assert len(again) == 1
+
+
+def test_ppo_learns_from_a_learned_reward_and_shows_its_answers(folder, judge, tmp_path):
+    given = ("--dataset", folder / "prompts.jsonl", "--reward", judge[0], "--config.num-answers", 8, "--stop", "3 3")
+    rows = train("ppo", folder, tmp_path / "run", "--steps", 2, *given, "--eval-every", 1, "--eval-prompts", 8)
+    assert all(np.isfinite(float(row[name])) for row in rows for name in ("learned", "kl", "loss", "eval_reward"))
+    with (tmp_path / "run/samples.csv").open() as file:
+        said = list(csv.DictReader(file))
+    assert len(said) == 16 and set(said[0]) == {"update", "prompt", "answer", "reward", "learned"}
+    assert all(row["prompt"].startswith("say ") for row in said)
+
+
+@pytest.mark.parametrize("command, more, message", [
+    ("sft", ("--data", "none.jsonl"), "none.jsonl: No such file"),
+    ("sft", ("--packing", "tight"), "packing"),
+    ("sft", ("--epochs", 0), "epochs must be above 0"),
+    ("sft", ("--eval-share", 1), "eval_share = 1 leaves none of the 40 rows"),
+    ("sft", ("--config.adapter.kind", "prefix"), "config.adapter.kind = prefix is of one text a row"),
+    ("reward", ("--config.adapter.kind", "prefix"), "config.adapter.kind of a reward model must be one of full, lora"),
+    ("dpo", ("--prompt-length", 1), "no pair has a prompt of up to 1"),
+    ("dpo", ("--config.micro-batches", 3), "config.micro_batches must divide batch_size = 4"),
+    ("ppo", ("--dataset", "prompts.jsonl"), "prompts.jsonl has prompts alone"),
+    ("ppo", ("--dataset", "say.py", "--weight", "nope=1"), "weight: there is no part 'nope'; there are correct"),
+    ("ppo", ("--dataset", "say.py", "--weight", "correct"), "weight must be NAME=NUMBER; got 'correct'"),
+    ("ppo", ("--dataset", "say.py", "--reward", "."), "tensor score.weight is missing: this is no reward model"),
+    ("ppo", ("--dataset", "say.py", "--system", "Be brief."), "system: this model has no chat template"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_in_a_line(command, more, message, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    with pytest.raises((ValueError, SystemExit)) as error:
+        COMMANDS[command](words_of(command, folder, tmp_path / "run", *more))
+    said = f"{error.value}{''.join(capsys.readouterr())}"
+    assert message in said
