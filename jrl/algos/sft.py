@@ -1,6 +1,6 @@
 """Supervised learning of a language model: cross-entropy on the tokens of texts that are learned from.
 
-    L = mean over these tokens of  -log p(token | tokens before)
+    L = mean over these tokens of  -log p(token | tokens before)  +  weight L of the tokens further ahead (``jrl.nets.ahead``)
 
 ``make`` learns a task's demonstrated answers, so that reinforcement learning has something to reinforce. ``learner`` learns from texts of any
 origin: chats, of which the assistant's answers count (``jrl.lm.data``), or whole texts, which is pre-training.
@@ -50,6 +50,7 @@ class Hyper(NamedTuple):
     """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
 
     learning_rate: NonNegative = 1e-3  # Initial learning rate; decays by config.optimizer.schedule.
+    ahead_weight: NonNegative = 0.3  # Weight of the loss of tokens further ahead, where the model predicts them.
     balance_weight: NonNegative = 1e-3  # Weight of the loss that evens the load of experts (moe.balance_loss).
     max_grad_norm: AboveZero = 1.0  # Largest global norm of a gradient.
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
@@ -89,7 +90,8 @@ def learner(model: Model, config: Config, *, packed: bool = False) -> "Learner":
             return scored(params, *x)
 
         metrics, load = loops.sum_over_parts(part, (texts, weight), config.micro_batches)
-        return metrics["loss"] + state.hyper.balance_weight * model.balance_loss(load), (metrics, load)
+        total = metrics["loss"] + state.hyper.ahead_weight * metrics.get("ahead_loss", 0.0)
+        return total + state.hyper.balance_weight * model.balance_loss(load), (metrics, load)
 
     def scored(params: Params, texts: Texts, weight: Array) -> tuple[Metrics, moe.Load]:
         found = read(model, params, texts, packed=packed)
@@ -99,6 +101,9 @@ def learner(model: Model, config: Config, *, packed: bool = False) -> "Learner":
             "token_accuracy": token_losses.weighted_sum(weight, found.likeliest.astype(jnp.float32)),
             "sure_of_all": jnp.all(certain, axis=1).mean() / config.micro_batches,
         }
+        if found.further:
+            each = [-further_ahead(texts, x, k) for k, x in enumerate(found.further, 1)]
+            metrics["ahead_loss"] = jnp.mean(jnp.stack([token_losses.weighted_sum(weight, x) for x in each]))
         return metrics, found.load
 
     def init(key: Array, params: Params, hyper: Hyper, num_updates: Array | int | None = None) -> State:
@@ -189,6 +194,12 @@ class Learner(NamedTuple):
     policy: Callable[[State], Any]
     learn: Callable[..., tuple[State, Metrics]]
     evaluate: Callable[[State, Texts], dict[str, Array]]
+
+
+def further_ahead(texts: Texts, log_prob: Array, k: int) -> Array:
+    """Log-probabilities by the k-th module, 0 for tokens with fewer than ``k + 1`` of their own text before them."""
+    before = jnp.pad(texts.segments[:, : -k - 1], [(0, 0), (k + 1, 0)])
+    return jnp.where(texts.segments == before, log_prob, 0.0)
 
 
 def demonstrations(problems: Problem, answers: Array) -> Texts:

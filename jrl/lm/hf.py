@@ -93,6 +93,8 @@ def _opened(folder: Path, dtype: jax.typing.DTypeLike) -> tuple[Config, dict[str
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     held = _held(_files(folder))
     layout.enough(config, len(held), str(folder))
+    if config.ahead and f"model.layers.{config.num_layers}.eh_proj.weight" not in held:
+        config = replace(config, ahead=0)  # as transformers writes them
     return config, found, held
 
 
@@ -213,15 +215,16 @@ def _check(folder: Path, wanted: list[Tensor], held: Mapping[str, tuple[Path, An
             raise ValueError(f"{path}: tensor {x.name} must be {list(x.shape)}; got {list(given.get_shape())}")
         if given.get_dtype() not in FLOATS:
             raise ValueError(f"{path}: tensor {x.name} must be one of {', '.join(FLOATS)}; got {given.get_dtype()}")
+    modules = any(x.name.endswith("eh_proj.weight") for x in wanted)
     for name in held.keys() - {x.name for x in wanted}:
         path, opened = held[name]
         shape = opened.get_slice(name).get_shape()
-        if not _unused(name, shape, found):
+        if not _unused(name, shape, found, modules):
             raise ValueError(f"{path}: tensor {name} {shape} is not of a {found['model_type']} with these settings")
 
 
-def _unused(name: str, shape: list[int], found: Mapping[str, Any]) -> bool:
-    """Whether a tensor may be there without being read."""
+def _unused(name: str, shape: list[int], found: Mapping[str, Any], modules: bool) -> bool:
+    """Whether a tensor may be there without being read; ``modules`` that predict further ahead are read."""
     if name == "lm_head.weight":
         return bool(found.get("tie_word_embeddings"))  # compared with the embedding later
     if name.endswith("rotary_emb.inv_freq") or 0 in shape:
@@ -229,7 +232,9 @@ def _unused(name: str, shape: list[int], found: Mapping[str, Any]) -> bool:
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     first = found["num_hidden_layers"]
     ahead = found.get("num_nextn_predict_layers") or 0  # DeepSeek-V3's layers for predicting further ahead
-    return layer is not None and found["model_type"] == "deepseek_v3" and first <= int(layer[1]) < first + ahead
+    copied = name.endswith(("embed_tokens.weight", "shared_head.head.weight"))  # of embedding and head
+    there = layer is not None and found["model_type"] == "deepseek_v3" and first <= int(layer[1]) < first + ahead
+    return there and (copied or not modules)
 
 
 def _shards(wanted: list[Tensor], params: Params, limit: int) -> list[list[Tensor]]:

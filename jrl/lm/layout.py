@@ -58,7 +58,20 @@ def tensors(config: Config, *, pairs: bool = False) -> list[Tensor]:
                 leaves = tuple((stack, *path) for path in x.leaves)
                 found.append(x._replace(name=f"model.layers.{number}.{x.name}", leaves=leaves, at=(i, *x.at)))
             number += 1
+    for i in range(config.ahead):
+        found += [x._replace(name=f"model.layers.{number + i}.{x.name}", at=(i, *x.at)) for x in _ahead(layer, d)]
     return found
+
+
+def _ahead(layer: list[Tensor], d: int) -> list[Tensor]:
+    """Of a module that predicts a token further ahead: its layer, and what joins and norms. Files have copies of embedding and head in it."""
+    more = [
+        Tensor("enorm.weight", (d,), (("token_norm",),)),
+        Tensor("hnorm.weight", (d,), (("hidden_norm",),)),
+        Tensor("eh_proj.weight", (d, 2 * d), (("join",),)),
+        Tensor("shared_head.norm.weight", (d,), (("norm",),)),
+    ]
+    return [x._replace(leaves=tuple(("ahead", *path) for path in x.leaves)) for x in [*more, *layer]]
 
 
 def enough(config: Config, held: int, where: str) -> None:

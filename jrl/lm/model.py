@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.nets import adapters, moe, transformer
+from jrl.nets import adapters, ahead, moe, transformer
 from jrl.numerics import checks, lora, precision
 from jrl.numerics.types import Params
 
@@ -32,6 +32,8 @@ class Model(NamedTuple):
         adapter: ``adapters.Config -> lora.Adapter`` of what is trained.
         packed: ``(params, tokens [B, L], segments [B, L]) -> (hidden, load)`` of several texts a row, which do not see each other; segment 0 is padding.
             None where rows hold one text.
+        ahead: ``(params, hidden [B, L, dim], tokens [B, L], segments [B, L] or None) -> streams`` of the modules that predict further ahead
+            (``nets.ahead``); None where there are none.
     """
 
     init: Callable[[Array], Any]
@@ -47,6 +49,7 @@ class Model(NamedTuple):
     repeat: Callable[[Any, int], Any] | None = None
     adapter: Callable[[adapters.Config], lora.Adapter] = lambda config: adapters.make(config, None)
     packed: Callable[[Any, Array, Array], tuple[Array, moe.Load]] | None = None
+    ahead: Callable[[Any, Array, Array, Array | None], list[Array]] | None = None
 
 
 def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float32, tokens: int | None = None) -> Model:
@@ -79,6 +82,9 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         more: dict[str, Any] = {"positions": places, "segment_ids": segments, "counted": segments > 0}
         return transformer.blocks_and_loads(params, params["embedding"][tokens], config, **more)
 
+    def further(params: Params, hidden: Array, tokens: Array, segments: Array | None) -> list[Array]:
+        return ahead.streams(cast(params), hidden, tokens, config, segment_ids=segments)
+
     def known(logits: Array) -> Array:
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         return logits if tokens == config.vocab_size else jnp.where(ids < tokens, logits, -jnp.inf)
@@ -106,6 +112,7 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         lambda cache, copies: jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), cache),
         lambda adapter: adapters.make(adapter, config),
         packed,
+        further if config.ahead else None,
     )
 
 

@@ -94,11 +94,13 @@ class Read(NamedTuple):
         log_prob: float32, given those before it.
         likeliest: bool, whether it is the likeliest.
         load: Load of the experts.
+        further: Log-probabilities by each module that predicts further ahead (``model.ahead``), the first given all tokens but the last one; and so on.
     """
 
     log_prob: Array
     likeliest: Array
     load: moe.Load
+    further: tuple[Array, ...] = ()
 
 
 def read(model: Model, params: Params, texts: Texts, *, packed: bool = False) -> Read:
@@ -121,7 +123,14 @@ def read(model: Model, params: Params, texts: Texts, *, packed: bool = False) ->
 
     found = _by_rows(of_rows, (hidden, tokens[:, 1:]), tokens[:, 1:].size, model.vocab_size)
     log_prob, likeliest = (jnp.pad(x, [(0, 0), (1, 0)]) for x in found)
-    return Read(log_prob, likeliest, load)
+    further = []
+    if model.ahead is not None:
+        for k, stream in enumerate(
+            model.ahead(params, hidden, tokens[:, :-1], segments[:, :-1] if packed else None), 2
+        ):
+            said = _by_rows(of_rows, (stream, tokens[:, k:]), tokens[:, k:].size, model.vocab_size)[0]
+            further.append(jnp.pad(said, [(0, 0), (k, 0)]))
+    return Read(log_prob, likeliest, load, tuple(further))
 
 
 def answer_hidden(

@@ -119,7 +119,6 @@ def _deepseek(found: Settings, family: str, shared: dict[str, Any]) -> Config:
     _only(found, "scoring_func", None, "sigmoid")
     _only(found, "topk_method", None, "noaux_tc")
     _only(found, "moe_layer_freq", None, 1)
-    _size(found, "num_nextn_predict_layers", 0, null=0, at_least=0)
     _flag(found, "rope_interleave", True)
     _window(found, family, layers)
     theta, scaling = _rope(found, 1e4)
@@ -142,6 +141,7 @@ def _deepseek(found: Settings, family: str, shared: dict[str, Any]) -> Config:
         latent=latent,
         experts=experts,
         dense_layers=dense if experts.experts else 0,
+        ahead=_size(found, "num_nextn_predict_layers", 0, null=0, at_least=0),
     )
 
 
@@ -321,7 +321,7 @@ def _write_deepseek(config: Config) -> dict[str, Any]:
         "qk_rope_head_dim": latent.rope_dim,
         "v_head_dim": latent.value_dim,
         "rope_interleave": True,
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": config.ahead,
         "first_k_dense_replace": config.dense_layers if experts.experts else config.num_layers,
     }
     if experts.experts:

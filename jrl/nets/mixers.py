@@ -176,6 +176,19 @@ def _step(layer: Any, y: Array, cache: Any, position: Array, start: Array | int,
     return kv_cache.decode_step(q, cache, position, start=start, window=_window(config), prefix=prefix), cache
 
 
+def steps(layer: Any, y: Array, cache: Any, position: Array, start: Array | int, config: Any) -> tuple[Array, Any]:
+    """Several tokens ``[B, S, dim]`` behind a cache of dense attention, the first at ``position`` int32 ``[B]``; each sees those before it."""
+    number = y.shape[1]
+    at = position[:, None] + jnp.arange(number)[None]
+    placed = Tokens(at - kv_cache.per_row(start, len(y))[:, None], None, None)
+    q, k, v = _placed(layer, y, placed, config)
+    for i in range(number):
+        cache = kv_cache.write(cache, k[0][:, i], v[0][:, i], at[:, i])
+    # Tokens behind a query are in the cache already, and out of its sight as long as the ring has not come round.
+    sight = jax.vmap(lambda q, at: kv_cache.decode_step(q, cache, at, start=start), in_axes=1, out_axes=1)
+    return sight(q, at), cache
+
+
 def _window(config: Any) -> int | None:
     return config.window if config.attention == "window" else None
 

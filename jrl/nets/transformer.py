@@ -21,7 +21,7 @@ from jrl.attention import Implementation, mla, nsa
 from jrl.attention import cache as kv_cache
 from jrl.attention.rotary import Scaling, rms_norm
 from jrl.nets import bottleneck, moe
-from jrl.nets.mixers import MIXERS, Leaf, Tokens
+from jrl.nets.mixers import MIXERS, Leaf, Tokens, steps
 from jrl.numerics import lora
 from jrl.numerics.settings import AtLeastOne, NonNegativeInt, Positive, Settings, Unit
 from jrl.numerics.types import Params
@@ -59,6 +59,7 @@ class Config(Settings, prefix="transformer"):
     ffn_bias: bool = False  # Biases in SwiGLU.
     qk_norm: bool = False  # RMSNorm of each query and key head, as in Qwen3.
     tie_embeddings: bool = True  # The head is the embedding.
+    ahead: NonNegativeInt = 0  # Modules that predict tokens further ahead, one token each (jrl.nets.ahead).
     remat: bool = False  # Recompute each layer in the backward pass instead of keeping it.
 
     def __post_init__(self) -> None:
@@ -82,6 +83,8 @@ class Config(Settings, prefix="transformer"):
             raise ValueError(
                 f"transformer.implementation must be None for transformer.attention=rwkv; got {self.implementation}"
             )
+        if self.ahead and not (self.vocab_size and self.causal):
+            raise ValueError("transformer.ahead needs transformer.vocab_size and transformer.causal=True")
         if self.width % 2:
             raise ValueError(f"transformer.head_dim must be even, for rotary positions; got {self.width}")
 
@@ -125,16 +128,30 @@ def leaves(config: Config) -> dict[str, Any]:
     d = config.dim
     tree: dict[str, Any] = {"norm": Leaf((d,), ("dim",), None)}
     for name, shape in stacks(config).items():
-
-        def stack(x, n=shape.num_layers):
-            return Leaf((n, *x.shape), ("layers", *x.axes), x.std)
-
-        tree[name] = jax.tree.map(stack, _layer_leaves(shape, config.num_layers), is_leaf=_is_leaf)
+        tree[name] = _stacked(_layer_leaves(shape, config.num_layers), shape.num_layers)
     if config.vocab_size:
         tree["embedding"] = Leaf((config.vocab_size, d), ("vocab", "dim"), 0.02)
         if not config.tie_embeddings:
             tree["head"] = Leaf((d, config.vocab_size), ("dim", "vocab"), d**-0.5)
+    if config.ahead:
+        last = list(stacks(config).values())[-1]
+        one = _layer_leaves(last, config.num_layers + config.ahead) | {
+            "token_norm": Leaf((d,), ("dim",), None),
+            "hidden_norm": Leaf((d,), ("dim",), None),
+            "join": Leaf((2 * d, d), ("both", "dim"), (2 * d) ** -0.5),
+            "norm": Leaf((d,), ("dim",), None),
+        }
+        tree["ahead"] = _stacked(one, config.ahead)
     return tree
+
+
+def _stacked(tree: Any, number: int) -> Any:
+    """So many of each leaf."""
+
+    def stack(x: Leaf) -> Leaf:
+        return Leaf((number, *x.shape), ("layers", *x.axes), x.std)
+
+    return jax.tree.map(stack, tree, is_leaf=_is_leaf)
 
 
 def _layer_leaves(config: Config, depth: int) -> dict[str, Any]:
@@ -278,17 +295,19 @@ def blocks_and_loads(
         positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
     tokens = Tokens(positions, segment_ids, valid)
 
-    def run(x: Array, layer: Any, config: Config) -> tuple[Array, moe.Load]:
-        y = rms_norm(x, layer["attention_norm"], config.norm_eps)
-        mixed = MIXERS[config.attention].sequence(layer, y, tokens, config)
-        x = bottleneck.added(layer, "attention", x, out(layer, mixed))
-        output, load = ffn_and_load(layer, x, config, counted)
-        return bottleneck.added(layer, "ffn", x, output), load
-
     for name, shape in stacks(config).items():
-        layer = partial(run, config=shape)
+        layer = partial(one_layer, tokens=tokens, counted=counted, config=shape)
         x, loads = jax.lax.scan(jax.checkpoint(layer) if config.remat else layer, x, params[name])
     return rms_norm(x, params["norm"], config.norm_eps), loads
+
+
+def one_layer(x: Array, layer: Any, tokens: Tokens, counted: Array | None, config: Config) -> tuple[Array, moe.Load]:
+    """Attention and feed-forward of one layer over a whole sequence ``[B, T, dim]``, and the load of its experts."""
+    y = rms_norm(x, layer["attention_norm"], config.norm_eps)
+    mixed = MIXERS[config.attention].sequence(layer, y, tokens, config)
+    x = bottleneck.added(layer, "attention", x, out(layer, mixed))
+    output, load = ffn_and_load(layer, x, config, counted)
+    return bottleneck.added(layer, "ffn", x, output), load
 
 
 def balanced(params: Params, load: moe.Load, config: Config, rate: float = 1e-3) -> Any:
@@ -320,17 +339,25 @@ def logits(params: Params, x: Array, config: Config) -> Array:
 def prefill(
     params: Params, tokens: Array, cache: Any, config: Config, *, valid: Array | None = None
 ) -> tuple[Array, Any]:
-    """Logits ``[B, V]`` of the last of ``tokens`` int ``[B, P]``, and the empty ``cache`` filled with all of them.
+    """Logits ``[B, V]`` of the last of ``tokens`` int ``[B, P]``, and the empty ``cache`` filled with all of them: see ``prefill_blocks``."""
+    x, cache = prefill_blocks(params, params["embedding"][tokens], cache, config, valid=valid)
+    return logits(params, x[:, -1], config), cache
+
+
+def prefill_blocks(
+    params: Params, x: Array, cache: Any, config: Config, *, valid: Array | None = None
+) -> tuple[Array, Any]:
+    """All layers and the last norm for vectors ``[B, P, dim]``, and the empty ``cache`` filled with all of them.
 
     ``valid`` bool ``[B, P]`` is false for padding, which stands on the left: decoding goes on at position P with
     ``start = P - valid.sum(1)``. Raises ``ValueError`` for more tokens than the cache has room for.
     """
     if not config.causal:
         raise ValueError("a decoder with causal=False has no cache: its tokens see those that follow")
-    length, room = tokens.shape[1], capacity(cache, config)
+    length, room = x.shape[1], capacity(cache, config)
     if length > room:
         raise ValueError(f"prefill: {length} tokens do not fit in a cache for {room}")
-    valid = jnp.ones(tokens.shape, bool) if valid is None else valid
+    valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
     start = (length - valid.sum(1)).astype(jnp.int32)
     place = Tokens(jnp.arange(length)[None] - start[:, None], valid.astype(jnp.int32), None)
 
@@ -339,8 +366,8 @@ def prefill(
     def mix(layer, y, cache, config):
         return whole(layer, y, place, kv_cache.seen(cache), config)
 
-    x, cache = _with_caches(params, params["embedding"][tokens], cache, config, mix)
-    return logits(params, rms_norm(x[:, -1], params["norm"], config.norm_eps), config), cache
+    x, cache = _with_caches(params, x, cache, config, mix)
+    return rms_norm(x, params["norm"], config.norm_eps), cache
 
 
 def init_cache(config: Config, batch: int, capacity: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
@@ -397,6 +424,21 @@ def decode_blocks(
 
     def mix(layer, y, cache, config):
         return step(layer, y, cache, position, start, config)
+
+    x, cache = _with_caches(params, x, cache, config, mix)
+    return rms_norm(x, params["norm"], config.norm_eps), cache
+
+
+def decode_several(
+    params: Params, x: Array, cache: Any, position: Array, config: Config, *, start: Array | int = 0
+) -> tuple[Array, Any]:
+    """All layers for vectors ``[B, S, dim]`` of each row, at ``position`` int32 ``[B]`` and behind; what an earlier call wrote there is replaced.
+    Raises ``ValueError`` unless attention is dense."""
+    if config.attention != "dense":
+        raise ValueError(f"decode_several needs transformer.attention=dense; got {config.attention}")
+
+    def mix(layer, y, cache, config):
+        return steps(layer, y, cache, position, start, config)
 
     x, cache = _with_caches(params, x, cache, config, mix)
     return rms_norm(x, params["norm"], config.norm_eps), cache

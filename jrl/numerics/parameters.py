@@ -28,17 +28,19 @@ HEAD = re.compile(r"(^|/)(head|value|values|baseline|policy/out)(/|$)")
 LAYOUTS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(("q", "k", "v", "r", "g", "query", "up_key", "up_value", "decay_up", "branch_gate"), (1, 2)),
     "o": (2, 1),
-    **dict.fromkeys(("gate", "up", "down", "router", "shared_gate", "shared_up", "shared_down"), (1, 1)),
+    **dict.fromkeys(("gate", "up", "down", "router", "shared_gate", "shared_up", "shared_down", "join"), (1, 1)),
     **dict.fromkeys(("key", "query_down", "shift_down", "shift_up", "decay_down"), (1, 1)),
     **dict.fromkeys(("w_in", "w_out", "position", "a", "b"), (1, 1)),
     **dict.fromkeys(("q_bias", "k_bias", "v_bias", "branch_gate_bias"), (2, 0)),
     **dict.fromkeys(("head_norm", "head_norm_bias", "decay", "bonus"), (2, 0)),
-    **dict.fromkeys(("norm", "attention_norm", "ffn_norm", "q_norm", "k_norm", "query_norm"), (1, 0)),
+    **dict.fromkeys(
+        ("norm", "attention_norm", "ffn_norm", "q_norm", "k_norm", "query_norm", "token_norm", "hidden_norm"), (1, 0)
+    ),
     **dict.fromkeys(("bias", "o_bias", "gate_bias", "up_bias", "down_bias", "b_in", "b_out"), (1, 0)),
     **dict.fromkeys(("shift", "shift_all", "magnitude", "row_scale", "column_scale"), (1, 0)),
     **dict.fromkeys(("prefix_k", "prefix_v"), (1, 2)),
 }
-STACKS = ("layers", "first")
+STACKS = ("layers", "first", "ahead")
 # A layer may have several: of branches, of experts, of mixtures of tokens.
 STACKED_IN_A_LAYER = (
     "k", "v", "k_bias", "v_bias", "gate", "up", "down", "shift", "shift_down", "shift_up", "a", "b", "magnitude", "row_scale",
