@@ -41,8 +41,8 @@ DIGITS = 8  # of an answer, at most
 ZERO = len(MARKS)
 SHAPE = transformer.Config(dim=96, num_layers=2, num_heads=4, num_kv_heads=2)
 CERTAINTY = 8.0  # of labels: how surely the better answer is preferred
-POINTS = 10  # of a curve
-MEASURED = 256  # answers of a point
+POINTS = 8  # of a curve
+MEASURED = 128  # answers of a point
 MOST = 64  # answers of best of n
 
 
@@ -202,7 +202,7 @@ def curve(key: Array, lesson: Lesson, args: Args, method: Method) -> dict[str, A
 
 def best_of_n(key: Array, lesson: Lesson) -> dict[str, Array]:
     """The same of the best of 1, 2, 4, ... answers by the learned reward, whose KL is ``log n - (n - 1) / n`` (Stiennon et al. 2020)."""
-    answers = answer(key, TASK, MODEL, lesson.policy, MEASURED // 4, MOST, Support())
+    answers = answer(key, TASK, MODEL, lesson.policy, MEASURED // 2, MOST, Support())
     by = {"gold": gold(answers), "learned": learned(lesson)(answers)}
     by["length"] = answers.rollout.mask.sum(-1).astype(jnp.float32)
     groups = {name: x.reshape(-1, MOST) for name, x in by.items()}

@@ -136,6 +136,14 @@ def process_reward(logits: Array, labels: Array) -> Array:
     return jnp.where(ends, -jnp.where(labels == 1, log_p[..., 1], log_p[..., 0]), 0)
 
 
+def calibration_error(p: Array, label: Array, weight: Array, bins: int = 10) -> Array:
+    """Expected calibration error (Guo et al. 2017, 1706.04599, eq. 3): the mean distance, over bins of predicted probability, of mean prediction and mean
+    label, both in [0, 1] and of one shape; ``weight`` is how much each counts."""
+    place = jnp.clip((p * bins).astype(jnp.int32), 0, bins - 1).ravel()
+    sums = [jnp.zeros(bins).at[place].add((weight * x).ravel()) for x in (p, label)]
+    return jnp.abs(sums[0] - sums[1]).sum() / jnp.maximum(weight.sum(), 1e-30)
+
+
 def _margin(function: str, chosen: Array, rejected: Array, ref_chosen: Array, ref_rejected: Array) -> Array:
     liked, disliked = _rewards(function, chosen, rejected, ref_chosen, ref_rejected)
     return liked - disliked

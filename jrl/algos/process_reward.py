@@ -1,0 +1,185 @@
+"""Reward models from labels: of each step of an answer (process), or of its last token alone (outcome).
+
+    r_t in (0, 1) = sigmoid( w . h_t )     at the last token of a step, whose stream h_t has seen it (Lightman et al. 2023, 2305.20050)
+    loss           cross-entropy with the labels, or squared distance
+
+A label is 1 or 0, or a share: that of continuations which end right, drawn from the step on (Wang et al. 2023, Math-Shepherd, 2312.08935, eq. 4, its
+soft estimate), which ``lm.rollouts.step_values`` makes. An outcome reward model learns whether answers were verified. Held-out labels tell how good
+it is: the share that it ranks above and below 1/2 as they are, and its calibration error.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jrl.algorithm import Metrics, current_optimizer, start_learning
+from jrl.algos.reward_model import width_of
+from jrl.equations import preferences
+from jrl.lm.model import Model
+from jrl.lm.policy import adapted
+from jrl.lm.sampling import Rollout
+from jrl.lm.scoring import answer_hidden
+from jrl.nets import adapters, transformer
+from jrl.numerics import loops, optim
+from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings
+from jrl.numerics.types import OptState, Params
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """Static settings, which shape the compiled program."""
+
+    # Shape of the decoder; its vocabulary is the task's.
+    model: transformer.Config = field(default_factory=lambda: transformer.Config(dim=64, num_layers=2))
+    batch_size: Positive = 64  # Answers of a gradient step.
+    micro_batches: Positive = 1  # Parts in which a batch is computed, one after another; they change no gradient.
+    loss: Literal["cross_entropy", "squared"] = "cross_entropy"  # Loss of a label.
+    adapter: adapters.Config = field(default_factory=adapters.Config)  # What is trained beside the head.
+    # What the optimizer is made of.
+    optimizer: optim.OptimizerConfig = field(default_factory=lambda: optim.OptimizerConfig("adamw"))
+    precision: Precision = "float32"  # float32, bfloat16, or like 'params=float32,compute=bfloat16,output=float32'.
+
+
+class Hyper(NamedTuple):
+    """Hyperparameters: part of the state, floats or traced scalars, which may differ between vmapped runs."""
+
+    learning_rate: NonNegative = 1e-3  # Initial learning rate; decays by config.optimizer.schedule.
+    balance_weight: NonNegative = 1e-3  # Weight of the loss that evens the load of experts (moe.balance_loss).
+    max_grad_norm: AboveZero = 1.0  # Largest global norm of a gradient.
+    optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
+
+
+class Labelled(NamedTuple):
+    """Answers with labels ``[N, ...]``.
+
+    Attributes:
+        prompt: int32 ``[N, P]``, padded on the left.
+        valid: bool ``[N, P]``, false for that padding.
+        rollout: the answers ``[N, T]``.
+        label: float32 ``[N, T]``, in [0, 1].
+        weight: float32 ``[N, T]``, how much the label at a token counts: 0 but at the ends of steps, or at the last token.
+    """
+
+    prompt: Array
+    valid: Array
+    rollout: Rollout
+    label: Array
+    weight: Array
+
+
+def learner(model: Model, config: Config) -> "Learner":
+    """A reward model from labels of any origin, as pure functions. Raises ``ValueError`` for settings that do not fit each other."""
+    if config.batch_size % config.micro_batches:
+        raise ValueError(
+            f"config.micro_batches must divide batch_size = {config.batch_size}; got {config.micro_batches}"
+        )
+    adapter = model.adapter(config.adapter)
+
+    def learn(state: State, batch: Labelled) -> tuple[State, Metrics]:
+        step = optim.minimize(
+            current_optimizer(config, state), lambda p: loss(p, state, batch), state.params, state.opt_state
+        )
+        metrics, load = step.extra
+        params = step.params
+        if config.adapter.trains_all:
+            params |= {"body": model.balance(params["body"], load)}
+        state = state._replace(params=params, opt_state=step.opt_state, updates=state.updates + 1)
+        return state, metrics | {"grad_norm": step.grad_norm}
+
+    def loss(trained: Params, state: State, batch: Labelled) -> tuple[Array, tuple[Metrics, Any]]:
+        params = whole(state, trained)
+        weight = batch.weight / jnp.maximum(batch.weight.sum(), 1e-30)
+
+        def part(x: tuple[Labelled, Array]) -> tuple[Metrics, Any]:
+            rows, weight = x
+            logit, load = logits(model, params, rows.prompt, rows.valid, rows.rollout)
+            right = (logit > 0) == (rows.label > 0.5)
+            return {"loss": jnp.sum(weight * each(logit, rows.label)), "accuracy": jnp.sum(weight * right)}, load
+
+        metrics, load = loops.sum_over_parts(part, (batch, weight), config.micro_batches)
+        return metrics["loss"] + state.hyper.balance_weight * model.balance_loss(load), (metrics, load)
+
+    def each(logit: Array, label: Array) -> Array:
+        if config.loss == "squared":
+            return jnp.square(jax.nn.sigmoid(logit) - label)
+        return -label * jax.nn.log_sigmoid(logit) - (1 - label) * jax.nn.log_sigmoid(-logit)
+
+    def init(key: Array, params: Params, hyper: Hyper, num_updates: Array | int | None = None) -> State:
+        key_adapter, key_optimizer = jax.random.split(key)
+        trained = {"body": adapter.init(key_adapter, params), "head": jnp.zeros(width_of(model, params), jnp.float32)}
+        fields = start_learning(config, hyper, trained, key_optimizer, num_updates)
+        return State(**fields, frozen=() if config.adapter.trains_all else jax.tree.map(jnp.copy, params))
+
+    def whole(state: State, trained: Params) -> Any:
+        return {"body": adapted(model, adapter, state.frozen, trained["body"]), "head": trained["head"]}
+
+    def parameters(state: State) -> Any:
+        return whole(state, optim.eval_params(state.opt_state, state.params))
+
+    def evaluate(state: State, batch: Labelled) -> Metrics:
+        logit, _ = logits(model, parameters(state), batch.prompt, batch.valid, batch.rollout)
+        weight = batch.weight / jnp.maximum(batch.weight.sum(), 1e-30)
+        right = (logit > 0) == (batch.label > 0.5)
+        return {
+            "loss": jnp.sum(weight * each(logit, batch.label)),
+            "accuracy": jnp.sum(weight * right),
+            "calibration_error": preferences.calibration_error(jax.nn.sigmoid(logit), batch.label, batch.weight),
+        }
+
+    return Learner(init, parameters, learn, evaluate)
+
+
+class State(NamedTuple):
+    """The whole run but for its labels."""
+
+    params: dict[str, Any]  # what is trained: of the decoder, "body", or what stands beside it, and of the head
+    frozen: Any  # the decoder at the start, where little is trained beside it; else ()
+    opt_state: OptState
+    updates: Array  # int32: done so far
+    num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown
+    hyper: Hyper
+
+
+class Learner(NamedTuple):
+    """The algorithm; labels may come from anywhere.
+
+    Attributes:
+        init: ``(key, params, hyper, num_updates=None) -> State``.
+        parameters: ``State -> {"body", "head"}`` of the reward model as it is now, for ``logits``.
+        learn: ``(state, batch) -> (State, Metrics)``.
+        evaluate: ``(state, batch) -> Metrics``, calibration among them.
+    """
+
+    init: Callable[..., State]
+    parameters: Callable[[State], Any]
+    learn: Callable[..., tuple[State, Metrics]]
+    evaluate: Callable[..., Metrics]
+
+
+def logits(model: Model, params: Params, prompt: Array, valid: Array, said: Rollout) -> tuple[Array, Any]:
+    """The head at each token of the answers, which its stream has seen, float32 ``[N, T]``, and the load of experts."""
+    behind = said._replace(
+        tokens=jnp.pad(said.tokens, [(0, 0), (0, 1)]),
+        mask=jnp.pad(said.mask, [(0, 0), (0, 1)]),
+        log_prob=jnp.pad(said.log_prob, [(0, 0), (0, 1)]),
+        kept=None,
+    )
+    hidden, load = answer_hidden(model, params["body"], prompt, behind, valid)
+    return jnp.einsum("ntd,d->nt", hidden[:, 1:].astype(jnp.float32), params["head"].astype(jnp.float32)), load
+
+
+def last_token(mask: Array) -> Array:
+    """1 at the last token of each answer, float32 ``[N, T]``: where an outcome is labelled."""
+    following = jnp.pad(mask[:, 1:], [(0, 0), (0, 1)])
+    return (mask & ~following).astype(jnp.float32)
+
+
+def step_ends(said: Rollout, separators: Array) -> Array:
+    """1 at the tokens that end a step, float32 ``[N, T]``: each of ``separators`` int ``[S]``, and the last token of the answer."""
+    ends = said.mask & jnp.isin(said.tokens, separators)
+    return jnp.maximum(ends.astype(jnp.float32), last_token(said.mask))
