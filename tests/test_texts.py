@@ -212,3 +212,19 @@ def test_what_cannot_be_packed_is_refused():
         sft.learner(decoder(SHAPE), sft.Config(SHAPE, adapter=adapters.Config("prefix")), packed=True)
     with pytest.raises(ValueError, match=r"config.micro_batches must divide batch_size = 4; got 3"):
         sft.learner(decoder(SHAPE), sft.Config(SHAPE, batch_size=4, micro_batches=3))
+
+
+def test_a_tokenizer_of_ones_own_writes_every_text_and_knows_conversations(tmp_path):
+    found = tokenizer.train(["the cat sat on the mat", "the dog sat on the log"] * 5, 280)
+    assert found.vocab_size <= 280 and found.ends == (found.raw.token_to_id("<|end|>"),)
+    for text in ("the cat", "Ünï-çödé ☃\n\ttabs", ""):
+        assert found.decode(found.encode(text)) == text
+    assert len(found.encode("the cat sat")) < len(tokenizer.train(["xyz"], 259).encode("the cat sat")) == 11
+    learned = data.learned_from(found, {"messages": [message("user", "the cat"), message("assistant", "sat")]})
+    said = [x for x, mine in zip(learned.tokens, learned.learned, strict=True) if mine]
+    assert found.decode(said, special=False) == "sat" and said[-1] in found.ends
+    found.save(tmp_path)
+    again = tokenizer.from_folder(tmp_path)
+    assert again.encode("the mat") == found.encode("the mat") and again.template == found.template
+    with pytest.raises(ValueError, match="vocab_size must be an integer of at least 259; got 258"):
+        tokenizer.train(["a"], 258)

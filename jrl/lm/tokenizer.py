@@ -5,13 +5,13 @@ ids = tokenizer.encode(tokenizer.chat([{"role": "user", "content": "Hi"}]))
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 from gguf import GGUFReader
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from jrl.lm import gguf, templates
 from jrl.lm.hf import read_json
@@ -173,6 +173,38 @@ def _tokenizer(
     if any(x >= size for x in ends):
         raise ValueError(f"{where}: eos_token_id must be below {size}, the tokenizer's vocabulary; got {max(ends)}")
     return Tokenizer(raw, special, template, size, bos, eos, eos if pad is None else pad, ends, files)
+
+
+# Training
+
+END_TOKEN, USER, ASSISTANT = "<|end|>", "<|user|>", "<|assistant|>"
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE tokenizer (Sennrich et al. 2015, 1508.07909; on bytes as in GPT-2) of so many tokens, trained on texts.
+
+    Among them are the 256 bytes, so that every text can be written, the end token ``<|end|>``, and ``<|user|>`` and ``<|assistant|>`` of conversations,
+    whose template is simple. Raises ``ValueError`` for fewer tokens than these.
+    """
+    special = [END_TOKEN, USER, ASSISTANT]
+    checks.positive_int("vocab_size", vocab_size, at_least=256 + len(special))
+    raw = tokenizers.Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(texts, trainer)
+    named = {"eos_token": END_TOKEN}
+    files = {"tokenizer.json": raw.to_str(), "tokenizer_config.json": json.dumps(named | {"chat_template": TEMPLATE})}
+    return _tokenizer(raw, named, TEMPLATE, [], files, "a tokenizer that was trained")
 
 
 # GGUF
