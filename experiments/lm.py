@@ -2,6 +2,7 @@
 
 python experiments/lm.py sft --model MODEL --data chats.jsonl                 supervised learning from texts and chats
 python experiments/lm.py reward --model MODEL --data pairs.jsonl              a reward model from preferences
+python experiments/lm.py process --model MODEL --data steps.jsonl            a reward model from labels of steps, or of answers
 python experiments/lm.py dpo --model MODEL --data pairs.jsonl                 DPO and its kin, on the same pairs
 python experiments/lm.py ppo --model MODEL --data prompts.jsonl --reward runs/lm-reward        RLHF: actor, critic, reward model and reference
 python experiments/lm.py grpo --model SmolLM2-135M-Instruct.Q4_1.gguf         GRPO on sums of reasoning-gym (chain_sum), which are verified
@@ -19,7 +20,14 @@ from collections.abc import Callable
 
 from jrl.run import cli
 
-COMMANDS = {"sft": "lm_texts", "reward": "lm_texts", "dpo": "lm_texts", "ppo": "lm_answers", "grpo": "lm_answers"}
+COMMANDS = {
+    "sft": "lm_texts",
+    "reward": "lm_texts",
+    "process": "lm_texts",
+    "dpo": "lm_texts",
+    "ppo": "lm_answers",
+    "grpo": "lm_answers",
+}
 
 
 def main(argv: list[str]) -> None:

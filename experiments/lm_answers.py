@@ -16,7 +16,7 @@ import numpy as np
 from jrl import lm
 from jrl.algos import grpo as grpo_
 from jrl.algos import ppo_lm, ppo_lm_settings, reward_model
-from jrl.lm import data, groups, hf, judging, verifiers
+from jrl.lm import data, examples, groups, hf, judging, verifiers
 from jrl.lm.model import decoder
 from jrl.nets import adapters
 from jrl.numerics import checks, optim, precision
@@ -63,7 +63,7 @@ class Answering:
     steps: int = 100  # Number of updates.
     # Tokens of the longest prompt. Default: with room to spare for the first hundred problems.
     prompt_length: int | None = None
-    overlong: data.Overlong = (
+    overlong: examples.Overlong = (
         "drop"  # Problems with longer prompts are passed over and counted (drop), or lose their beginning (cut).
     )
     # Tokens of the longest answer; default: 16 for numbers, 64 for whole answers and files, else 256.
@@ -373,7 +373,7 @@ def judge_of(args: Any, it: Opened, source: verifiers.Source) -> Judge:
 
 
 def asked(args: Any, it: Opened, prompts: Sequence[Sequence[int]], copies: int) -> tuple[Array, Array]:
-    tokens, valid = data.left_padded([p for p in prompts for _ in range(copies)], args.prompt_length, it.pad)
+    tokens, valid = examples.left_padded([p for p in prompts for _ in range(copies)], args.prompt_length, it.pad)
     return jnp.asarray(tokens), jnp.asarray(valid)
 
 

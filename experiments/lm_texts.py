@@ -3,17 +3,17 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jrl.algos import dpo as dpo_
-from jrl.algos import reward_model
+from jrl.algos import process_reward, reward_model
 from jrl.algos import sft as sft_
-from jrl.lm import data, texts
-from jrl.lm.pairs import Pairs
+from jrl.lm import data, examples, texts
+from jrl.lm.pairs import Pairs, as_rollout
 from jrl.lm.texts import Texts
 from jrl.nets import adapters
 from jrl.numerics import optim
@@ -63,7 +63,7 @@ class Paired(Files):
 
     prompt_length: int | None = None  # Tokens of the longest prompt; default: all fit.
     answer_length: int | None = None  # Tokens of the longest answer; default: all fit.
-    overlong: data.Overlong = "drop"  # What becomes of longer rows: drop (they are counted) or cut.
+    overlong: examples.Overlong = "drop"  # What becomes of longer rows: drop (they are counted) or cut.
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,19 @@ class Reward(Paired):
     # Static settings; held_out is eval_share here.
     config: reward_model.Config = field(default_factory=lambda: reward_model.Config(batch_size=16, adapter=LORA))
     hyper: reward_model.Hyper = reward_model.Hyper(learning_rate=2e-4)  # Hyperparameters.
+
+
+@dataclass(frozen=True)
+class Process(Paired):
+    """A reward model from labels: of steps (process), or of whole answers (outcome)."""
+
+    # steps (prompt, completions, labels), or judged (prompt, completion, label).
+    format: Literal["steps", "judged"] = "steps"
+    separator: str = "\\n"  # Text behind each step, whose last token has the step's label; \\n is a line break.
+    run_dir: cli.NamedFolder = Path("runs/lm-process")  # Folder of the run, which continues if it has a checkpoint.
+    # Static settings.
+    config: process_reward.Config = field(default_factory=lambda: process_reward.Config(batch_size=16, adapter=LORA))
+    hyper: process_reward.Hyper = process_reward.Hyper(learning_rate=2e-4)  # Hyperparameters.
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,7 @@ def sft(argv: list[str]) -> None:
     number = files.split(len(rows), args.eval_share, bool(args.eval_data))
     unseen = data.read(args.eval_data, "texts") if args.eval_data else rows.cut(number, len(rows))
     both = rows.cut(0, number), unseen
-    corpora = [data.tokenized(it.words, x, shown("texts")) for x in both if len(x)]
+    corpora = [examples.tokenized(it.words, x, shown("texts")) for x in both if len(x)]
     longest = max(int(corpus.lengths.max()) for corpus in corpora)
     room = min(longest, 1024) if args.length is None else args.length
     plans = [texts.pack(corpus.lengths, room, args.packing) for corpus in corpora]
@@ -114,11 +127,7 @@ def sft(argv: list[str]) -> None:
 
 def reward(argv: list[str]) -> None:
     args = checked(cli.parse(Reward, argv, doc=Reward.__doc__))
-    if args.config.adapter.kind not in adapters.BESIDE_MATRICES:
-        kinds = ", ".join(adapters.BESIDE_MATRICES)
-        raise ValueError(
-            f"config.adapter.kind of a reward model must be one of {kinds}; got {args.config.adapter.kind}"
-        )
+    refuse_unmergeable(args)
     it = opened(args)
     learning = reward_model.learner(it.model, args.config)
     pairs, sizes, lengths = paired(args, it)
@@ -131,9 +140,36 @@ def reward(argv: list[str]) -> None:
 
     job = Job(learning.init, learn, learning.evaluate, batch, weight_of, sizes, args.config.batch_size)
     state, plan = trained(args, it, job, ("loss", "accuracy", "margin"), ("accuracy", True), lengths)
-    now = optim.eval_params(state.opt_state, state.params)
-    body = it.model.adapter(args.config.adapter).merge(it.params, now["body"])
-    print(language.leave_scorer(plan.folder, it, now | {"body": body}))
+    print(leave_scorer(args, plan.folder, it, state))
+
+
+def process(argv: list[str]) -> None:
+    args = checked(cli.parse(Process, argv, doc=Process.__doc__))
+    refuse_unmergeable(args)
+    it = opened(args)
+    learning = process_reward.learner(it.model, args.config)
+    separator = args.separator.replace("\\n", "\n")
+
+    def rows_of(paths: Sequence[Path], lengths: Any, what: str) -> tuple[examples.Stepped, int]:
+        rows = data.read(paths, args.format)
+        return examples.stepped(it.words, rows, separator, lengths[0], lengths[1], args.overlong, it.pad, shown(what))
+
+    found, sizes, lengths = halves(args, rows_of)
+
+    def batch(held: bool, rows: np.ndarray) -> process_reward.Labelled:
+        x = jax.tree.map(lambda x: jnp.asarray(x[rows]), found[held])
+        weight = x.weight * jnp.asarray(rows >= 0)[:, None]
+        return process_reward.Labelled(x.prompt, x.valid, as_rollout(x.tokens, x.mask), x.label, weight)
+
+    def learn(state: Any, key: jax.Array, batch: process_reward.Labelled) -> Any:
+        return learning.learn(state, batch)
+
+    job = Job(
+        learning.init, learn, learning.evaluate, batch, lambda x: float(x.weight.sum()), sizes, args.config.batch_size
+    )
+    names = ("loss", "accuracy", "calibration_error")
+    state, plan = trained(args, it, job, names, ("loss", False), lengths)
+    print(leave_scorer(args, plan.folder, it, state))
 
 
 def dpo(argv: list[str]) -> None:
@@ -175,23 +211,45 @@ def opened(args: Any) -> Opened:
     return language.opened(args.model, args.config.precision, mesh)
 
 
+def refuse_unmergeable(args: Any) -> None:
+    """Raise ``ValueError`` for an adapter that a reward model's file has no place for."""
+    if args.config.adapter.kind not in adapters.BESIDE_MATRICES:
+        kinds = ", ".join(adapters.BESIDE_MATRICES)
+        raise ValueError(
+            f"config.adapter.kind of a reward model must be one of {kinds}; got {args.config.adapter.kind}"
+        )
+
+
+def leave_scorer(args: Any, folder: Path, it: Opened, state: Any) -> str:
+    """Write a reward model, its adapter merged, and say where."""
+    now = optim.eval_params(state.opt_state, state.params)
+    body = it.model.adapter(args.config.adapter).merge(it.params, now["body"])
+    return language.leave_scorer(folder, it, now | {"body": body})
+
+
 def paired(args: Any, it: Opened) -> tuple[list[Pairs], tuple[int, int], dict[str, int]]:
     """Pairs that are learned from and those that are held out, their numbers, and their lengths."""
-    rows = data.read(args.data, "pairs")
-    first, dropped = data.paired(
-        it.words, rows, args.prompt_length, args.answer_length, args.overlong, it.pad, shown("pairs")
-    )
-    lengths = {"prompt_length": first.prompt.shape[1], "answer_length": first.chosen.shape[1]}
+
+    def rows_of(paths: Sequence[Path], lengths: Any, what: str) -> tuple[Pairs, int]:
+        rows = data.read(paths, "pairs")
+        return examples.paired(it.words, rows, lengths[0], lengths[1], args.overlong, it.pad, shown(what))
+
+    return halves(args, rows_of)
+
+
+def halves(args: Any, rows_of: Any) -> tuple[list[Any], tuple[int, int], dict[str, int]]:
+    """Rows that are learned from and those that are held out, as ``rows_of(paths, lengths, what)`` makes them with the number of those that it dropped;
+    their numbers, and their lengths."""
+    first, dropped = rows_of(args.data, (args.prompt_length, args.answer_length), "rows")
+    lengths = {"prompt_length": first.prompt.shape[1], "answer_length": first[2].shape[1]}
     if args.eval_data:
-        others = data.read(args.eval_data, "pairs")
-        longest = lengths["prompt_length"], lengths["answer_length"]
-        second, more = data.paired(it.words, others, *longest, args.overlong, it.pad, shown("held-out pairs"))
+        second, more = rows_of(args.eval_data, tuple(lengths.values()), "held-out rows")
         found, dropped = [first, second], dropped + more
     else:
-        number = files.split(len(first.weight), args.eval_share, given=False)
+        number = files.split(len(first.prompt), args.eval_share, given=False)
         found = [jax.tree.map(lambda x: x[:number], first), jax.tree.map(lambda x: x[number:], first)]
-    sizes = len(found[0].weight), len(found[1].weight)
-    print(f"{sizes[0]} pairs, {sizes[1]} held out; {dropped} are too long and were dropped", flush=True)
+    sizes = len(found[0].prompt), len(found[1].prompt)
+    print(f"{sizes[0]} rows, {sizes[1]} held out; {dropped} are too long and were dropped", flush=True)
     return found, sizes, lengths
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from jrl import lm
 from jrl.algos import sft
-from jrl.lm import data, texts, tokenizer
+from jrl.lm import data, examples, texts, tokenizer
 from jrl.lm.model import Model, decoder
 from jrl.lm.texts import Texts
 from jrl.nets import transformer
@@ -144,7 +144,7 @@ def split(rows: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
 
 def rows_of(words: lm.Tokenizer, both: Sequence[Sequence[dict[str, Any]]], args: Args) -> Rows:
     """Rows of texts that are learned from, and of those that are held out."""
-    corpora = [data.tokenized(words, rows) for rows in both]
+    corpora = [examples.tokenized(words, rows) for rows in both]
     plans = [texts.pack(corpus.lengths, args.length, "bfd_split") for corpus in corpora]
     made = [texts.rows_of(plan, x, args.length, words.ends[0]) for plan, x in zip(plans, corpora, strict=True)]
     size = len(words.decode(corpora[1].tokens[corpora[1].learned].tolist()).encode())

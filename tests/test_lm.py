@@ -18,7 +18,13 @@ sys.path.insert(0, str(processes.ROOT / "experiments"))
 import lm_answers
 import lm_texts
 
-COMMANDS = {"sft": lm_texts.sft, "reward": lm_texts.reward, "dpo": lm_texts.dpo, "ppo": lm_answers.ppo}
+COMMANDS = {
+    "sft": lm_texts.sft,
+    "reward": lm_texts.reward,
+    "process": lm_texts.process,
+    "dpo": lm_texts.dpo,
+    "ppo": lm_answers.ppo,
+}
 SMALL = (
     "--save-every",
     "2",
@@ -38,6 +44,14 @@ def folder(tmp_path_factory):
     rows = {
         "texts": [{"prompt": f"say {i % 10}", "completion": f"{i % 10}"} for i in range(40)],
         "pairs": [{"prompt": f"say {i % 10}", "chosen": f"{i % 10}", "rejected": f"{(i + 3) % 10}"} for i in range(40)],
+        "steps": [
+            {
+                "prompt": f"say {i % 10}",
+                "completions": [f"{i % 10}", f"{i * 7 % 10}"],
+                "labels": [True, i * 7 % 10 == i % 10],
+            }
+            for i in range(40)
+        ],
         "prompts": [{"prompt": f"say {i}"} for i in range(10)],
     }
     for name, found in rows.items():
@@ -46,7 +60,7 @@ def folder(tmp_path_factory):
 
 
 def words_of(command, folder, run_dir, *more):
-    data = {"sft": "texts", "reward": "pairs", "dpo": "pairs"}.get(command)
+    data = {"sft": "texts", "reward": "pairs", "process": "steps", "dpo": "pairs"}.get(command)
     given = ("--data", folder / f"{data}.jsonl", "--config.batch-size", 4) if data else ("--answer-length", 3)
     return [str(x) for x in ("--model", folder, "--run-dir", run_dir, *SMALL, *given, *more)]
 
@@ -72,6 +86,12 @@ def test_a_reward_model_ranks_pairs_that_it_did_not_see_and_is_left_for_transfor
     assert params["head"].shape == (shape.dim,) and np.abs(params["head"]).max() > 0
     config = json.loads((run_dir / "model/config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"] and config["id2label"] == {"0": "LABEL_0"}
+
+
+def test_steps_are_judged(folder, tmp_path):
+    rows = train("process", folder, tmp_path / "run", "--steps", 40, "--eval-every", 20, "--separator", "<end>")
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) and 0 <= float(rows[-1]["eval_calibration_error"]) < 0.5
+    assert hf.load_scorer(tmp_path / "run/model")[1]["head"].any()
 
 
 @pytest.mark.parametrize("command", ["sft", "dpo"])

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from jrl.algos import sft
-from jrl.lm import data, tokenizer
+from jrl.lm import data, examples, tokenizer
 from jrl.lm.model import decoder
 from jrl.lm.scoring import read
 from jrl.lm.texts import Corpus, Texts, batch_of, pack, rows_of
@@ -89,22 +89,22 @@ def test_of_chats_the_answers_of_the_assistant_are_learned_with_their_end(words)
         message("user", "e"),
         message("assistant", "f g"),
     ]
-    found = data.learned_from(words, {"messages": chat})
+    found = examples.learned_from(words, {"messages": chat})
     assert says(words, found) == ["d", "<end>", "f", "g", "<end>"]
     whole = words.encode(words.chat(chat, answer=False))
     assert found.tokens == whole
-    pair = data.learned_from(words, {"prompt": "a b", "completion": "c"})
+    pair = examples.learned_from(words, {"prompt": "a b", "completion": "c"})
     assert says(words, pair) == ["c", "<end>"]
-    assert says(words, data.learned_from(words, {"text": "a b"})) == ["a", "b", "<end>"]
-    talked = data.learned_from(words, {"prompt": chat[:2], "completion": [chat[2]]})
+    assert says(words, examples.learned_from(words, {"text": "a b"})) == ["a", "b", "<end>"]
+    talked = examples.learned_from(words, {"prompt": chat[:2], "completion": [chat[2]]})
     assert says(words, talked) == ["d", "<end>"]
 
 
 def test_pairs_may_share_their_prompt_in_their_conversations(words):
     first = [message("user", "a")]
     liked, disliked = [message("assistant", "b")], [message("assistant", "c d")]
-    apart = data.pair_of(words, {"prompt": first, "chosen": liked, "rejected": disliked})
-    shared = data.pair_of(words, {"chosen": first + liked, "rejected": first + disliked})
+    apart = examples.pair_of(words, {"prompt": first, "chosen": liked, "rejected": disliked})
+    shared = examples.pair_of(words, {"chosen": first + liked, "rejected": first + disliked})
     assert apart == shared and words.decode(apart[2]).split() == ["c", "d", "<end>"]
 
 
@@ -114,7 +114,7 @@ def test_a_file_is_read_by_its_lines_and_a_bad_one_is_named(tmp_path, words):
     rows = data.read(path, "texts")
     assert len(rows) == 2 and rows[1] == {"prompt": "b", "completion": "c"} and next(iter(rows)) == {"text": "a"}
     assert data.read([path, path], "texts")[3] == rows[1]
-    corpus = data.tokenized(words, rows)
+    corpus = examples.tokenized(words, rows)
     assert corpus.lengths.tolist() == [2, 6]  # a prompt becomes a message
     good = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     for kind, line, said in [
@@ -220,7 +220,7 @@ def test_a_tokenizer_of_ones_own_writes_every_text_and_knows_conversations(tmp_p
     for text in ("the cat", "Ünï-çödé ☃\n\ttabs", ""):
         assert found.decode(found.encode(text)) == text
     assert len(found.encode("the cat sat")) < len(tokenizer.train(["xyz"], 259).encode("the cat sat")) == 11
-    learned = data.learned_from(found, {"messages": [message("user", "the cat"), message("assistant", "sat")]})
+    learned = examples.learned_from(found, {"messages": [message("user", "the cat"), message("assistant", "sat")]})
     said = [x for x, mine in zip(learned.tokens, learned.learned, strict=True) if mine]
     assert found.decode(said, special=False) == "sat" and said[-1] in found.ends
     found.save(tmp_path)
@@ -228,3 +228,33 @@ def test_a_tokenizer_of_ones_own_writes_every_text_and_knows_conversations(tmp_p
     assert again.encode("the mat") == found.encode("the mat") and again.template == found.template
     with pytest.raises(ValueError, match="vocab_size must be an integer of at least 259; got 258"):
         tokenizer.train(["a"], 258)
+
+
+GOLDEN_STEPS = json.loads((Path(__file__).parent / "data" / "process_steps.json").read_text())  # of TRL 0.24.0
+
+
+@pytest.mark.parametrize("case", [x for x in GOLDEN_STEPS["outputs"] if x["bos_token_id"] is None and not any(x["args"][y] for y in (
+    "max_length", "max_prompt_length", "max_completion_length", "train_on_last_step_only"))], ids=lambda case: case["args"]["step_separator"])  # fmt: skip
+def test_labels_of_steps_stand_where_trl_puts_them(case):
+    separator = [int(x) for x in case["args"]["step_separator"].split()]
+    for row, wanted in zip(GOLDEN_STEPS["features"], case["rows"], strict=True):
+        answer, places = examples.joined(row["completions_ids"], row["labels"], separator)
+        assert row["prompt_ids"] + answer == wanted["input_ids"]
+        labels = [-100] * len(row["prompt_ids"]) + [int(places.get(i, -100)) for i in range(len(answer))]
+        assert labels == wanted["labels"]
+
+
+def test_labelled_rows_are_arrays_and_too_long_ones_are_dropped_or_cut(words):
+    rows = [
+        {"prompt": "a", "completions": ["b", "c d"], "labels": [True, False]},
+        {"prompt": "a b c d", "completions": ["e"], "labels": [True]},
+    ]
+    found, dropped = examples.stepped(words, rows, "<end>", 5, None, "drop", 0)
+    assert dropped == 1 and found.tokens.shape == (1, 5) and found.weight.sum() == 2
+    assert found.label[0, found.weight[0] > 0].tolist() == [1, 0]
+    cut, dropped = examples.stepped(words, rows, "<end>", 5, 2, "cut", 0)
+    assert dropped == 0 and cut.prompt.shape == (2, 5) and cut.weight.sum(1).tolist() == [1, 1]
+    judged, _ = examples.stepped(
+        words, [{"prompt": "a", "completion": "b c", "label": True}], "", None, None, "drop", 0
+    )
+    assert judged.weight.tolist() == [[0, 0, 1]] and judged.label.sum() == 1

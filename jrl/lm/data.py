@@ -8,25 +8,20 @@
     prompts   {"prompt": "..."}                                                  a text or messages
 
     rows = read("chats.jsonl", "texts")             a sequence; rows are parsed when they are asked for
-    corpus = tokenized(words, rows)                 tokens, and which of them are learned from
 
-A file is read through once, when every line is checked: a bad one is named with its number. After that only the places of lines are held.
+``lm.examples`` makes tokens of them. A file is read through once, when every line is checked: a bad one is named with its number. After that only the places of lines are held.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 
-from jrl.lm.pairs import Pairs
-from jrl.lm.texts import Corpus
-from jrl.lm.tokenizer import Tokenizer
 from jrl.numerics import checks
 
 Format = Literal["texts", "pairs", "judged", "steps", "prompts"]
-Overlong = Literal["drop", "cut"]
 Fields = dict[str, Any]
 
 
@@ -114,7 +109,7 @@ def _pairs(row: Fields) -> None:
     else:
         for name in ("chosen", "rejected"):
             _is_conversation(name, row[name])
-        if not _shared(row):
+        if not shared(row):
             raise ValueError("chosen and rejected share no message, and there is no prompt")
     if row["chosen"] == row["rejected"]:
         raise ValueError("chosen and rejected are the same")
@@ -185,148 +180,7 @@ def _is_conversation(name: str, value: Any) -> None:
         _is_text(f"{name}: content", message.get("content"))
 
 
-def _shared(row: Fields) -> int:
+def shared(row: Fields) -> int:
     """How many messages both conversations begin with."""
     both = zip(row["chosen"], row["rejected"], strict=False)
     return next((i for i, (a, b) in enumerate(both) if a != b), 0)
-
-
-# Tokens
-
-
-class Learned(NamedTuple):
-    """Tokens of a text, and which of them are learned from."""
-
-    tokens: list[int]
-    learned: list[bool]
-
-
-def tokenized(
-    words: Tokenizer, rows: Sequence[Fields], progress: Callable[[Sequence[Fields]], Iterator[Fields]] = iter
-) -> Corpus:
-    """The tokens of all texts: of a text all are learned from, of chats those of the assistant, of a prompt and its completion those of the
-    completion; the end token, too. ``progress`` goes through the rows and may show how far it is."""
-    tokens, learned, ends = [], [], [0]
-    for row in progress(rows):
-        text = learned_from(words, row)
-        tokens.append(np.array(text.tokens, np.int32))
-        learned.append(np.array(text.learned, bool))
-        ends.append(ends[-1] + len(text.tokens))
-    return Corpus(np.concatenate(tokens), np.concatenate(learned), np.array(ends, np.int64))
-
-
-def learned_from(words: Tokenizer, row: Fields) -> Learned:
-    """The tokens of one row of texts."""
-    if "text" in row:
-        tokens = ended(words, words.encode(row["text"], begin=True))
-        return Learned(tokens, [True] * len(tokens))
-    if "messages" in row:
-        return _conversation(words, row["messages"])
-    prompt, answer = prompt_and_answers(words, row["prompt"], row["completion"])
-    return Learned(prompt + answer, [False] * len(prompt) + [True] * len(answer))
-
-
-def _conversation(words: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Learned:
-    """Turn by turn: a template adds to the text that it made of the messages before."""
-    tokens: list[int] = []
-    learned: list[bool] = []
-    before = ""
-    for i, message in enumerate(messages):
-        mine = message["role"] == "assistant"
-        for text, is_learned in (
-            ((words.chat(messages[:i]), False), (words.chat(messages[: i + 1], answer=False), True)) if mine else ()
-        ):
-            if not text.startswith(before):
-                raise ValueError(
-                    f"the chat template rewrites what was said before message {i + 1}, so that its tokens cannot be told apart"
-                )
-            more = words.encode(text[len(before) :])
-            tokens += more
-            learned += [is_learned] * len(more)
-            before = text
-    return Learned(tokens, learned)
-
-
-Said = str | Sequence[Mapping[str, Any]]
-
-
-def prompt_and_answers(words: Tokenizer, prompt: Said, *answers: Said) -> tuple[list[int], ...]:
-    """Tokens of a prompt and of each answer to it, ended; texts, or messages that a template writes."""
-    if isinstance(prompt, str):
-        begin = prompt_tokens(words, prompt)
-        return begin, *(ended(words, words.encode(x)) for x in answers if isinstance(x, str))
-    opened = words.chat(prompt)
-    found = [words.encode(opened)]
-    for answer in answers:
-        whole = words.chat([*prompt, *answer], answer=False)  # type: ignore[misc, list-item]
-        if not whole.startswith(opened):
-            raise ValueError("the chat template rewrites the prompt when the answer is there")
-        found.append(ended(words, words.encode(whole[len(opened) :].rstrip("\n"))))
-    return tuple(found)
-
-
-def pair_of(words: Tokenizer, row: Fields) -> tuple[list[int], list[int], list[int]]:
-    """Tokens of the prompt, the chosen and the rejected answer of a row of pairs."""
-    if "prompt" in row:
-        prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    else:
-        n = _shared(row)
-        prompt, chosen, rejected = row["chosen"][:n], row["chosen"][n:], row["rejected"][n:]
-    begin, liked, disliked = prompt_and_answers(words, prompt, chosen, rejected)
-    return begin, liked, disliked
-
-
-def paired(
-    words: Tokenizer,
-    rows: Sequence[Fields],
-    prompt_length: int | None,
-    answer_length: int | None,
-    overlong: Overlong,
-    pad: int,
-    progress: Callable[[Sequence[Fields]], Iterator[Fields]] = iter,
-) -> tuple[Pairs, int]:
-    """Rows of pairs as arrays of numpy, and how many were dropped since they are longer than the lengths that are given; None is the longest there is.
-    Cut are prompts at their beginning and answers at their end."""
-    found = [pair_of(words, row) for row in progress(rows)]
-    longest = (
-        prompt_length or max(len(x[0]) for x in found),
-        answer_length or max(len(x) for row in found for x in row[1:]),
-    )
-    fit = [row for row in found if len(row[0]) <= longest[0] and max(map(len, row[1:])) <= longest[1]]
-    if overlong == "cut":
-        fit = [(p[-longest[0] :], a[: longest[1]], b[: longest[1]]) for p, a, b in found]
-    if not fit:
-        raise ValueError(f"no pair has a prompt of up to {longest[0]} and answers of up to {longest[1]} tokens")
-    prompts, chosen, rejected = zip(*fit, strict=True)
-    (liked, liked_mask), (disliked, disliked_mask) = (right_padded(x, longest[1], pad) for x in (chosen, rejected))
-    weight = np.ones(len(fit), np.float32)
-    pairs = Pairs(*left_padded(prompts, longest[0], pad), liked, disliked, weight, liked_mask, disliked_mask)  # type: ignore[arg-type]
-    return pairs, len(found) - len(fit)
-
-
-def prompt_tokens(words: Tokenizer, prompt: str) -> list[int]:
-    """As a user's message, or as it stands where the model knows no conversations."""
-    if words.template is None:
-        return words.encode(prompt, begin=True)
-    return words.encode(words.chat([{"role": "user", "content": prompt}]))
-
-
-def ended(words: Tokenizer, tokens: list[int]) -> list[int]:
-    """With the end token, unless it is there. Raises ``ValueError`` where the model has none."""
-    if not words.ends:
-        raise ValueError("this model names no end token")
-    return tokens if tokens and tokens[-1] in words.ends else [*tokens, words.ends[0]]
-
-
-def left_padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 ``[N, length]``, padded on the left, and which of them are none."""
-    tokens, valid = np.full((len(rows), length), pad, np.int32), np.zeros((len(rows), length), bool)
-    for i, row in enumerate(rows):
-        tokens[i, length - len(row) :], valid[i, length - len(row) :] = row, True
-    return tokens, valid
-
-
-def right_padded(rows: Sequence[Sequence[int]], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids int32 ``[N, length]``, padded on the right, and which of them are none."""
-    tokens, valid = (x[:, ::-1] for x in left_padded([row[::-1] for row in rows], length, pad))
-    return np.ascontiguousarray(tokens), np.ascontiguousarray(valid)
