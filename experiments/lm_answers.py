@@ -21,7 +21,7 @@ from jrl.lm.model import decoder
 from jrl.nets import adapters
 from jrl.numerics import checks, optim, precision
 from jrl.numerics.settings import check_hyper
-from jrl.run import cli, folders, interrupt, language, memory, steps
+from jrl.run import cli, folders, interrupt, language, loggers, memory, steps
 from jrl.run.language import Opened
 from jrl.run.steps import Row
 
@@ -81,6 +81,7 @@ class Answering:
     # Number of devices that hold one copy of the model together; the answers are shared among the copies.
     model_devices: int = 1
     seed: int = 0  # Seed of all random numbers.
+    log: tuple[Literal["wandb"], ...] = ()  # Loggers besides the folder's table and TensorBoard events.
 
 
 @dataclass(frozen=True)
@@ -327,6 +328,7 @@ def run(args: Any, it: Opened, source: verifiers.Source, method: Method) -> None
         plan = steps.Plan(
             folder, settings, args.steps, method.prompts * method.copies, args.seed, args.save_every, evaluate=evaluate,
             evaluated=("reward",), evaluate_every=args.eval_every, best=("reward", True), shown=SHOWN, where=where,
+            sinks=loggers.opened(args.log, settings, folder),
         )  # fmt: skip
         state, done, rows = steps.train(plan, state, step)
         state = steps.best_of(plan, state)
@@ -341,7 +343,7 @@ def run(args: Any, it: Opened, source: verifiers.Source, method: Method) -> None
 
 def settings_of(args: Any, it: Opened) -> dict[str, Any]:
     """What a run must share with the one that it goes on from, as flat JSON values."""
-    free = ("run_dir", "steps", "save_every", "devices", "model_devices", "prompt_length")
+    free = ("run_dir", "steps", "save_every", "devices", "model_devices", "prompt_length", "log")
     fixed = {name: x for name, x in asdict(args).items() if name not in free}
     fixed |= {"config": asdict(args.config) | {"model": asdict(it.shape)}, "hyper": args.hyper._asdict()}
     length = {"steps": args.steps} if args.config.optimizer.uses_length else {}

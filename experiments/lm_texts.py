@@ -18,7 +18,7 @@ from jrl.lm.texts import Texts
 from jrl.nets import adapters
 from jrl.numerics import optim
 from jrl.numerics.settings import check_hyper
-from jrl.run import cli, files, folders, interrupt, language, steps
+from jrl.run import cli, files, folders, interrupt, language, loggers, steps
 from jrl.run.files import Job
 from jrl.run.language import Opened
 from jrl.run.progress import Progress
@@ -42,6 +42,7 @@ class Files:
     devices: int | None = None
     model_devices: int = 1  # Number of devices that hold one copy of the model together.
     seed: int = 0  # Seed of all random numbers.
+    log: tuple[Literal["wandb"], ...] = ()  # Loggers besides the folder's table and TensorBoard events.
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,7 @@ def trained(
         | {"config": asdict(args.config) | {"model": asdict(it.shape)}, "hyper": args.hyper._asdict()}
         | more
     )
-    for free in ("run_dir", "steps", "epochs", "save_every", "devices", "model_devices"):
+    for free in ("run_dir", "steps", "epochs", "save_every", "devices", "model_devices", "log"):
         del shared[free]
     shared["data"], shared["eval_data"] = files.fingerprint(args.data), files.fingerprint(args.eval_data)
     shared |= {"steps": updates} if args.config.optimizer.uses_length else {}
@@ -309,7 +310,7 @@ def trained(
     with folders.opened(args.run_dir, True, settings) as folder:
         plan = steps.Plan(
             folder, settings, updates, job.batch_size, args.seed, args.save_every, best=best, evaluated=names,
-            evaluate_every=args.eval_every, shown=("loss", *names[1:]),
+            evaluate_every=args.eval_every, shown=("loss", *names[1:]), sinks=loggers.opened(args.log, settings, folder),
         )  # fmt: skip
         state, done, rows = files.learn(job, it, plan, args.hyper, args.seed)
     steps.draw_curve(folder / "curve.png", folder.name, rows, [*plan.shown, *(f"eval_{x}" for x in names)])

@@ -20,7 +20,7 @@ from jrl.algos import auxiliary_tasks, self_imitation
 from jrl.attention import mla, nsa
 from jrl.attention.rotary import Scaling
 from jrl.lm import tasks
-from jrl.nets import moe, transformer
+from jrl.nets import adapters, moe, transformer
 from jrl.nets.memory import AttentionConfig
 from jrl.nets.torso import TorsoConfig
 from jrl.numerics import optim
@@ -40,6 +40,7 @@ SHARED: dict[type, str] = {
     auxiliary_tasks.Config: "auxiliary_tasks.Config",
     auxiliary_tasks.Hyper: "auxiliary_tasks.Hyper",
     AttentionConfig: "nets.memory.AttentionConfig",
+    adapters.Config: "adapters.Config",
     optim.OptimizerConfig: "optim.OptimizerConfig",
     optim.Hyper: "optim.Hyper",
     transformer.Config: "transformer.Config",

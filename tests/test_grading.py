@@ -54,6 +54,14 @@ def test_attacks_are_wrong_and_change_nothing(judge, folder, port, landlock, att
     assert [path.name for path in folder.iterdir()] == ["victim"] and (folder / "victim").read_text() == "unharmed"
 
 
+def test_many_answers_are_judged_side_by_side_in_their_order(monkeypatch):
+    monkeypatch.setattr(grading, "FEW", 2)
+    judge = grading.graders("python", 1, 0.5)
+    wanted = [1, 0, 0, 1, 1, 0, 1]
+    assert judge([RIGHT if x else WRONG for x in wanted]) == wanted
+    assert judge([]) == [] and judge([RIGHT]) == [1]
+
+
 def test_answers_of_one_fork_have_their_own_deadlines_and_deaths():
     judge = grading.grader("python", 4, 0.2)
     ends = [(4, "__import__('os')._exit(0)"), (4, "any(iter(int, 1))")]

@@ -92,6 +92,21 @@ def test_labels_are_learned(kind, change, policy):
     assert last["loss"] < 0.7 * first["loss"] and last["accuracy"] > 0.85 and last["calibration_error"] < 0.2
 
 
+def test_a_seed_among_others_learns_as_alone(policy):
+    learning, batch = (
+        process_reward.learner(MODEL, process_reward.Config(SHAPE, batch_size=256)),
+        labelled(policy, "process"),
+    )
+
+    def learned(key):
+        state = learning.init(key, MODEL.init(key), process_reward.Hyper())
+        return learning.learn(state, batch)[0].params
+
+    keys = jax.random.split(jax.random.key(7), 2)
+    together, alone = jax.jit(jax.vmap(learned))(keys), jax.jit(learned)(keys[1])
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[1], y, atol=1e-5), together, alone)
+
+
 def test_a_reward_at_a_token_has_seen_it_and_nothing_behind(policy, problems):
     head = jax.random.normal(jax.random.key(5), (16,))
     params, shown = {"body": policy, "head": head}, jax.vmap(TASK.demonstrate)(problems)

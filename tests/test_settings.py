@@ -25,6 +25,7 @@ from jrl.algos import (
     ppo_cma,
     ppo_lm,
     pqn,
+    process_reward,
     r2d2,
     reverse_curriculum,
     reward_model,
@@ -36,7 +37,7 @@ from jrl.algos import (
     td3,
 )
 from jrl.attention import mla, nsa, rotary
-from jrl.nets import memory, moe, transformer
+from jrl.nets import adapters, memory, moe, transformer
 from jrl.numerics import optim, settings
 from jrl.numerics.settings import NonNegativeInt, Positive, Settings, Unit
 
@@ -102,6 +103,7 @@ WITH_SETTINGS = (
         ppo_cma,
         ppo_lm,
         pqn,
+        process_reward,
         r2d2,
         reverse_curriculum,
         reward_model,
@@ -121,6 +123,7 @@ KINDS = {
             memory.AttentionConfig,
             moe.Config,
             transformer.Config,
+            adapters.Config,
         ),
         *(mla.Config, nsa.Config, rotary.Scaling, optim.OptimizerConfig, optim.Hyper),
     )

@@ -23,12 +23,33 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jrl.lm import grading_server
 from jrl.lm.grading_server import PATIENCE, TOGETHER, readable
 
+SERVERS, FEW = 8, 32  # servers at most, and answers of each at least
 START_SECONDS = 120.0  # importing sympy on a busy machine
+
+
+def graders(kind: str, settings: Any, seconds: float) -> Callable[[Sequence[tuple[Any, str]]], list[float]]:
+    """``grader`` in as many servers as there are cores, at most ``SERVERS``, for many answers; few are judged by the first alone, and the others need
+    not start."""
+    number = max(1, min(SERVERS, os.cpu_count() or 1))
+    each = [grader(kind, settings, seconds) for _ in range(number)]
+
+    def score(pairs: Sequence[tuple[Any, str]]) -> list[float]:
+        used = max(1, min(number, len(pairs) // FEW))
+        parts = [pairs[i::used] for i in range(used)]
+        with ThreadPoolExecutor(used) as pool:
+            found = list(pool.map(lambda judge, part: judge(part), each, parts))
+        scores = [0.0] * len(pairs)
+        for i, part in enumerate(found):
+            scores[i::used] = part
+        return scores
+
+    return score
 
 
 def grader(kind: str, settings: Any, seconds: float) -> Callable[[Sequence[tuple[Any, str]]], list[float]]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jrl import user_file
-from jrl.lm.grading import grader
+from jrl.lm.grading import graders
 from jrl.numerics import checks
 
 INSTRUCTION = "\n\nFirst think between <think> and </think>, then write the final answer, and nothing else, between <answer> and </answer>."
@@ -236,7 +236,7 @@ def reasoning_gym(
         made = create_dataset(dataset, **params)
     except (AssertionError, TypeError, ValueError) as error:
         raise ValueError(f"reasoning_gym {dataset}: {error}") from error
-    grade = grader("reasoning_gym", (dataset, params), seconds)
+    grade = graders("reasoning_gym", (dataset, params), seconds)
 
     def draw(seed: int, n: int) -> list[Item]:
         entries = [made[int(i)] for i in np.random.default_rng(seed).integers(0, size, n)]
@@ -268,7 +268,7 @@ def math_verify(
     checks.not_empty(problems=problems)
     if len(problems) != len(answers):
         raise ValueError(f"problems and answers must be as many; got {len(problems)} and {len(answers)}")
-    grade = grader("math_verify", None, seconds)
+    grade = graders("math_verify", None, seconds)
     items = [Item(problem + instruction, answer) for problem, answer in zip(problems, answers, strict=True)]
 
     def score(items: Sequence[Item], texts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -6,7 +6,7 @@ A logger is a function of the run's settings and its folder that opens a sink; `
 import importlib.util
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,11 @@ def wandb(project: str | None = None, **options: Any) -> Logger:
 
 
 NAMED = {"wandb": wandb}
+
+
+def opened(names: Sequence[str], settings: dict[str, Any], folder: Path) -> list[Sink]:
+    """The loggers of these names, opened. Raises ``ValueError`` where a package is missing."""
+    return [NAMED[name]()(settings, folder) for name in names]
 
 
 def _needing(package: str, start: Logger) -> Logger:
