@@ -32,6 +32,7 @@ LONG = (
     "bc",
     "dpo",
     "dqfd",
+    "process_reward",
     "reverse_curriculum",
     "reward_model",
     "rudder",

@@ -237,6 +237,20 @@ def test_adapters_beside_the_matrices_compute_what_merged_ones_do(more):
     )
 
 
+def test_answers_in_slots_are_those_of_all_at_once():
+    model = language_model(TASK, SHAPE, "float32")
+    params = model.init(jax.random.key(0))
+    prompt = jnp.repeat(jax.vmap(TASK.draw)(jax.random.split(jax.random.key(1), 4)).prompt, 4, axis=0)
+
+    def said(slots):
+        config = replace(TINY, num_prompts=4, group_size=4, slots=slots)
+        learning = grpo.learner(model, config, length=TASK.answer_length, end=tasks.END, pad=tasks.PAD)
+        state = learning.init(jax.random.key(2), params, grpo.Hyper())
+        return jax.jit(learning.sample)(state, jax.random.key(3), prompt, jnp.ones(prompt.shape, bool))
+
+    close(said(0), said(3), 1e-5)
+
+
 def test_a_small_change_is_not_rounded_away_beside_a_matrix_of_half_width():
     """One step of 1e-4 on W + AB leaves nearly all weights of bfloat16 as they were."""
     w = jax.random.normal(jax.random.key(0), (64, 64)).astype(jnp.bfloat16)

@@ -27,7 +27,7 @@ from jrl.algos.grpo_kin import Config, Hyper, advantages, check, divergence, tok
 from jrl.algos.grpo_kin import method as method
 from jrl.equations import token_losses
 from jrl.experience import rollout
-from jrl.lm import groups
+from jrl.lm import groups, refill
 from jrl.lm.model import Model
 from jrl.lm.policy import Answers, adapted, answer, language_model, reader
 from jrl.lm.sampling import Rollout, check_support, sample
@@ -140,8 +140,11 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         return adapted(model, adapter, state.frozen, state.params)
 
     def draw(state: State, key: Array, prompt: Array, valid: Array) -> Rollout:
-        more: dict[str, Any] = {"length": length, "end": end, "pad": pad, "copies": config.group_size}
-        more |= {"valid": valid[:: config.group_size], "support": config.support(state.hyper.temperature)}
+        more: dict[str, Any] = {"length": length, "end": end, "pad": pad}
+        more |= {"support": config.support(state.hyper.temperature)}
+        if config.slots:
+            return refill.sample(key, model, policy(state), prompt, valid=valid, slots=config.slots, **more)[0]
+        more |= {"valid": valid[:: config.group_size], "copies": config.group_size}
         return sample(key, model, policy(state), prompt[:: config.group_size], **more)
 
     def log_probs(params: Params, state: State, prompt: Array, valid: Array, rollout: Rollout) -> Array:

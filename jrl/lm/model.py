@@ -34,6 +34,7 @@ class Model(NamedTuple):
             None where rows hold one text.
         ahead: ``(params, hidden [B, L, dim], tokens [B, L], segments [B, L] or None) -> streams`` of the modules that predict further ahead
             (``nets.ahead``); None where there are none.
+        insert: ``(cache, rows, at) -> cache`` with the rows of another cache, of as many tokens, in the places ``at`` int ``[R]``; None where rows stay.
     """
 
     init: Callable[[Array], Any]
@@ -50,6 +51,7 @@ class Model(NamedTuple):
     adapter: Callable[[adapters.Config], lora.Adapter] = lambda config: adapters.make(config, None)
     packed: Callable[[Any, Array, Array], tuple[Array, moe.Load]] | None = None
     ahead: Callable[[Any, Array, Array, Array | None], list[Array]] | None = None
+    insert: Callable[[Any, Any, Array], Any] | None = None
 
 
 def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float32, tokens: int | None = None) -> Model:
@@ -113,6 +115,7 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         lambda adapter: adapters.make(adapter, config),
         packed,
         further if config.ahead else None,
+        lambda cache, rows, at: jax.tree.map(lambda x, new: x.at[:, at].set(new), cache, rows),
     )
 
 

@@ -188,7 +188,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 # Settings that change memory, speed and rounding alone: a run may go on with others.
-FREE = ("micro_batches", "remat", "implementation", "prompt_length")
+FREE = ("micro_batches", "slots", "remat", "implementation", "prompt_length")
 
 
 def same_config(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
