@@ -55,7 +55,9 @@ class Answering:
     instruction: str | None = None  # Text behind each problem of reasoning-gym; default: by form.
     system: str | None = None  # Message of the system before each prompt.
     template: tuple[str, ...] = ()  # Options of the chat template, as NAME=VALUE ..., such as enable_thinking=false.
-    stop: tuple[str, ...] = ()  # Texts behind which an answer ends, beside the model's end tokens.
+    stop: tuple[
+        str, ...
+    ] = ()  # Texts behind which an answer ends, beside the end tokens and stop strings of the model.
     reward: Path | None = None  # A reward model: the folder of a run of lm.py reward, or one in Hugging Face's layout.
     # Weights of the parts of the reward, as NAME=NUMBER ...; learned is the reward model's. Default: learned=1 with a reward model, else
     # correct=1 and the weights in hyper.
@@ -387,8 +389,8 @@ def one_step(args, it, source, method, sample, learn, judge, state, key, done) -
     begin = time.monotonic()
     rollout = jax.block_until_ready(sample(state, key_sample, tokens, valid))
     sampled, count = time.monotonic() - begin, int(rollout.mask.sum())
-    if args.stop:
-        rollout = judging.stopped(it.words, rollout, args.stop)
+    if stops := (*args.stop, *it.words.stops):
+        rollout = judging.stopped(it.words, rollout, stops)
     rollout = jax.tree.map(jnp.asarray, rollout)
     parts, texts = judge([item for item in drawn.items for _ in range(method.copies)], tokens, valid, rollout)
     judged = np.isfinite(np.stack(list(parts.values()))).all(0)
@@ -441,8 +443,8 @@ def held_out(args, it, source, method, sample, judge, state) -> Row:
         drawn = problems(source, it.words, args, i, per, args.seed + EVAL)
         tokens, valid = asked(args, it, drawn.prompts, method.copies)
         rollout = sample(state, jax.random.fold_in(jax.random.key(args.seed + 1), i), tokens, valid)
-        if args.stop:
-            rollout = jax.tree.map(jnp.asarray, judging.stopped(it.words, rollout, args.stop))
+        if stops := (*args.stop, *it.words.stops):
+            rollout = judging.stopped(it.words, rollout, stops)
         items = [item for item in drawn.items for _ in range(method.copies)]
         parts, _ = judge(items, tokens, valid, rollout)
         rewards.append(np.asarray(total(args, method, parts, rollout.mask, source.name), np.float32))

@@ -12,9 +12,9 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from jrl import lm
-from jrl.lm import hf, templates, tokenizer
+from jrl.lm import hf, judging, templates, tokenizer
 from jrl.lm.model import decoder
-from jrl.lm.sampling import Support, sample
+from jrl.lm.sampling import Rollout, Support, sample
 from jrl.lm.scoring import score
 from jrl.nets import transformer
 
@@ -269,3 +269,16 @@ def test_a_chat_template_that_failed_can_be_tried_again():
     for _ in range(2):
         with pytest.raises(ValueError, match="unknown tag 'nope'"):
             templates.render("{% nope %}", HELLO)
+
+
+def test_stop_strings_of_the_model_are_known_and_cut_answers(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"stop_strings": ["b c"]}))
+    words = tokenizer.from_folder(folder)
+    assert words.stops == ("b c",)
+    tokens = jnp.asarray([words.encode("a b c a"), words.encode("a a b b")])
+    said = Rollout(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape), None)
+    found = judging.stopped(words, said, words.stops)
+    assert found.mask.sum(1).tolist() == [3, 4] and judging.texts_of(words, found)[0] == "a b c"
+    (folder / "generation_config.json").write_text(json.dumps({"stop_strings": [1]}))
+    with pytest.raises(ValueError, match="stop_strings must be a text, or a list of them"):
+        tokenizer.from_folder(folder)

@@ -140,6 +140,12 @@ def test_a_file_is_read_by_its_lines_and_a_bad_one_is_named(tmp_path, words):
             data.read(path, kind)
     with pytest.raises(ValueError, match=r"nothing.jsonl: No such file"):
         data.read(tmp_path / "nothing.jsonl", "texts")
+    path.write_text(
+        '{"text": "a"}\n\n{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "none", "content": "b"}]}\n'
+    )
+    broken = words._replace(template="{{ messages[0].content if messages | length > 1 else 'x' }}")
+    with pytest.raises(ValueError, match=r"texts.jsonl:3: the chat template rewrites the prompt"):
+        examples.tokenized(broken, data.read(path, "texts"))
     path.write_text("\n")
     with pytest.raises(ValueError, match="no rows"):
         data.read(path, "texts")

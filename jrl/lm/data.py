@@ -41,11 +41,21 @@ class Rows(Sequence):
         parts = [x[max(0, begin - n) : max(0, end - n)] for x, n in zip(self._places, first, strict=True)]
         return Rows(self.paths, parts)
 
+    def where(self, i: int) -> str:
+        """The file and the line of a row."""
+        number, place = self._place(i)
+        with self.paths[number].open("rb") as file:
+            return f"{self.paths[number]}:{1 + file.read(place).count(10)}"
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """Which file a row is in, and where it begins there."""
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        return number, int(self._places[number][i - (self._ends[number - 1] if number else 0)])
+
     def __getitem__(self, i: Any) -> Any:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        number = int(np.searchsorted(self._ends, i, side="right"))
-        place = self._places[number][i - (self._ends[number - 1] if number else 0)]
+        number, place = self._place(i)
         with self.paths[number].open("rb") as file:
             file.seek(place)
             return json.loads(file.readline())

@@ -6,7 +6,7 @@ labelled, dropped = stepped(words, data.read("steps.jsonl", "steps"), ...)
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from jrl.lm.pairs import Pairs
 from jrl.lm.texts import Corpus
 from jrl.lm.tokenizer import Tokenizer
 
+T = TypeVar("T")
 Overlong = Literal["drop", "cut"]
 Progress = Callable[[Sequence[data.Fields]], Iterator[data.Fields]]
 
@@ -30,12 +31,22 @@ def tokenized(words: Tokenizer, rows: Sequence[data.Fields], progress: Progress 
     """The tokens of all texts: of a text all are learned from, of chats those of the assistant, of a prompt and its completion those of the
     completion; the end token, too. ``progress`` goes through the rows and may show how far it is."""
     tokens, learned, ends = [], [], [0]
-    for row in progress(rows):
-        text = learned_from(words, row)
+    for text in each(rows, lambda row: learned_from(words, row), progress):
         tokens.append(np.array(text.tokens, np.int32))
         learned.append(np.array(text.learned, bool))
         ends.append(ends[-1] + len(text.tokens))
     return Corpus(np.concatenate(tokens), np.concatenate(learned), np.array(ends, np.int64))
+
+
+def each(rows: Sequence[data.Fields], function: Callable[[data.Fields], T], progress: Progress = iter) -> Iterator[T]:
+    """``function`` of each row. Raises its ``ValueError`` with the file and the line of the row, where it is of a file."""
+    for i, row in enumerate(progress(rows)):
+        try:
+            found = function(row)
+        except ValueError as error:
+            where = rows.where(i) if isinstance(rows, data.Rows) else f"row {i}"
+            raise ValueError(f"{where}: {error}") from None
+        yield found
 
 
 def learned_from(words: Tokenizer, row: data.Fields) -> Learned:
@@ -110,7 +121,7 @@ def paired(
 ) -> tuple[Pairs, int]:
     """Rows of pairs as arrays of numpy, and how many were dropped since they are longer than the lengths that are given; None is the longest there is.
     Cut are prompts at their beginning and answers at their end."""
-    found = [pair_of(words, row) for row in progress(rows)]
+    found = list(each(rows, lambda row: pair_of(words, row), progress))
     longest = (
         prompt_length or max(len(x[0]) for x in found),
         answer_length or max(len(x) for row in found for x in row[1:]),
@@ -155,7 +166,7 @@ def stepped(
     token.
     """
     ends = words.encode(separator)
-    found = [(*steps_of(words, row, ends),) for row in progress(rows)]
+    found = list(each(rows, lambda row: steps_of(words, row, ends), progress))
     longest = prompt_length or max(len(x[0]) for x in found), answer_length or max(len(x[1]) for x in found)
     fit = [x for x in found if len(x[0]) <= longest[0] and len(x[1]) <= longest[1]]
     if overlong == "cut":

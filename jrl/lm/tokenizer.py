@@ -38,6 +38,7 @@ class Tokenizer(NamedTuple):
         pad: filler; ``eos`` where the model has none of its own.
         ends: all tokens that end an answer, ``eos`` first.
         files: names and texts of the files that hold it in Hugging Face's layout.
+        stops: texts behind which an answer ends, too (``stop_strings`` of ``generation_config.json``).
     """
 
     raw: tokenizers.Tokenizer
@@ -49,6 +50,7 @@ class Tokenizer(NamedTuple):
     pad: int | None
     ends: tuple[int, ...]
     files: Mapping[str, str]
+    stops: tuple[str, ...] = ()
 
     def save(self, folder: str | Path) -> None:
         """Write the files into a folder, in place of another tokenizer's."""
@@ -109,7 +111,8 @@ def from_folder(folder: str | Path) -> Tokenizer:
     plain = [x for x in special.values() if x not in known and raw.token_to_id(x) is not None]
     raw.add_special_tokens([AddedToken(x, normalized=False, special=True) for x in plain])
     files = {name: _read(folder / name) for name in FILES if (folder / name).is_file()}
-    return _tokenizer(raw, special, _template(folder, found), _ends(folder), files, str(folder))
+    made = _tokenizer(raw, special, _template(folder, found), _ends(folder), files, str(folder))
+    return made._replace(stops=_stops(folder))
 
 
 def _read(path: Path) -> str:
@@ -130,6 +133,15 @@ def _ends(folder: Path) -> list[int]:
     if not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in ends):
         raise ValueError(f"{path}: eos_token_id must be a token's id, or a list of them; got {ends}")
     return ends
+
+
+def _stops(folder: Path) -> tuple[str, ...]:
+    path = folder / "generation_config.json"
+    stops = read_json(path).get("stop_strings") if path.is_file() else None
+    stops = [stops] if isinstance(stops, str) else stops or []
+    if not isinstance(stops, list) or not all(isinstance(x, str) and x for x in stops):
+        raise ValueError(f"{path}: stop_strings must be a text, or a list of them; got {stops!r}")
+    return tuple(stops)
 
 
 def _text(token: Any) -> Any:
