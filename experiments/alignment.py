@@ -102,7 +102,7 @@ def by_pairs(loss: Any, beta: float) -> Method:
     return Method(
         lambda lesson: dpo.make(TASK, config, hyper, pairs=lesson.pairs, start=lesson.policy),
         lambda state: state.params,
-        100,
+        70,
         0,
     )
 
@@ -124,9 +124,9 @@ ROWS = 128 * TASK.answer_length
 METHODS: dict[str, Method] = {
     "dpo": by_pairs("sigmoid", 0.1),
     "ipo": by_pairs("ipo", 0.3),
-    "ppo": Method(by_ppo, lambda state: state.params["actor"], 100, ROWS),
-    "grpo": Method(by_grpo(lambda lesson: learned(lesson)), lambda state: state.params, 100, ROWS),
-    "grpo-gold": Method(by_grpo(lambda lesson: gold), lambda state: state.params, 100, ROWS),
+    "ppo": Method(by_ppo, lambda state: state.params["actor"], 70, ROWS),
+    "grpo": Method(by_grpo(lambda lesson: learned(lesson)), lambda state: state.params, 70, ROWS),
+    "grpo-gold": Method(by_grpo(lambda lesson: gold), lambda state: state.params, 70, ROWS),
 }
 NAMES = ("best-of-n", *METHODS)
 
@@ -151,7 +151,7 @@ def lesson_of(key: Array, args: Args) -> Lesson:
     policy, _ = run.train_fn(begin, steps(begin, 300, args.share))(key_policy)
     given, _ = pairs_of.draw(key_pairs, TASK, MODEL, policy.params, args.num_pairs, gold, certainty=CERTAINTY)
     judge = judge_of(given, policy.params)
-    trained, _ = run.train_fn(judge, steps(judge, 300, args.share))(key_judge)
+    trained, _ = run.train_fn(judge, steps(judge, 200, args.share))(key_judge)
     return Lesson(policy.params, given, trained)
 
 
