@@ -36,7 +36,7 @@ from jrl.algos import (
     td,
     td3,
 )
-from jrl.attention import mla, nsa, rotary
+from jrl.attention import dsa, mla, nsa, rotary
 from jrl.nets import adapters, memory, moe, transformer
 from jrl.numerics import optim, settings
 from jrl.numerics.settings import NonNegativeInt, Positive, Settings, Unit
@@ -125,7 +125,7 @@ KINDS = {
             transformer.Config,
             adapters.Config,
         ),
-        *(mla.Config, nsa.Config, rotary.Scaling, optim.OptimizerConfig, optim.Hyper),
+        *(mla.Config, nsa.Config, dsa.Config, rotary.Scaling, optim.OptimizerConfig, optim.Hyper),
     )
 }
 

@@ -78,12 +78,16 @@ def _rope(x: Array, positions: Array, config: Config) -> Array:
     return rope(x, positions, config.rope_theta, config.rope_scaling)
 
 
+def query_latents(params: Params, x: Array, config: Config) -> Array:
+    """What queries are made of: latents ``[B, T, query_latent]``, or the tokens ``[B, T, dim]`` where there are none."""
+    if not config.query_latent:
+        return x
+    return rms_norm(x @ params["query_down"].astype(x.dtype), params["query_norm"].astype(x.dtype), config.norm_eps)
+
+
 def queries(params: Params, x: Array, positions: Array, config: Config) -> tuple[Array, Array]:
     """Queries ``[B, T, H, nope]`` and ``[B, T, H, rope]`` of tokens ``[B, T, dim]``."""
-    p = jax.tree.map(lambda w: w.astype(x.dtype), params)
-    if config.query_latent:
-        x = rms_norm(x @ p["query_down"], p["query_norm"], config.norm_eps)
-    q = jnp.einsum("...d,dhw->...hw", x, p["query"])
+    q = jnp.einsum("...d,dhw->...hw", query_latents(params, x, config), params["query"].astype(x.dtype))
     return q[..., : config.nope_dim], _rope(q[..., config.nope_dim :], positions, config)
 
 
