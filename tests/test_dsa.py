@@ -105,9 +105,7 @@ def test_the_indexer_learns_where_attention_goes_and_nothing_else_does(made, spa
         places = jnp.broadcast_to(jnp.arange(LENGTH)[None], (2, LENGTH))
         c, key = mla.latents(params, x, places, LATENT)
         sees = dsa._visible(2, LENGTH, None, None)
-        p = dsa._weights(
-            dsa._absorbed(params, x, places, LATENT), c, key, sees, LATENT
-        ).mean(1)
+        p = dsa._weights(dsa._absorbed(params, x, places, LATENT), c, key, sees, LATENT).mean(1)
         at, there = dsa.picked(dsa.scores(*dsa.index(params, index, x, places, CONFIG, LATENT)), sees, CONFIG.top_k)
         return jnp.sum(jnp.where(there, jnp.take_along_axis(p, at, axis=-1), 0), -1).mean()
 

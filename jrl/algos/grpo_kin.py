@@ -57,9 +57,8 @@ class Config(Settings):
     top_k: NonNegativeInt = 0  # Sample from this many most likely tokens; 0 for all.
     top_p: float = 1.0  # Sample from the most likely tokens that have this probability together.
     min_p: float = 0.0  # Sample from tokens of at least this share of the largest probability.
-    slots: NonNegativeInt = (
-        0  # Answers that learner.sample decodes at once, where one that ends makes room for the next; 0 for all.
-    )
+    # Answers that learner.sample decodes at once, where one that ends makes room for the next; 0 for all.
+    slots: NonNegativeInt = 0
     supervised: NonNegativeInt = 0  # Supervised updates before reinforcement learning starts.
     adapter: adapters.Config = field(
         default_factory=adapters.Config
