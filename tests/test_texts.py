@@ -95,6 +95,8 @@ def test_of_chats_the_answers_of_the_assistant_are_learned_with_their_end(words)
     assert found.tokens == whole
     pair = examples.learned_from(words, {"prompt": "a b", "completion": "c"})
     assert says(words, pair) == ["c", "<end>"]
+    behind = words._replace(template=(words.template or "").replace("<end> ", "<end> p "))
+    assert says(words, examples.learned_from(behind, {"messages": chat})) == ["d", "<end>", "f", "g", "<end>"]
     assert says(words, examples.learned_from(words, {"text": "a b"})) == ["a", "b", "<end>"]
     talked = examples.learned_from(words, {"prompt": chat[:2], "completion": [chat[2]]})
     assert says(words, talked) == ["d", "<end>"]

@@ -75,8 +75,11 @@ def _conversation(words: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Le
                     f"the chat template rewrites what was said before message {i + 1}, so that its tokens cannot be told apart"
                 )
             more = words.encode(text[len(before) :])
+            ended_at = max((i + 1 for i, x in enumerate(more) if x in words.ends), default=len(more))
             tokens += more
-            learned += [is_learned] * len(more)
+            learned += [
+                is_learned and i < ended_at for i in range(len(more))
+            ]  # what a template writes behind the end is not said
             before = text
     return Learned(tokens, learned)
 
