@@ -7,6 +7,7 @@ python experiments/lm.py dpo --model MODEL --data pairs.jsonl                 DP
 python experiments/lm.py ppo --model MODEL --data prompts.jsonl --reward runs/lm-reward        RLHF: actor, critic, reward model and reference
 python experiments/lm.py grpo --model SmolLM2-135M-Instruct.Q4_1.gguf         GRPO on sums of reasoning-gym (chain_sum), which are verified
 python experiments/lm.py grpo --model MODEL --dataset mine.py                 problems of your own: make(seed) -> verifiers.Source
+python experiments/lm.py answer --model MODEL --dataset chain_sum              judged answers as data for reward, process and dpo; majority, best of n
 python experiments/lm.py COMMAND --help                                       all settings of one
 
 MODEL is a folder in Hugging Face's layout, a GGUF file, or the folder of another run. Each run lives in a folder (--run-dir): metrics.csv, TensorBoard
@@ -27,6 +28,7 @@ COMMANDS = {
     "dpo": "lm_texts",
     "ppo": "lm_answers",
     "grpo": "lm_answers",
+    "answer": "lm_judged",
 }
 
 

@@ -13,6 +13,7 @@ from jrl.run import RunError, steps
 
 sys.path.insert(0, str(processes.ROOT / "experiments"))
 import lm_answers
+import lm_problems
 
 PROMPTS = ("say 0", "say 1", "say 2", "say 3")
 
@@ -27,7 +28,7 @@ def train(model, tmp_path, monkeypatch):  # noqa: F811
 
     def run(score, prompts, *more):
         source = verifiers.from_function([verifiers.Item(x, x[4]) for x in prompts], score, "say")
-        monkeypatch.setattr(lm_answers, "source_of", lambda args: source)
+        monkeypatch.setattr(lm_problems, "source_of", lambda args: source)
         fixed = (
             "--model",
             model,

@@ -11,11 +11,12 @@ import pytest
 from attacks import language_model
 
 from jrl import lm
-from jrl.lm import hf, peft
+from jrl.lm import data, hf, peft
 from jrl.nets import transformer
 
 sys.path.insert(0, str(processes.ROOT / "experiments"))
 import lm_answers
+import lm_judged
 import lm_texts
 
 COMMANDS = {
@@ -152,3 +153,35 @@ def test_what_is_wrong_is_said_in_a_line(command, more, message, folder, tmp_pat
         COMMANDS[command](words_of(command, folder, tmp_path / "run", *more))
     said = f"{error.value}{''.join(capsys.readouterr())}"
     assert message in said
+
+
+def test_judged_answers_are_data_for_the_other_commands(folder, judge, tmp_path, capsys):
+    given = (
+        "--model",
+        folder,
+        "--dataset",
+        folder / "say.py",
+        "--answer-length",
+        3,
+        "--number",
+        6,
+        "--copies",
+        4,
+        "--together",
+        4,
+        "--reward",
+        judge[0],
+    )
+    lm_judged.answer([str(x) for x in (*given, "--continuations", 4, "--separator", " ", "--out", tmp_path)])
+    said = capsys.readouterr().out
+    for how in ("one answer", "any of 4", "majority of 4", "best of 4 by the reward model"):
+        assert f"correct, {how}: " in said
+    judged, steps = (data.read(tmp_path / f"{name}.jsonl", name) for name in ("judged", "steps"))
+    assert len(judged) == 24 and all(row["prompt"].startswith("say ") for row in judged)
+    right = {row["prompt"]: {x["completion"] for x in judged if x["label"]} for row in judged}
+    for row in steps:
+        if row["labels"][-1]:
+            assert " ".join(row["completions"]) in right[row["prompt"]]
+    text = (tmp_path / "pairs.jsonl").read_text()
+    for row in map(json.loads, text.splitlines()):
+        assert row["prompt"][4] in row["chosen"] and row["prompt"][4] not in row["rejected"]
