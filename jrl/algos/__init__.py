@@ -18,6 +18,7 @@ __all__ = [
     "pqn",
     "prediction",
     "presets",
+    "process_reward",
     "r2d2",
     "reverse_curriculum",
     "reward_model",

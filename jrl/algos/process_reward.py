@@ -15,15 +15,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.algorithm import Metrics, current_optimizer, start_learning
-from jrl.algos.reward_model import width_of
+from jrl.algorithm import Metrics
+from jrl.algos.scorer import by_head, scorer
 from jrl.equations import preferences
 from jrl.lm.model import Model
-from jrl.lm.policy import adapted
 from jrl.lm.sampling import Rollout
 from jrl.lm.scoring import answer_hidden
 from jrl.nets import adapters, transformer
-from jrl.numerics import loops, optim
+from jrl.numerics import optim
 from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings
 from jrl.numerics.types import OptState, Params
 
@@ -74,64 +73,33 @@ class Labelled(NamedTuple):
 
 def learner(model: Model, config: Config) -> "Learner":
     """A reward model from labels of any origin, as pure functions. Raises ``ValueError`` for settings that do not fit each other."""
-    if config.batch_size % config.micro_batches:
-        raise ValueError(
-            f"config.micro_batches must divide batch_size = {config.batch_size}; got {config.micro_batches}"
-        )
-    adapter = model.adapter(config.adapter)
 
-    def learn(state: State, batch: Labelled) -> tuple[State, Metrics]:
-        step = optim.minimize(
-            current_optimizer(config, state), lambda p: loss(p, state, batch), state.params, state.opt_state
-        )
-        metrics, load = step.extra
-        params = step.params
-        if config.adapter.trains_all:
-            params |= {"body": model.balance(params["body"], load)}
-        state = state._replace(params=params, opt_state=step.opt_state, updates=state.updates + 1)
-        return state, metrics | {"grad_norm": step.grad_norm}
+    def weigh(batch: Labelled) -> Array:
+        return batch.weight / jnp.maximum(batch.weight.sum(), 1e-30)
 
-    def loss(trained: Params, state: State, batch: Labelled) -> tuple[Array, tuple[Metrics, Any]]:
-        params = whole(state, trained)
-        weight = batch.weight / jnp.maximum(batch.weight.sum(), 1e-30)
-
-        def part(x: tuple[Labelled, Array]) -> tuple[Metrics, Any]:
-            rows, weight = x
-            logit, load = logits(model, params, rows.prompt, rows.valid, rows.rollout)
-            right = (logit > 0) == (rows.label > 0.5)
-            return {"loss": jnp.sum(weight * each(logit, rows.label)), "accuracy": jnp.sum(weight * right)}, load
-
-        metrics, load = loops.sum_over_parts(part, (batch, weight), config.micro_batches)
-        return metrics["loss"] + state.hyper.balance_weight * model.balance_loss(load), (metrics, load)
+    def scored(params: Params, hyper: Hyper, batch: Labelled, weight: Array) -> tuple[Array, Metrics, Any]:
+        """Loss and metrics of some answers."""
+        logit, load = logits(model, params, batch.prompt, batch.valid, batch.rollout)
+        right = (logit > 0) == (batch.label > 0.5)
+        value = jnp.sum(weight * each(logit, batch.label))
+        return value, {"loss": value, "accuracy": jnp.sum(weight * right)}, load
 
     def each(logit: Array, label: Array) -> Array:
         if config.loss == "squared":
             return jnp.square(jax.nn.sigmoid(logit) - label)
         return -label * jax.nn.log_sigmoid(logit) - (1 - label) * jax.nn.log_sigmoid(-logit)
 
+    parts = scorer(model, config, weigh, scored)
+
     def init(key: Array, params: Params, hyper: Hyper, num_updates: Array | int | None = None) -> State:
-        key_adapter, key_optimizer = jax.random.split(key)
-        trained = {"body": adapter.init(key_adapter, params), "head": jnp.zeros(width_of(model, params), jnp.float32)}
-        fields = start_learning(config, hyper, trained, key_optimizer, num_updates)
-        return State(**fields, frozen=() if config.adapter.trains_all else jax.tree.map(jnp.copy, params))
-
-    def whole(state: State, trained: Params) -> Any:
-        return {"body": adapted(model, adapter, state.frozen, trained["body"]), "head": trained["head"]}
-
-    def parameters(state: State) -> Any:
-        return whole(state, optim.eval_params(state.opt_state, state.params))
+        return State(**parts.fields(key, params, hyper, num_updates))
 
     def evaluate(state: State, batch: Labelled) -> Metrics:
-        logit, _ = logits(model, parameters(state), batch.prompt, batch.valid, batch.rollout)
-        weight = batch.weight / jnp.maximum(batch.weight.sum(), 1e-30)
-        right = (logit > 0) == (batch.label > 0.5)
-        return {
-            "loss": jnp.sum(weight * each(logit, batch.label)),
-            "accuracy": jnp.sum(weight * right),
-            "calibration_error": preferences.calibration_error(jax.nn.sigmoid(logit), batch.label, batch.weight),
-        }
+        logit, _ = logits(model, parts.parameters(state), batch.prompt, batch.valid, batch.rollout)
+        error = preferences.calibration_error(jax.nn.sigmoid(logit), batch.label, batch.weight)
+        return parts.evaluate(state, batch) | {"calibration_error": error}
 
-    return Learner(init, parameters, learn, evaluate)
+    return Learner(init, parts.parameters, parts.learn, evaluate)
 
 
 class State(NamedTuple):
@@ -170,7 +138,7 @@ def logits(model: Model, params: Params, prompt: Array, valid: Array, said: Roll
         kept=None,
     )
     hidden, load = answer_hidden(model, params["body"], prompt, behind, valid)
-    return jnp.einsum("ntd,d->nt", hidden[:, 1:].astype(jnp.float32), params["head"].astype(jnp.float32)), load
+    return by_head(params, hidden[:, 1:]), load
 
 
 def last_token(mask: Array) -> Array:

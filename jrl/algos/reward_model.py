@@ -17,18 +17,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
+from jrl.algorithm import Algorithm, Metrics
+from jrl.algos.scorer import by_head, scorer
 from jrl.equations import preferences
 from jrl.lm import pairs as pairs_of
 from jrl.lm.model import Model
 from jrl.lm.pairs import Pairs
-from jrl.lm.policy import Answers, adapted, language_model, reader
+from jrl.lm.policy import Answers, language_model, reader
 from jrl.lm.sampling import Rollout
 from jrl.lm.scoring import answer_hidden
 from jrl.lm.tasks import Task
 from jrl.lm.tasks.environment import as_environment
 from jrl.nets import adapters, transformer
-from jrl.numerics import checks, loops, optim
+from jrl.numerics import checks, optim
 from jrl.numerics.settings import AboveZero, BelowOne, NonNegative, Positive, Precision, Settings, check_hyper
 from jrl.numerics.types import OptState, Params
 
@@ -62,35 +63,12 @@ class Hyper(NamedTuple):
 
 def learner(model: Model, config: Config) -> "Learner":
     """A reward model on pairs of any origin, as pure functions. Raises ``ValueError`` for settings that do not fit each other."""
-    if config.batch_size % config.micro_batches:
-        raise ValueError(
-            f"config.micro_batches must divide batch_size = {config.batch_size}; got {config.micro_batches}"
-        )
-    adapter = model.adapter(config.adapter)
 
-    def learn(state: State, batch: Pairs) -> tuple[State, Metrics]:
-        step = optim.minimize(
-            current_optimizer(config, state), lambda p: loss(p, state, batch), state.params, state.opt_state
-        )
-        metrics, load = step.extra
-        params = step.params
-        if config.adapter.trains_all:
-            params |= {"body": model.balance(params["body"], load)}
-        state = state._replace(params=params, opt_state=step.opt_state, updates=state.updates + 1)
-        return state, metrics | {"grad_norm": step.grad_norm}
-
-    def loss(trained: Params, state: State, batch: Pairs) -> tuple[Array, tuple[Metrics, Any]]:
-        params = whole(state, trained)
-        weight = batch.weight / jnp.maximum(batch.weight.sum(), 1)
-
-        def part(x: tuple[Pairs, Array]) -> tuple[Array, Metrics, Any]:
-            return scored(params, state.hyper, *x)
-
-        total, metrics, load = loops.sum_over_parts(part, (batch, weight), config.micro_batches)
-        return total + state.hyper.balance_weight * model.balance_loss(load), (metrics, load)
+    def weigh(batch: Pairs) -> Array:
+        return batch.weight / jnp.maximum(batch.weight.sum(), 1)
 
     def scored(params: Params, hyper: Hyper, batch: Pairs, weight: Array) -> tuple[Array, Metrics, Any]:
-        """Loss and metrics of some pairs, whose weights are part of a sum of 1."""
+        """Loss and metrics of some pairs."""
         rewards, load = scores(model, params, *pairs_of.answers_of(batch))
         chosen, rejected = jnp.split(rewards, 2)
         value = jnp.sum(weight * preferences.bradley_terry(chosen, rejected))
@@ -101,24 +79,13 @@ def learner(model: Model, config: Config) -> "Learner":
         }
         return value + hyper.centring * jnp.sum(weight * jnp.square(chosen + rejected)), metrics, load
 
+    parts = scorer(model, config, weigh, scored)
+
     def init(key: Array, params: Params, hyper: Hyper, num_updates: Array | int | None = None) -> State:
-        key_adapter, key_optimizer, key_run = jax.random.split(key, 3)
-        head = jnp.zeros(width_of(model, params), jnp.float32)
-        trained = {"body": adapter.init(key_adapter, params), "head": head}
-        fields = start_learning(config, hyper, trained, key_optimizer, num_updates)
-        frozen = () if config.adapter.trains_all else jax.tree.map(jnp.copy, params)
-        return State(**fields, frozen=frozen, pairs=(), key=key_run)
+        key_parts, key_run = jax.random.split(key)
+        return State(**parts.fields(key_parts, params, hyper, num_updates), pairs=(), key=key_run)
 
-    def whole(state: State, trained: Params) -> Any:
-        return {"body": adapted(model, adapter, state.frozen, trained["body"]), "head": trained["head"]}
-
-    def parameters(state: State) -> Any:
-        return whole(state, optim.eval_params(state.opt_state, state.params))
-
-    def evaluate(state: State, batch: Pairs) -> Metrics:
-        return loss(state.params, state, batch)[1][0]
-
-    return Learner(init, parameters, learn, evaluate)
+    return Learner(init, parts.parameters, parts.learn, parts.evaluate)
 
 
 def make(
@@ -225,7 +192,7 @@ def scores(model: Model, params: Params, prompt: Array, valid: Array, said: Roll
     )
     hidden, load = answer_hidden(model, params["body"], prompt, behind, valid)
     last = jnp.take_along_axis(hidden, said.mask.sum(-1)[:, None, None], axis=1)[:, 0]
-    return jnp.einsum("nd,d->n", last.astype(jnp.float32), params["head"].astype(jnp.float32)), load
+    return by_head(params, last), load
 
 
 def reward_of(algo: Algorithm, state: State, task: Task, model: Model | None = None) -> Callable[[Answers], Array]:
@@ -237,10 +204,3 @@ def reward_of(algo: Algorithm, state: State, task: Task, model: Model | None = N
         return scores(model, params, answers.problems.prompt, answers.problems.valid, answers.rollout)[0]
 
     return reward
-
-
-def width_of(model: Model, params: Params) -> int:
-    """Width of the decoder's stream."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    there = jnp.ones(one.shape, bool)
-    return jax.eval_shape(lambda p: model.hidden_and_load(p, one, there, there)[0], params).shape[-1]
