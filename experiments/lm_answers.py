@@ -47,13 +47,11 @@ class Answering(Asking):
     # correct=1 and the weights in hyper.
     weight: tuple[str, ...] = ()
     steps: int = 100  # Number of updates.
-    eval_dataset: str | None = (
-        None  # Data set of evaluations; default: other problems of the same, drawn by another seed.
-    )
-    eval_every: int = (
-        0  # Updates between evaluations on problems that are held out; 0 for none. The best checkpoint is kept.
-    )
-    eval_prompts: int = 64  # Problems of an evaluation, answered once each.
+    # Data set of evaluations; default: other problems of the same, drawn by another seed.
+    eval_dataset: str | None = None
+    # Updates between evaluations, whose best checkpoint is kept; 0 for none.
+    eval_every: int = 0
+    eval_prompts: int = 64  # Problems of an evaluation.
     save_every: int = 10  # Updates between checkpoints.
     log: tuple[Literal["wandb"], ...] = ()  # Loggers besides the folder's table and TensorBoard events.
 
@@ -88,12 +86,11 @@ class Method(NamedTuple):
     """An algorithm that learns from answers.
 
     Attributes:
-        init: ``(key, params, hyper, updates) -> state``.
+        init: ``(key, params, hyper, updates, ...) -> state``.
         sample: ``(state, key, prompt, valid) -> Rollout``.
         learn: ``(state, key, prompt, valid, rollout, reward) -> (state, metrics)``.
         reward: ``(parts, mask) -> [N]`` by the weights in hyper.
         trained: ``state ->`` parameters of the policy that were trained.
-        policy: ``state ->`` the policy's parameters, as they are computed with.
         prompts: Number of problems of an update that answers are drawn for.
         copies: Number of answers to each.
     """
@@ -140,13 +137,14 @@ def ppo(argv: list[str]) -> None:
     rows = config.num_answers / (config.num_minibatches * config.micro_batches)
     it, source, args = prepared(args, config.precision, rows, "num_answers / (num_minibatches * micro_batches)")
     learning = ppo_lm.learner(it.model, config, length=args.answer_length, end=it.words.ends, pad=it.pad)
-    given = None if args.reward is None else scorer(args.reward, config.precision, it)[1]
+    judge = None if args.reward is None else scorer(args.reward, config.precision, it)
+    same = judge is not None and judge.shape == replace(it.shape, tie_embeddings=True, remat=False)
+    print(f"the critic begins as the {'reward model' if same else 'policy, with a head of zeros'}", flush=True)
 
-    def init(key: Array, params: Any, hyper: Any, updates: int) -> Any:
-        body = {name: x for name, x in params.items() if name != "head"} if given is None else given["body"]
-        head = jnp.zeros(it.shape.dim) if given is None else given["head"]
-        critic = {"body": body | ({"head": params["head"]} if "head" in params else {}), "head": head}
-        return learning.init(key, params, critic, hyper, updates)
+    def init(key: Array, params: Any, hyper: Any, updates: int, critic: Any) -> Any:
+        body = {name: x for name, x in params.items() if name != "head"}
+        begin = {"body": body, "head": jnp.zeros(it.shape.dim)} if critic is None else critic
+        return learning.init(key, params, begin, hyper, updates)
 
     def reward(parts: Any, mask: Array) -> Array:
         return ppo_lm.weighed(args.hyper, parts)
@@ -154,7 +152,8 @@ def ppo(argv: list[str]) -> None:
     def trained(state: Any) -> Any:
         return optim.eval_params(state.opt_state, state.params)["actor"]
 
-    run(args, it, source, Method(init, learning.sample, learning.learn, reward, trained, config.num_answers, 1))
+    critic = judge.params if same and judge is not None else None
+    run(args, it, source, Method(init, learning.sample, learning.learn, reward, trained, config.num_answers, 1), critic)
 
 
 # What they share
@@ -176,11 +175,11 @@ def refuse_large(args: Any, rows: int) -> None:
     memory.refuse_if_too_large("num_prompts, group_size, prompt_length and answer_length", answers)
 
 
-def run(args: Any, it: Opened, source: verifiers.Source, method: Method) -> None:
-    """Sample, judge, learn, and leave what was trained in the folder."""
+def run(args: Any, it: Opened, source: verifiers.Source, method: Method, *more: Any) -> None:
+    """Sample, judge, learn, and leave what was trained in the folder; ``more`` is what the method's ``init`` takes besides."""
     key_init, key_run = jax.random.split(jax.random.key(args.seed))
     with jax.set_mesh(it.mesh):
-        state, where = language.start(it, method.init, key_init, it.params, args.hyper, args.steps)
+        state, where = language.start(it, method.init, key_init, it.params, args.hyper, args.steps, *more)
     sample = jax.jit(method.sample)
     learn = jax.jit(method.learn, donate_argnums=0, out_shardings=(where, None))
     judge = judge_of(args, args.config.precision, it, source)

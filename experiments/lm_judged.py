@@ -55,13 +55,13 @@ def answer(argv: list[str]) -> None:
     judge = judge_of(args, args.precision, it, source)
 
     @jax.jit
-    def say(key: Array, prompt: Array, valid: Array) -> Any:
+    def say(params: Any, key: Array, prompt: Array, valid: Array) -> Any:
         more: dict[str, Any] = {"length": args.answer_length, "end": it.words.ends, "pad": it.pad, "support": support}
-        return sample(key, it.model, it.params, prompt, valid=valid, **more)
+        return sample(key, it.model, params, prompt, valid=valid, **more)
 
     def judged(key: Array, drawn: Drawn) -> list[Judged]:
         tokens, valid = asked(args, it, drawn.prompts, args.copies)
-        said = said_by(it, args, say(key, tokens, valid))
+        said = said_by(it, args, say(it.params, key, tokens, valid))
         parts, texts = judge([item for item in drawn.items for _ in range(args.copies)], tokens, valid, said)
         places = [slice(i * args.copies, (i + 1) * args.copies) for i in range(len(drawn.items))]
         both = zip(drawn.items, places, strict=True)
@@ -71,7 +71,7 @@ def answer(argv: list[str]) -> None:
         """How many continuations of an answer that begins so are right."""
         longer = replace(args, prompt_length=args.prompt_length + args.answer_length)
         tokens, valid = asked(longer, it, [(prompt + it.words.encode(begun))[-longer.prompt_length :]], rows)
-        texts = judging.texts_of(it.words, said_by(it, args, say(key, tokens, valid)))[: args.continuations]
+        texts = judging.texts_of(it.words, said_by(it, args, say(it.params, key, tokens, valid)))[: args.continuations]
         right = verifiers.judge(source, [item] * len(texts), [begun + text for text in texts])["correct"]
         return float(np.nanmean(right))
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +13,8 @@ import numpy as np
 from jrl import lm
 from jrl.algos import reward_model
 from jrl.lm import data, examples, hf, judging, verifiers
-from jrl.lm.model import decoder
+from jrl.lm.model import Model, decoder
+from jrl.nets import transformer
 from jrl.numerics import checks, precision
 from jrl.run import cli, language
 from jrl.run.language import Opened
@@ -161,22 +162,31 @@ def tokens_of(words: lm.Tokenizer, prompt: Any, args: Any) -> list[int]:
     return words.encode(words.chat([*system, *said], **cli.parse_params(args.template)))
 
 
-def scorer(path: Path, policy: str, it: Opened) -> tuple[Any, Any]:
-    """The decoder and the parameters of a reward model. Raises ``ValueError`` unless it has the policy's vocabulary."""
+class Scorer(NamedTuple):
+    """A reward model: its shape, its decoder, and its parameters ``{"body", "head"}``."""
+
+    shape: transformer.Config
+    model: Model
+    params: Any
+
+
+def scorer(path: Path, policy: str, it: Opened) -> Scorer:
+    """The reward model of a folder. Raises ``ValueError`` unless it has the policy's vocabulary."""
     folder = path / lm.models.MODEL if (path / lm.models.MODEL).is_dir() else path
     parsed = precision.parse(policy)
     shape, params = hf.load_scorer(folder, parsed.compute)
     if shape.vocab_size != it.shape.vocab_size:
         raise ValueError(f"{path}: its vocabulary must be the model's {it.shape.vocab_size}; got {shape.vocab_size}")
-    return decoder(shape, parsed.compute), params
+    return Scorer(shape, decoder(shape, parsed.compute), params)
 
 
 def judge_of(args: Any, policy: str, it: Opened, source: verifiers.Source) -> Judge:
     """``(items, prompt, valid, rollout) -> (parts [N], texts)`` of the verifier and the reward model."""
     learned = None
     if args.reward is not None:
-        model, params = scorer(args.reward, policy, it)
-        learned = jax.jit(lambda prompt, valid, said: reward_model.scores(model, params, prompt, valid, said)[0])
+        _, model, params = scorer(args.reward, policy, it)
+        # Parameters are an argument, for constants would be part of the program.
+        learned = partial(jax.jit(lambda params, *asked: reward_model.scores(model, params, *asked)[0]), params)
 
     def judge(items: Any, prompt: Array, valid: Array, said: Any) -> tuple[dict[str, np.ndarray], list[str]]:
         texts = judging.texts_of(it.words, said)

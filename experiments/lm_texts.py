@@ -224,7 +224,7 @@ def refuse_unmergeable(args: Any) -> None:
 def leave_scorer(args: Any, folder: Path, it: Opened, state: Any) -> str:
     """Write a reward model, its adapter merged, and say where."""
     now = optim.eval_params(state.opt_state, state.params)
-    body = it.model.adapter(args.config.adapter).merge(it.params, now["body"])
+    body = it.model.adapter(args.config.adapter).merge(state.frozen, now["body"])
     return language.leave_scorer(folder, it, now | {"body": body})
 
 

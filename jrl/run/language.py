@@ -1,5 +1,6 @@
 """A published language model on the devices that a run uses, and what the run leaves of it."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -67,12 +68,15 @@ def mesh_of(devices: int | None, model_devices: int, rows: int, what: str) -> Me
 
 
 def start(it: Opened, init: Callable[..., Any], *given: Any) -> tuple[Any, Any]:
-    """The state ``init(*given)`` laid over the devices, and how: the model is cut, all else is whole. Raises ``ValueError`` if it cannot fit."""
+    """The state ``init(key, params, ...)`` of what is ``given``, laid over the devices, and how: the model is cut, all else is whole. The parameters that are
+    given go into the state, and are no more. Raises ``ValueError`` if it cannot fit."""
     of_params = sharding.shardings(it.mesh, transformer.axes(it.shape), it.params)
     shapes = jax.eval_shape(init, *given)
     memory.refuse_states(shapes, 1, it.mesh.size)
     where = sharding.like(it.mesh, it.params, of_params, shapes)
-    return jax.jit(init, out_shardings=where)(*given), where
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return jax.jit(init, out_shardings=where, donate_argnums=1)(*given), where
 
 
 def leave(folder: Path, it: Opened, config: adapters.Config, params: Any) -> str:
