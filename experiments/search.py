@@ -44,9 +44,9 @@ class Args:
     """Compare ways of choosing one of several answers."""
 
     num_seeds: int = 8  # Seeds, each with a policy and reward models of its own.
-    num_answers: int = 8192  # Answers that the reward models learn from.
+    num_answers: int = 4096  # Answers that the reward models learn from.
     policy_updates: int = 400  # Updates of the policy's fine-tuning.
-    updates: int = 300  # Updates of each reward model.
+    updates: int = 200  # Updates of each reward model.
     share: float = 1.0  # Share of the updates of every stage.
     seed: int = 0  # Seed from whose key every seed's key is split.
     run_dir: cli.RunDir = None  # Folder of the results; default: a new one in runs/.
