@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,12 +234,14 @@ def main(argv: list[str]) -> None:
     key_texts, key_qa = jax.random.split(jax.random.key(args.seed))
     keys, qa_keys = (jax.random.split(key, args.num_seeds) for key in (key_texts, key_qa))
 
-    rows, lines, kept = [], [], {}
+    rows, lines = [], []
+    kept: dict[int, lm.Tokenizer] = {}
+    starts: dict[int, Any] = {}  # pre-trained parameters, for those that are fine-tuned
     both = tuple([{"text": text} for text in part] for part in split(found, args.share))
     for size in args.vocab_sizes:
         words = tokenizer.train((row["text"] for row in both[0]), size)
         kept[size] = words
-        result = remembered(folder, f"vocab-{size}", args, lambda words=words: pretraining(args, keys, words, both))
+        result = remembered(folder, f"vocab-{size}", args, partial(pretraining, args, keys, words, both, starts))
         losses, per_token = np.array(result["losses"]), result["bytes_per_token"]
         bits = losses / np.log(2) / per_token
         rows.append(row_of(words.vocab_size, per_token, losses[:, -1], bits[:, -1], args))
@@ -250,9 +253,14 @@ def main(argv: list[str]) -> None:
     report.print_table(folder / "pretrain.csv", rows)
     best = args.vocab_sizes[int(np.argmin([np.mean(bits[:, -1]) for _, _, bits in lines]))]
     size = args.tuned_vocab or best
-    result = remembered(
-        folder, f"tuned-{size}", args, lambda: tuning(args, keys, qa_keys, kept[size], both, questions, folder)
-    )
+    words = kept[size]
+
+    def tune() -> dict[str, Any]:
+        if words.vocab_size not in starts:  # its losses were remembered, and its parameters were not
+            pretraining(args, keys, words, both, starts)
+        return tuning(args, qa_keys, words, questions, starts[words.vocab_size], folder)
+
+    result = remembered(folder, f"tuned-{size}", args, tune)
     at = np.arange(POINTS + 1) * max(1, args.tune_updates // POINTS)
     curves = [(name, at, np.array(result[name])) for name in ("pre-trained", "from nothing")]
     table = [
@@ -277,17 +285,17 @@ def remembered(folder: Path, name: str, args: Args, make: Any) -> dict[str, Any]
     return folders.remembered(folder / f"{name}.json", settings, make)
 
 
-def pretraining(args: Args, keys: Array, words: lm.Tokenizer, both: Any) -> dict[str, Any]:
+def pretraining(args: Args, keys: Array, words: lm.Tokenizer, both: Any, starts: dict[int, Any]) -> dict[str, Any]:
+    """Held-out losses of pre-training with a tokenizer; the parameters go into ``starts``."""
     rows = rows_of(words, both, args)
-    _, losses = pretrained(args, keys, words, rows)
+    starts[words.vocab_size], losses = pretrained(args, keys, words, rows)
     return {"losses": losses.tolist(), "bytes_per_token": rows.bytes_per_token}
 
 
 def tuning(
-    args: Args, keys: Array, qa_keys: Array, words: lm.Tokenizer, both: Any, questions: Any, folder: Path
+    args: Args, qa_keys: Array, words: lm.Tokenizer, questions: Any, params: Any, folder: Path
 ) -> dict[str, Any]:
-    """Held-out losses of fine-tuning after pre-training and without it; the first seed's model is left in the folder."""
-    params, _ = pretrained(args, keys, words, rows_of(words, both, args))
+    """Held-out losses of fine-tuning after pre-training, which gave ``params``, and without it; the first seed's model is left in the folder."""
     rows = rows_of(words, split(questions, args.share), args)
     after, losses = tuned(args, qa_keys, words, rows, params)
     _, alone = tuned(args, qa_keys, words, rows, None)
