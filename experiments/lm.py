@@ -4,7 +4,7 @@ python experiments/lm.py sft --model MODEL --data chats.jsonl                 su
 python experiments/lm.py reward --model MODEL --data pairs.jsonl              a reward model from preferences
 python experiments/lm.py process --model MODEL --data steps.jsonl            a reward model from labels of steps, or of answers
 python experiments/lm.py dpo --model MODEL --data pairs.jsonl                 DPO and its kin, on the same pairs
-python experiments/lm.py ppo --model MODEL --data prompts.jsonl --reward runs/lm-reward        RLHF: actor, critic, reward model and reference
+python experiments/lm.py ppo --model MODEL --dataset prompts.jsonl --reward runs/lm-reward        RLHF: actor, critic, reward model and reference
 python experiments/lm.py grpo --model SmolLM2-135M-Instruct.Q4_1.gguf         GRPO on sums of reasoning-gym (chain_sum), which are verified
 python experiments/lm.py grpo --model MODEL --dataset mine.py                 problems of your own: make(seed) -> verifiers.Source
 python experiments/lm.py answer --model MODEL --dataset chain_sum              judged answers as data for reward, process and dpo; majority, best of n

@@ -47,7 +47,7 @@ class Answering(Asking):
     # correct=1 and the weights in hyper.
     weight: tuple[str, ...] = ()
     steps: int = 100  # Number of updates.
-    # Data set of evaluations; default: other problems of the same, drawn by another seed.
+    # Data set of evaluations; default: the same, drawn by another seed (a list of prompts or of your own items has no others).
     eval_dataset: str | None = None
     # Updates between evaluations, whose best checkpoint is kept; 0 for none.
     eval_every: int = 0
@@ -60,7 +60,7 @@ class Answering(Asking):
 class GRPO(Answering):
     """Group relative policy optimization: several answers to each prompt, compared with each other."""
 
-    # Folder of the run. If it has a checkpoint, the run continues with its settings: only prompt_length, save_every, the devices and
+    # Folder of the run. If it has a checkpoint, the run goes on with the same settings: only prompt_length, save_every, the devices and
     # config.micro_batches may differ, which change no mathematics.
     run_dir: cli.NamedFolder = Path("runs/lm-grpo")
     # Static settings; the model is that of the file.
@@ -74,7 +74,7 @@ class GRPO(Answering):
 class PPO(Answering):
     """PPO with a critic: RLHF with four models where there is a reward model, whose parameters the critic begins with."""
 
-    # Folder of the run. If it has a checkpoint, the run continues with its settings: only prompt_length, save_every, the devices and
+    # Folder of the run. If it has a checkpoint, the run goes on with the same settings: only prompt_length, save_every, the devices and
     # config.micro_batches may differ, which change no mathematics.
     run_dir: cli.NamedFolder = Path("runs/lm-ppo")
     # Static settings; the model is that of the file.
@@ -181,7 +181,7 @@ def run(args: Any, it: Opened, source: verifiers.Source, method: Method, *more: 
     with jax.set_mesh(it.mesh):
         state, where = language.start(it, method.init, key_init, it.params, args.hyper, args.steps, *more)
     sample = jax.jit(method.sample)
-    learn = jax.jit(method.learn, donate_argnums=0, out_shardings=(where, None))
+    learn = jax.jit(steps.unless_broken(method.learn), donate_argnums=0, out_shardings=(where, None))
     judge = judge_of(args, args.config.precision, it, source)
     unseen = source if args.eval_dataset is None else source_of(replace(args, dataset=args.eval_dataset, setting=()))
     judge_unseen = judge_of(args, args.config.precision, it, unseen)

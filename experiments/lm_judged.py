@@ -47,9 +47,13 @@ def answer(argv: list[str]) -> None:
     for name in ("number", "copies", "together"):
         checks.positive_int(name, getattr(args, name))
     checks.positive_int("continuations", args.continuations, at_least=0)
+    if not args.separator:
+        raise ValueError("separator: the text behind a step must not be empty")
     rows = args.together * args.copies
     checks.within("continuations", args.continuations, 0, rows)
     it, source, args = prepared(args, args.precision, rows, "together * copies")
+    if args.continuations and source.score is None:
+        raise ValueError("continuations: nothing verifies the answers to these prompts")
     support = Support(args.temperature)
     check_support(support, it.model.vocab_size)
     judge = judge_of(args, args.precision, it, source)

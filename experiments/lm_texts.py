@@ -52,7 +52,7 @@ class SFT(Files):
     length: int | None = None  # Tokens of a row; default: the longest text's, at most 1,024. What is longer is cut.
     # How texts share rows: bfd (whole texts, longest first), bfd_split (long ones in pieces), wrapped (one stream), none.
     packing: texts.How = "bfd"
-    # Folder of the run. If it has a checkpoint, the run continues with its settings.
+    # Folder of the run. If it has a checkpoint, the run goes on; its settings must be the same.
     run_dir: cli.NamedFolder = Path("runs/lm-sft")
     config: sft_.Config = field(default_factory=lambda: sft_.Config(batch_size=8, adapter=LORA))  # Static settings.
     hyper: sft_.Hyper = sft_.Hyper(learning_rate=2e-4)  # Hyperparameters.
@@ -110,6 +110,10 @@ def sft(argv: list[str]) -> None:
     longest = max(int(corpus.lengths.max()) for corpus in corpora)
     room = min(longest, 1024) if args.length is None else args.length
     plans = [texts.pack(corpus.lengths, room, args.packing) for corpus in corpora]
+    if not all(texts.rows_of(plan, x, room).learned.any() for plan, x in zip(plans, corpora, strict=True)):
+        raise ValueError(f"length = {room} cuts off all tokens that are learned from")
+    if (cut := sum(int((x.lengths > room).sum()) for x in corpora)) and args.packing in ("none", "bfd"):
+        print(f"{cut} texts are longer than {room} tokens and are cut")
     held_out = len(plans[1]) if len(plans) > 1 else 0
     print(f"{number} texts in {len(plans[0])} rows of {room} tokens; {held_out} rows are held out", flush=True)
 
@@ -140,7 +144,7 @@ def reward(argv: list[str]) -> None:
         return learning.learn(state, batch)
 
     job = Job(learning.init, learn, learning.evaluate, batch, weight_of, sizes, args.config.batch_size)
-    state, plan = trained(args, it, job, ("loss", "accuracy", "margin"), ("accuracy", True), lengths)
+    state, plan = trained(args, it, job, ("loss", "accuracy", "margin"), ("loss", False), lengths)
     print(leave_scorer(args, plan.folder, it, state))
 
 

@@ -30,6 +30,7 @@ def norm(x, w, eps=1e-5):
     return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + eps) * w
 
 
+@pytest.mark.slow
 def test_a_module_joins_the_token_ahead_and_the_stream_so_far():
     """Equations 21 to 23, module by module, in numpy up to the layer."""
     shape = replace(SHAPE, ahead=2)
@@ -70,6 +71,7 @@ def test_each_module_scores_the_token_that_it_has_not_seen():
     assert same[:4].all() and not same[4:].any()
 
 
+@pytest.mark.slow
 def test_packed_texts_do_not_see_each_other_further_ahead_either():
     model, params = decoder(SHAPE), loud()
     first, second = [1, 2, 3, 4], [5, 1, 2]
@@ -109,6 +111,7 @@ def test_a_module_learns_and_its_drafts_are_taken(taught):
     assert np.mean(11 / np.asarray(found.steps)) > 1.5  # the first token came with the prompt
 
 
+@pytest.mark.slow
 def test_what_is_drafted_changes_no_distribution():
     """Answers of 1 to 3 tokens of a decoder whose module was never trained: chi-square against the sampler, and the log-probabilities."""
     params, number = loud(), 4000

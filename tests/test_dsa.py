@@ -40,6 +40,7 @@ def test_the_largest_visible_scores_are_picked():
     assert at[0] == 1 and there.tolist() == [True, False]
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("more", [{}, {"segment_ids": SEGMENTS}, {"valid": VALID}], ids=["plain", "segments", "valid"])
 @pytest.mark.parametrize("chunk", [4, 100])
 def test_gathered_latents_give_what_all_scores_give_and_so_do_slopes(made, more, chunk):
@@ -66,6 +67,7 @@ def test_with_room_for_all_tokens_it_is_latent_attention(made, more):
     np.testing.assert_allclose(found, mla.attend(params, x, LATENT, **more), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_is_that_of_float64(made):
     params, index, x = made
     narrow = dsa.attend(params, index, x, CONFIG, LATENT)
@@ -87,6 +89,7 @@ def test_a_token_behind_the_cache_sees_what_it_sees_in_the_sequence(made, start)
         np.testing.assert_allclose(found, wanted[:, t], atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparse", [False, True])
 def test_the_indexer_learns_where_attention_goes_and_nothing_else_does(made, sparse):
     params, index, x = made

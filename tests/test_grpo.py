@@ -237,6 +237,7 @@ def test_adapters_beside_the_matrices_compute_what_merged_ones_do(more):
     )
 
 
+@pytest.mark.slow
 def test_answers_in_slots_are_those_of_all_at_once():
     model = language_model(TASK, SHAPE, "float32")
     params = model.init(jax.random.key(0))

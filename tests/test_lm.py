@@ -12,7 +12,8 @@ from attacks import language_model
 
 from jrl import lm
 from jrl.lm import data, hf, peft
-from jrl.nets import transformer
+from jrl.nets import adapters, transformer
+from jrl.run import RunError
 
 sys.path.insert(0, str(processes.ROOT / "experiments"))
 import lm_answers
@@ -80,6 +81,7 @@ def judge(folder, tmp_path_factory):
     return run_dir, rows
 
 
+@pytest.mark.slow
 def test_a_reward_model_ranks_pairs_that_it_did_not_see_and_is_left_for_transformers(folder, judge):
     run_dir, rows = judge
     assert float(rows[-1]["eval_accuracy"]) > 0.9 and float(rows[-1]["loss"]) < 0.5
@@ -89,12 +91,14 @@ def test_a_reward_model_ranks_pairs_that_it_did_not_see_and_is_left_for_transfor
     assert config["architectures"] == ["LlamaForSequenceClassification"] and config["id2label"] == {"0": "LABEL_0"}
 
 
+@pytest.mark.slow
 def test_steps_are_judged(folder, tmp_path):
     rows = train("process", folder, tmp_path / "run", "--steps", 40, "--eval-every", 20, "--separator", "<end>")
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"]) and 0 <= float(rows[-1]["eval_calibration_error"]) < 0.5
     assert hf.load_scorer(tmp_path / "run/model")[1]["head"].any()
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("command", ["sft", "dpo"])
 def test_a_run_goes_on_in_the_middle_of_an_epoch_to_the_same_numbers(command, folder, tmp_path, capsys):
     more = ("--eval-every", 1, "--config.optimizer.schedule", "constant")  # which does not go by the length
@@ -107,6 +111,7 @@ def test_a_run_goes_on_in_the_middle_of_an_epoch_to_the_same_numbers(command, fo
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_what_was_learned_is_left_and_loaded_by_the_folder_of_the_run(folder, tmp_path):
     rows = train("sft", folder, tmp_path / "run", "--steps", 30, "--eval-every", 10, "--packing", "none")
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
@@ -122,6 +127,7 @@ def test_what_was_learned_is_left_and_loaded_by_the_folder_of_the_run(folder, tm
     assert len(again) == 1
 
 
+@pytest.mark.slow
 def test_ppo_learns_from_a_learned_reward_and_shows_its_answers(folder, judge, tmp_path):
     given = ("--dataset", folder / "prompts.jsonl", "--reward", judge[0], "--config.num-answers", 8, "--stop", "3 3")
     rows = train("ppo", folder, tmp_path / "run", "--steps", 2, *given, "--eval-every", 1, "--eval-prompts", 8)
@@ -132,6 +138,7 @@ def test_ppo_learns_from_a_learned_reward_and_shows_its_answers(folder, judge, t
     assert all(row["prompt"].startswith("say ") for row in said)
 
 
+@pytest.mark.thorough(3)
 @pytest.mark.parametrize("command, more, message", [
     ("sft", ("--data", "none.jsonl"), "none.jsonl: No such file"),
     ("sft", ("--packing", "tight"), "packing"),
@@ -155,6 +162,7 @@ def test_what_is_wrong_is_said_in_a_line(command, more, message, folder, tmp_pat
     assert message in said
 
 
+@pytest.mark.slow
 def test_judged_answers_are_data_for_the_other_commands(folder, judge, tmp_path, capsys):
     given = (
         "--model",
@@ -185,3 +193,18 @@ def test_judged_answers_are_data_for_the_other_commands(folder, judge, tmp_path,
     text = (tmp_path / "pairs.jsonl").read_text()
     for row in map(json.loads, text.splitlines()):
         assert row["prompt"][4] in row["chosen"] and row["prompt"][4] not in row["rejected"]
+
+
+@pytest.mark.slow
+def test_an_update_that_breaks_the_model_leaves_the_one_before(folder, tmp_path, capsys):
+    huge = ("--hyper.learning-rate", "1e30", "--config.adapter.kind", "full", "--save-every", 100)
+    with pytest.raises(RunError, match=r"turned NaN at update \d; the model of update \d is kept"):
+        train("sft", folder, tmp_path / "run", "--steps", 6, *huge)
+    assert "saved at step" in capsys.readouterr().out
+
+
+def test_settings_that_leave_nothing_to_learn_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="length = 2 cuts off all tokens that are learned from"):
+        train("sft", folder, tmp_path / "run", "--length", 2, "--packing", "none")
+    with pytest.raises(ValueError, match=r"adapter.targets must be a regular expression"):
+        adapters.Config("lora", targets="[")

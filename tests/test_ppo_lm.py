@@ -65,6 +65,7 @@ INPUTS = {name: np.array(x) for name, x in GOLDEN["inputs"].items()}
 SAID, VALUED = (~INPUTS[name].astype(bool) for name in ("padding_mask", "padding_mask_p1"))
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("case", GOLDEN["gae_cases"], ids=lambda case: case["name"])
 def test_the_arithmetic_of_tokens_is_that_of_trl(case):
     wanted, more = {k: np.array(x) for k, x in case.items() if k not in ("name", "params", "update")}, case["params"]
@@ -116,8 +117,11 @@ def test_beta_follows_the_kl_and_unended_answers_lose():
     tokens, mask = jnp.array([[3, 1, 0], [3, 3, 3], [3, 3, 3]]), jnp.array([[1, 1, 0], [1, 1, 1], [0, 0, 0]], bool)
     said = Rollout(tokens, mask, jnp.zeros((3, 3)), None)
     np.testing.assert_array_equal(ppo_lm.unended(said, jnp.array([1])), [0, 1, 0])
+    cut = said._replace(mask=mask.at[1, 2].set(False))  # by a stop string
+    np.testing.assert_array_equal(ppo_lm.unended(cut, jnp.array([1])), [0, 0, 0])
 
 
+@pytest.mark.slow
 def test_micro_batches_and_adapters_of_actor_and_critic():
     def updated(**more):
         algo = ppo_lm.make(TASK, replace(CONFIG, num_epochs=1, **more), ppo_lm.Hyper(learning_rate=0.01))

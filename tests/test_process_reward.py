@@ -79,6 +79,7 @@ def labelled(policy, kind, number=256):
     return Labelled(problems.prompt, problems.valid, said, right.astype(jnp.float32), weight)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("kind, change", [
     ("process", {}), ("outcome", {"loss": "squared"}), ("process", {"adapter": adapters.Config("lora", rank=4), "micro_batches": 2}),
 ], ids=["process", "outcome", "lora"])  # fmt: skip

@@ -161,6 +161,7 @@ def random_texts(count=6, longest=7):
     return [draws.integers(1, 20, size=n).tolist() for n in draws.integers(2, longest + 1, size=count)]
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("attention", ["dense", "rwkv"])
 def test_packed_texts_do_not_see_each_other(attention):
     shape = replace(SHAPE, attention=attention, num_kv_heads=2)
@@ -177,6 +178,7 @@ def test_packed_texts_do_not_see_each_other(attention):
     np.testing.assert_allclose(losses(together, True), losses(apart, False), atol=1e-5)
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("change", [
     {"micro_batches": 2}, {"adapter": adapters.Config("lora", rank=2)}, {"model": replace(SHAPE, dense_layers=1, experts=moe.Config(2, expert_dim=8))},
 ], ids=["micro", "lora", "experts"])  # fmt: skip
@@ -199,6 +201,7 @@ def test_learning_from_texts(change):
     )
 
 
+@pytest.mark.slow
 def test_micro_batches_change_no_gradient():
     corpus = corpus_of(random_texts(16))
     batch = Texts(*map(jnp.asarray, rows_of(pack(corpus.lengths, 12, "bfd")[:4], corpus, 12)))

@@ -82,14 +82,14 @@ def learner(model: Model, config: Config) -> "Learner":
         likelihood = mean(-found.chosen / found.chosen_length)
         liked, disliked = found.chosen - reference.chosen, found.rejected - reference.rejected
         metrics = {
-            "loss": each,
+            "loss": each + (hyper.likelihood_weight + (config.loss == "orpo")) * likelihood,
             "accuracy": mean(1.0 * (liked > disliked)),
             "margin": hyper.beta * mean(liked - disliked),
             "chosen_log_ratio": mean(liked),
             "rejected_log_ratio": mean(disliked),
             "likelihood_loss": likelihood,
         }
-        return each + (hyper.likelihood_weight + (config.loss == "orpo")) * likelihood, metrics, found.load
+        return metrics["loss"], metrics, found.load
 
     def reference_of(params: Any, batch: Pairs) -> Any:
         """Log-probabilities of pairs under ``params``, a few at once; nothing where the loss needs none."""

@@ -273,7 +273,7 @@ class Learner(NamedTuple):
 
 def unended(said: Rollout, ends: Array) -> Array:
     """1 for answers that stop without an end token, float32 ``[N]``."""
-    ended = jnp.any(said.mask & jnp.isin(said.tokens, ends), axis=1)
+    ended = jnp.any(said.mask & jnp.isin(said.tokens, ends), axis=1) | ~said.mask.all(1)  # a stop string cuts it short
     return (said.mask.any(1) & ~ended).astype(jnp.float32)
 
 

@@ -14,6 +14,7 @@ All but a prefix and a prompt leave the decoder as it is at the start; these two
 section 7.4), and need dense attention.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,6 +46,14 @@ class Config(Settings, prefix="adapter"):
     dropout: BelowOne = 0.0  # Share of the inputs of A that supervised learning drops.
     tokens: Positive = 16  # Virtual tokens of prefix and prompt.
     whole: str = ""  # Regular expression for parameters that are trained themselves beside lora, dora and ia3.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("targets", "whole"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise ValueError(f"adapter.{name} must be a regular expression: {error}") from None
 
     @property
     def trains_all(self) -> bool:

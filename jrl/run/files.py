@@ -49,7 +49,7 @@ def learn(job: Job, it: Opened, plan: Plan, hyper: Any, seed: int) -> tuple[Any,
     key_init, key_run = jax.random.split(jax.random.key(seed))
     with jax.set_mesh(it.mesh):
         state, where = start(it, job.init, key_init, it.params, hyper, plan.updates)
-    learning = jax.jit(job.learn, donate_argnums=0, out_shardings=(where, None))
+    learning = jax.jit(steps.unless_broken(job.learn), donate_argnums=0, out_shardings=(where, None))
     judging = jax.jit(job.evaluate)
 
     def step(state: Any, done: int) -> tuple[Any, Row, list[Any]]:
@@ -102,7 +102,7 @@ def check_files(args: Any) -> None:
         checks.positive_int(name, getattr(args, name))
     for name in ("steps", "length", "prompt_length", "answer_length"):
         if getattr(args, name, None) is not None:
-            checks.positive_int(name, getattr(args, name))
+            checks.positive_int(name, getattr(args, name), at_least=2 if name == "length" else 1)
     checks.not_empty(data=args.data)
 
 

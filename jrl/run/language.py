@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from jrl import lm
-from jrl.lm import hf, peft
+from jrl.lm import hf, layout, peft
 from jrl.lm.model import Model, decoder
 from jrl.lm.models import ADAPTER, MODEL
 from jrl.nets import adapters, transformer
@@ -47,6 +47,12 @@ def opened(path: Path, policy: str, mesh: Mesh) -> Opened:
     shape, params, words = lm.load(path, parsed.params)
     if not words.ends:
         raise ValueError(f"{path} names no end token")
+    try:
+        layout.check_shapes(params, shape)
+    except ValueError:
+        raise ValueError(
+            f"{path}: its adapter is no part of the model's matrices; begin with the model beside it"
+        ) from None
     pad = words.ends[0] if words.pad is None else words.pad
     shape = replace(shape, remat=True)
     return Opened(path, shape, params, words, decoder(shape, parsed.compute, words.vocab_size), mesh, pad)

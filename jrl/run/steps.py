@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jrl.run import disk, log, plot
@@ -91,8 +92,9 @@ def train(plan: Plan, state: Any, step: Step) -> tuple[Any, int, list[Row]]:
         try:
             while done < plan.updates and not stop.requested:
                 after, row, said = stop.result(pool.submit(step, state, done))
+                state = after
                 refuse_nan(row, done)
-                state, done = after, done + 1
+                done += 1
                 seen = stop.result(pool.submit(_evaluated, plan, state, done))
                 rows.append(row | seen)
                 print(f"step {done}  " + "  ".join(_said(rows[-1], plan.shown)), flush=True)
@@ -116,6 +118,20 @@ def train(plan: Plan, state: Any, step: Step) -> tuple[Any, int, list[Row]]:
     return state, done, rows
 
 
+def unless_broken(learn: Callable[..., tuple[Any, dict[str, Any]]]) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """``learn(state, ...) -> (state, metrics)`` whose state is the one before where the loss or the gradient is not finite, so that it may be donated."""
+
+    def safe(state: Any, *more: Any) -> tuple[Any, dict[str, Any]]:
+        new, metrics = learn(state, *more)
+        fine = jnp.all(jnp.stack([jnp.isfinite(metrics[name]) for name in FINITE if name in metrics]))
+        names = [name for name in ("params", "opt_state", "updates", "kl_weight") if hasattr(state, name)]
+        old, now = ({name: getattr(x, name) for name in names} for x in (state, new))
+        kept = jax.tree.map(lambda a, b: jnp.where(fine, a, b), now, old)
+        return new._replace(**kept), metrics
+
+    return safe
+
+
 def best_of(plan: Plan, state: Any) -> Any:
     """The state of the best checkpoint in the folder of the plan; the one given if there is none."""
     folder = plan.folder / BEST
@@ -126,6 +142,7 @@ def best_of(plan: Plan, state: Any) -> Any:
         number = reader.latest()
         if number is None:
             return state
+        print(f"what is left is the model of step {number}, the best by eval_{plan.best[0]}", flush=True)
         saved = reader.read(reader.manifest(number), without(state, plan.dropped))
         return with_kept(saved, state, plan.dropped)
     finally:
