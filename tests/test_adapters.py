@@ -66,7 +66,7 @@ def test_merged_matrices_are_those_of_the_library(name):
         np.testing.assert_allclose(q, np.load(DATA / name / "logits.npz")["merged_q_proj_layer0"], atol=1e-5)
 
 
-@pytest.mark.thorough(3)
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("name", PEFT)
 def test_gradients_are_those_of_the_library(name, tmp_path):
     """Of the loss of next tokens, written as an adapter's file and compared tensor by tensor."""
@@ -123,7 +123,7 @@ def test_an_adapter_that_is_written_is_the_one_that_was_read(name, tmp_path):
     assert differing <= {"base_model_name_or_path", "encoder_hidden_size"}, differing
 
 
-@pytest.mark.thorough(3)
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("kind", (*adapters.BESIDE_MATRICES, "prefix", "prompt", "houlsby", "pfeiffer"))
 def test_sampling_and_scoring_agree_and_most_adapters_begin_as_nothing(kind):
     config = adapters.Config(kind, rank=4, tokens=3)

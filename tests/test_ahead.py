@@ -62,6 +62,7 @@ def test_a_module_joins_the_token_ahead_and_the_stream_so_far():
             np.testing.assert_allclose(second, scaled, atol=1e-3)  # the module norms what it gets
 
 
+@pytest.mark.slow
 def test_each_module_scores_the_token_that_it_has_not_seen():
     """A change of a token changes what the module says of it, and of later ones, but nothing before."""
     model, params = decoder(SHAPE), loud()

@@ -32,6 +32,8 @@ LONG = (
     "bc",
     "dpo",
     "dqfd",
+    "language-model",
+    "language-models",
     "process_reward",
     "reverse_curriculum",
     "reward_model",

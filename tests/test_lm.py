@@ -98,7 +98,7 @@ def test_steps_are_judged(folder, tmp_path):
     assert hf.load_scorer(tmp_path / "run/model")[1]["head"].any()
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["sft", "dpo"])
 def test_a_run_goes_on_in_the_middle_of_an_epoch_to_the_same_numbers(command, folder, tmp_path, capsys):
     more = ("--eval-every", 1, "--config.optimizer.schedule", "constant")  # which does not go by the length
@@ -138,7 +138,7 @@ def test_ppo_learns_from_a_learned_reward_and_shows_its_answers(folder, judge, t
     assert all(row["prompt"].startswith("say ") for row in said)
 
 
-@pytest.mark.thorough(3)
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize("command, more, message", [
     ("sft", ("--data", "none.jsonl"), "none.jsonl: No such file"),
     ("sft", ("--packing", "tight"), "packing"),

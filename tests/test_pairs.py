@@ -95,6 +95,7 @@ def test_log_probabilities_are_those_of_the_answers_alone():
         np.testing.assert_array_equal(length, 2)
 
 
+@pytest.mark.thorough(2)
 @pytest.mark.parametrize(
     "loss, wanted",
     [("sigmoid", np.log(2)), ("ipo", 1 / 0.04), ("hinge", 1.0), ("kto", 0.5), ("apo", 1.0)],
@@ -176,6 +177,7 @@ def test_matrices_beside_the_frozen_model_learn_preferences():
     assert set(state.params) >= {"layers/q", "layers/o"} and metrics["loss"][-1] < metrics["loss"][0]
 
 
+@pytest.mark.slow
 def test_a_reward_sees_the_whole_answer_and_nothing_behind_its_end():
     algo = made_reward()
     state = jax.jit(algo.init)(jax.random.key(0))

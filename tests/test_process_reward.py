@@ -45,6 +45,7 @@ def test_calibration_error_of_hand_worked_bins():
     np.testing.assert_allclose(preferences.calibration_error(p, label, weight), 0.05, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_continuations_keep_what_was_said_and_are_as_if_they_were_sampled_there(problems, policy):
     """From the first token on they are the sampler's, and behind a right beginning a good policy ends right."""
     shown = jax.vmap(TASK.demonstrate)(problems)
@@ -79,7 +80,7 @@ def labelled(policy, kind, number=256):
     return Labelled(problems.prompt, problems.valid, said, right.astype(jnp.float32), weight)
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, change", [
     ("process", {}), ("outcome", {"loss": "squared"}), ("process", {"adapter": adapters.Config("lora", rank=4), "micro_batches": 2}),
 ], ids=["process", "outcome", "lora"])  # fmt: skip

@@ -60,6 +60,7 @@ def test_an_update_compiles_for_devices(data, model, key):
     assert len(cut) == 8, "gate and up: the parameters, the reference and two moments"
 
 
+@pytest.mark.slow
 @pytest.mark.thorough(1)
 @pytest.mark.parametrize("data, model", [(1, 2), (2, 1)])
 def test_an_update_over_devices_is_that_of_one(data, model, key):
