@@ -155,9 +155,9 @@ def process(argv: list[str]) -> None:
     learning = process_reward.learner(it.model, args.config)
     separator = args.separator.replace("\\n", "\n")
 
-    def rows_of(paths: Sequence[Path], lengths: Any, what: str) -> tuple[examples.Stepped, int]:
+    def rows_of(paths: Sequence[Path], fit: examples.Fit, what: str) -> tuple[examples.Stepped, int]:
         rows = data.read(paths, args.format)
-        return examples.stepped(it.words, rows, separator, lengths[0], lengths[1], args.overlong, it.pad, shown(what))
+        return examples.stepped(it.words, rows, separator, fit, it.pad, shown(what))
 
     found, sizes, lengths = halves(args, rows_of)
 
@@ -235,20 +235,24 @@ def leave_scorer(args: Any, folder: Path, it: Opened, state: Any) -> str:
 def paired(args: Any, it: Opened) -> tuple[list[Pairs], tuple[int, int], dict[str, int]]:
     """Pairs that are learned from and those that are held out, their numbers, and their lengths."""
 
-    def rows_of(paths: Sequence[Path], lengths: Any, what: str) -> tuple[Pairs, int]:
+    def rows_of(paths: Sequence[Path], fit: examples.Fit, what: str) -> tuple[Pairs, int]:
         rows = data.read(paths, "pairs")
-        return examples.paired(it.words, rows, lengths[0], lengths[1], args.overlong, it.pad, shown(what))
+        return examples.paired(it.words, rows, fit, it.pad, shown(what))
 
     return halves(args, rows_of)
 
 
 def halves(args: Any, rows_of: Any) -> tuple[list[Any], tuple[int, int], dict[str, int]]:
-    """Rows that are learned from and those that are held out, as ``rows_of(paths, lengths, what)`` makes them with the number of those that it dropped;
+    """Rows that are learned from and those that are held out, as ``rows_of(paths, fit, what)`` makes them with the number of those that it dropped;
     their numbers, and their lengths."""
-    first, dropped = rows_of(args.data, (args.prompt_length, args.answer_length), "rows")
+    first, dropped = rows_of(args.data, examples.Fit(args.prompt_length, args.answer_length, args.overlong), "rows")
     lengths = {"prompt_length": first.prompt.shape[1], "answer_length": first[2].shape[1]}
     if args.eval_data:
-        second, more = rows_of(args.eval_data, tuple(lengths.values()), "held-out rows")
+        second, more = rows_of(
+            args.eval_data,
+            examples.Fit(lengths["prompt_length"], lengths["answer_length"], args.overlong),
+            "held-out rows",
+        )
         found, dropped = [first, second], dropped + more
     else:
         number = files.split(len(first.prompt), args.eval_share, given=False)

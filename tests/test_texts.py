@@ -260,12 +260,10 @@ def test_labelled_rows_are_arrays_and_too_long_ones_are_dropped_or_cut(words):
         {"prompt": "a", "completions": ["b", "c d"], "labels": [True, False]},
         {"prompt": "a b c d", "completions": ["e"], "labels": [True]},
     ]
-    found, dropped = examples.stepped(words, rows, "<end>", 5, None, "drop", 0)
+    found, dropped = examples.stepped(words, rows, "<end>", examples.Fit(5), 0)
     assert dropped == 1 and found.tokens.shape == (1, 5) and found.weight.sum() == 2
     assert found.label[0, found.weight[0] > 0].tolist() == [1, 0]
-    cut, dropped = examples.stepped(words, rows, "<end>", 5, 2, "cut", 0)
+    cut, dropped = examples.stepped(words, rows, "<end>", examples.Fit(5, 2, "cut"), 0)
     assert dropped == 0 and cut.prompt.shape == (2, 5) and cut.weight.sum(1).tolist() == [1, 1]
-    judged, _ = examples.stepped(
-        words, [{"prompt": "a", "completion": "b c", "label": True}], "", None, None, "drop", 0
-    )
+    judged, _ = examples.stepped(words, [{"prompt": "a", "completion": "b c", "label": True}], "", examples.Fit(), 0)
     assert judged.weight.tolist() == [[0, 0, 1]] and judged.label.sum() == 1

@@ -154,7 +154,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
             support = config.support(state.hyper.temperature)
             return score(model, params, x[0], x[2], valid=x[1], support=support).log_prob
 
-        return _in_parts(part, (prompt, valid, rollout), config.num_minibatches * config.micro_batches)
+        return loops.in_parts(part, (prompt, valid, rollout), config.num_minibatches * config.micro_batches)
 
     return Learner(init, policy, draw, learn)
 
@@ -289,9 +289,3 @@ def rewards(config: Config, hyper: Hyper, parts: dict[str, Array], mask: Array) 
             mask.sum(1, dtype=jnp.float32), mask.shape[1], config.overlong
         )
     return total
-
-
-def _in_parts(function: Callable[[Any], Array], rows: Any, parts: int) -> Array:
-    """``function`` of rows ``[N, ...]``, in ``parts`` sequential chunks."""
-    found = jax.lax.map(function, loops.split(rows, parts))
-    return found.reshape(-1, *found.shape[2:])

@@ -76,9 +76,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
             ref = score(model, state.frozen["actor"], prompt, said, valid=valid, support=support).log_prob
             return ref, token_losses.masked(values(critic, prompt, said, valid)[0], said.mask)
 
-        found = jax.lax.map(part, loops.split((prompt, valid, said), parts))
-        ref, value = (x.reshape(-1, *x.shape[2:]) for x in found)
-        return ref, value
+        return loops.in_parts(part, (prompt, valid, said), parts)
 
     def steps(state: State, batch: Batch, key: Array) -> tuple[State, Metrics]:
         order = rollout.minibatches(key, config.num_answers, config.num_epochs, config.num_minibatches)

@@ -8,7 +8,6 @@ soft estimate), which ``lm.rollouts.step_values`` makes. An outcome reward model
 it is: the share that it ranks above and below 1/2 as they are, and its calibration error.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.algorithm import Metrics
-from jrl.algos.scorer import by_head, scorer
+from jrl.algos.scorer import Learner, by_head, scorer
 from jrl.equations import preferences
 from jrl.lm.model import Model
 from jrl.lm.sampling import Rollout
@@ -71,7 +70,7 @@ class Labelled(NamedTuple):
     weight: Array
 
 
-def learner(model: Model, config: Config) -> "Learner":
+def learner(model: Model, config: Config) -> Learner:
     """A reward model from labels of any origin, as pure functions. Raises ``ValueError`` for settings that do not fit each other."""
 
     def weigh(batch: Labelled) -> Array:
@@ -111,22 +110,6 @@ class State(NamedTuple):
     updates: Array  # int32: done so far
     num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown
     hyper: Hyper
-
-
-class Learner(NamedTuple):
-    """The algorithm; labels may come from anywhere.
-
-    Attributes:
-        init: ``(key, params, hyper, num_updates=None) -> State``.
-        parameters: ``State -> {"body", "head"}`` of the reward model as it is now, for ``logits``.
-        learn: ``(state, batch) -> (State, Metrics)``.
-        evaluate: ``(state, batch) -> Metrics``, calibration among them.
-    """
-
-    init: Callable[..., State]
-    parameters: Callable[[State], Any]
-    learn: Callable[..., tuple[State, Metrics]]
-    evaluate: Callable[..., Metrics]
 
 
 def logits(model: Model, params: Params, prompt: Array, valid: Array, said: Rollout) -> tuple[Array, Any]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.algorithm import Algorithm, Metrics
-from jrl.algos.scorer import by_head, scorer
+from jrl.algos.scorer import Learner, by_head, scorer
 from jrl.equations import preferences
 from jrl.lm import pairs as pairs_of
 from jrl.lm.model import Model
@@ -61,7 +61,7 @@ class Hyper(NamedTuple):
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
 
 
-def learner(model: Model, config: Config) -> "Learner":
+def learner(model: Model, config: Config) -> Learner:
     """A reward model on pairs of any origin, as pure functions. Raises ``ValueError`` for settings that do not fit each other."""
 
     def weigh(batch: Pairs) -> Array:
@@ -165,22 +165,6 @@ class State(NamedTuple):
     updates: Array  # int32: done so far
     num_updates: Array  # int32: of the whole run, for schedules; 0 if unknown
     hyper: Hyper
-
-
-class Learner(NamedTuple):
-    """The algorithm without its task: pairs may come from anywhere.
-
-    Attributes:
-        init: ``(key, params, hyper, num_updates=None) -> State``.
-        parameters: ``State -> {"body", "head"}`` of the reward model as it is now, for ``scores``.
-        learn: ``(state, pairs) -> (State, Metrics)``.
-        evaluate: ``(state, pairs) -> Metrics``.
-    """
-
-    init: Callable[..., State]
-    parameters: Callable[[State], Any]
-    learn: Callable[..., tuple[State, Metrics]]
-    evaluate: Callable[..., Metrics]
 
 
 def scores(model: Model, params: Params, prompt: Array, valid: Array, said: Rollout) -> tuple[Array, Any]:

@@ -31,6 +31,22 @@ class Scorer(NamedTuple):
     evaluate: Callable[[Any, Any], Metrics]
 
 
+class Learner(NamedTuple):
+    """A reward model's algorithm without its task: batches may come from anywhere.
+
+    Attributes:
+        init: ``(key, params, hyper, num_updates=None) -> State``.
+        parameters: ``State -> {"body", "head"}`` of the reward model as it is now.
+        learn: ``(state, batch) -> (State, Metrics)``.
+        evaluate: ``(state, batch) -> Metrics``.
+    """
+
+    init: Callable[..., Any]
+    parameters: Callable[[Any], Any]
+    learn: Callable[..., tuple[Any, Metrics]]
+    evaluate: Callable[..., Metrics]
+
+
 def scorer(
     model: Model,
     config: Any,
@@ -40,8 +56,8 @@ def scorer(
     """A learner of a decoder and a head.
 
     Args:
-        model: the decoder.
-        config: with batch_size, micro_batches, adapter, optimizer and precision.
+        model: The decoder.
+        config: Settings with the fields batch_size, micro_batches, adapter, optimizer and precision.
         weigh: ``batch ->`` how much each of its labels counts, of a sum of 1.
         scored: ``(params {"body", "head"}, hyper, batch, weight) -> (loss, metrics, load)``, sums by these weights.
 

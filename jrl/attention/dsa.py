@@ -119,11 +119,11 @@ def attend(
     """Causal sparse attention of tokens ``[B, T, dim]``: heads ``[B, T, H, value_dim]``, for an output projection.
 
     Args:
-        params: of ``mla.init``.
-        index_params: of ``init``.
-        x: tokens.
-        config: sizes of the indexer.
-        latent: shape of latent attention.
+        params: Parameters of latent attention, as ``mla.init`` makes them.
+        index_params: Parameters of the indexer, as ``init`` makes them.
+        x: Tokens.
+        config: Sizes of the indexer.
+        latent: Shape of latent attention.
         positions: int ``[B, T]``, for rotary positions; 0, 1, 2 ... if not given.
         segment_ids: int ``[B, T]``: tokens see their own segment alone.
         valid: bool ``[B, T]``, false for padding, whose rows are 0.

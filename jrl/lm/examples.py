@@ -77,9 +77,8 @@ def _conversation(words: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Le
             more = words.encode(text[len(before) :])
             ended_at = max((i + 1 for i, x in enumerate(more) if x in words.ends), default=len(more))
             tokens += more
-            learned += [
-                is_learned and i < ended_at for i in range(len(more))
-            ]  # what a template writes behind the end is not said
+            # What a template writes behind the end is not said.
+            learned += [is_learned and place < ended_at for place in range(len(more))]
             before = text
     return Learned(tokens, learned)
 
@@ -113,32 +112,51 @@ def pair_of(words: Tokenizer, row: data.Fields) -> tuple[list[int], list[int], l
     return begin, liked, disliked
 
 
+class Fit(NamedTuple):
+    """Tokens of the longest prompt and of the longest answer, None for all that there are, and what becomes of longer rows: they are dropped, or prompts are
+    cut at their beginning and answers at their end."""
+
+    prompt: int | None = None
+    answer: int | None = None
+    overlong: Overlong = "drop"
+
+
+class _Fitted(NamedTuple):
+    """Rows that remain, by their places, their prompts and their answers, and the lengths of both."""
+
+    rows: list[int]
+    prompts: list[list[int]]
+    answers: list[tuple[list[int], ...]]
+    lengths: tuple[int, int]
+
+
+def _fitted(what: str, prompts: Sequence[list[int]], answers: Sequence[tuple[list[int], ...]], fit: Fit) -> _Fitted:
+    """Raises ``ValueError`` that says ``what`` is missing if nothing remains."""
+    of_prompt = fit.prompt or max(map(len, prompts))
+    of_answer = fit.answer or max(len(x) for row in answers for x in row)
+    rows = [
+        i
+        for i, (prompt, said) in enumerate(zip(prompts, answers, strict=True))
+        if fit.overlong == "cut" or (len(prompt) <= of_prompt and max(map(len, said)) <= of_answer)
+    ]
+    if not rows:
+        raise ValueError(f"no {what} has a prompt of up to {of_prompt} and answers of up to {of_answer} tokens")
+    kept = [tuple(x[:of_answer] for x in answers[i]) for i in rows]
+    return _Fitted(rows, [prompts[i][-of_prompt:] for i in rows], kept, (of_prompt, of_answer))
+
+
 def paired(
-    words: Tokenizer,
-    rows: Sequence[data.Fields],
-    prompt_length: int | None,
-    answer_length: int | None,
-    overlong: Overlong,
-    pad: int,
-    progress: Progress = iter,
+    words: Tokenizer, rows: Sequence[data.Fields], fit: Fit, pad: int, progress: Progress = iter
 ) -> tuple[Pairs, int]:
-    """Rows of pairs as arrays of numpy, and how many were dropped since they are longer than the lengths that are given; None is the longest there is.
-    Cut are prompts at their beginning and answers at their end."""
+    """Rows of pairs as arrays of numpy, and how many were dropped."""
     found = list(each(rows, lambda row: pair_of(words, row), progress))
-    longest = (
-        prompt_length or max(len(x[0]) for x in found),
-        answer_length or max(len(x) for row in found for x in row[1:]),
-    )
-    fit = [row for row in found if len(row[0]) <= longest[0] and max(map(len, row[1:])) <= longest[1]]
-    if overlong == "cut":
-        fit = [(p[-longest[0] :], a[: longest[1]], b[: longest[1]]) for p, a, b in found]
-    if not fit:
-        raise ValueError(f"no pair has a prompt of up to {longest[0]} and answers of up to {longest[1]} tokens")
-    prompts, chosen, rejected = zip(*fit, strict=True)
-    (liked, liked_mask), (disliked, disliked_mask) = (right_padded(x, longest[1], pad) for x in (chosen, rejected))
-    weight = np.ones(len(fit), np.float32)
-    pairs = Pairs(*left_padded(prompts, longest[0], pad), liked, disliked, weight, liked_mask, disliked_mask)  # type: ignore[arg-type]
-    return pairs, len(found) - len(fit)
+    kept = _fitted("pair", [x[0] for x in found], [x[1:] for x in found], fit)
+    chosen, rejected = zip(*kept.answers, strict=True)
+    (liked, liked_mask), (disliked, disliked_mask) = (right_padded(x, kept.lengths[1], pad) for x in (chosen, rejected))
+    prompt, valid = left_padded(kept.prompts, kept.lengths[0], pad)
+    weight = np.ones(len(kept.rows), np.float32)
+    pairs = Pairs(prompt, valid, liked, disliked, weight, liked_mask, disliked_mask)  # type: ignore[arg-type]
+    return pairs, len(found) - len(kept.rows)
 
 
 class Stepped(NamedTuple):
@@ -154,38 +172,24 @@ class Stepped(NamedTuple):
 
 
 def stepped(
-    words: Tokenizer,
-    rows: Sequence[data.Fields],
-    separator: str,
-    prompt_length: int | None,
-    answer_length: int | None,
-    overlong: Overlong,
-    pad: int,
-    progress: Progress = iter,
+    words: Tokenizer, rows: Sequence[data.Fields], separator: str, fit: Fit, pad: int, progress: Progress = iter
 ) -> tuple[Stepped, int]:
-    """Rows of steps, or of judged answers, and how many were dropped since they are longer than the lengths that are given.
+    """Rows of steps, or of judged answers, and how many were dropped.
 
     Behind each step stand the tokens of ``separator``, the last of which has the step's label (as in TRL); a judged answer has its label at its last
     token.
     """
     ends = words.encode(separator)
     found = list(each(rows, lambda row: steps_of(words, row, ends), progress))
-    longest = prompt_length or max(len(x[0]) for x in found), answer_length or max(len(x[1]) for x in found)
-    fit = [x for x in found if len(x[0]) <= longest[0] and len(x[1]) <= longest[1]]
-    if overlong == "cut":
-        fit = [
-            (p[-longest[0] :], a[: longest[1]], {i: y for i, y in labels.items() if i < longest[1]})
-            for p, a, labels in found
-        ]
-    if not fit:
-        raise ValueError(f"no row has a prompt of up to {longest[0]} and an answer of up to {longest[1]} tokens")
-    prompts, answers, labels = zip(*fit, strict=True)
-    tokens, mask = right_padded(answers, longest[1], pad)
+    kept = _fitted("row", [x[0] for x in found], [(x[1],) for x in found], fit)
+    tokens, mask = right_padded([x for (x,) in kept.answers], kept.lengths[1], pad)
     label, weight = np.zeros(tokens.shape, np.float32), np.zeros(tokens.shape, np.float32)
-    for i, at in enumerate(labels):
-        for place, value in at.items():
-            label[i, place], weight[i, place] = value, 1
-    return Stepped(*left_padded(prompts, longest[0], pad), tokens, mask, label, weight), len(found) - len(fit)
+    for i, row in enumerate(kept.rows):
+        for place, value in found[row][2].items():
+            if place < kept.lengths[1]:
+                label[i, place], weight[i, place] = value, 1
+    prompt, valid = left_padded(kept.prompts, kept.lengths[0], pad)
+    return Stepped(prompt, valid, tokens, mask, label, weight), len(found) - len(kept.rows)
 
 
 def steps_of(

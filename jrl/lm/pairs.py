@@ -28,7 +28,7 @@ class Pairs(NamedTuple):
         rejected: int32 ``[N, T]``, the other one.
         weight: float32 ``[N]``, 1 for a pair that counts, 0 for one whose answers are equally good.
         chosen_mask: bool ``[N, T]``, true for the answer's tokens; None where it ends as those of a task do, with the token 1.
-        rejected_mask: as well.
+        rejected_mask: bool ``[N, T]``, the same of the rejected answer.
     """
 
     prompt: Array

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from jrl.lm import layout
+from jrl.lm import bottleneck_files, layout
+from jrl.lm.bottleneck_files import Tensors, take
 from jrl.lm.hf import read_json, write_json
 from jrl.nets import adapters, transformer
 from jrl.nets.adapters import Config
@@ -26,19 +27,6 @@ from jrl.numerics import checks, lora
 
 CONFIG, PEFT, BOTTLENECK = "adapter_config.json", "adapter_model.safetensors", "adapter.safetensors"
 BEFORE = "base_model.model."  # each tensor of PEFT's files
-Tensors = dict[str, np.ndarray]
-# The library's names of the networks of bottlenecks, and of their parameters.
-LIBRARY_PLACES = {
-    "attention_adapter": "attention_adapters",
-    "ffn_adapter": "output_adapters",
-    "stream_adapter": "output_adapters",
-}
-LIBRARY_LEAVES = {
-    "down": "adapter_down.0.weight",
-    "down_bias": "adapter_down.0.bias",
-    "up": "adapter_up.weight",
-    "up_bias": "adapter_up.bias",
-}
 
 
 def load(folder: str | Path, shape: transformer.Config) -> tuple[Config, dict[str, Any]]:
@@ -52,7 +40,7 @@ def load(folder: str | Path, shape: transformer.Config) -> tuple[Config, dict[st
     found = read_json(folder / CONFIG)
     try:
         if "peft_type" not in found:
-            config, trained = _read_bottleneck(found, _tensors(folder / BOTTLENECK), shape)
+            config, trained = bottleneck_files.read(found, _tensors(folder / BOTTLENECK), shape)
         else:
             checks.one_of("peft_type", found["peft_type"], READERS)
             given = {name.removeprefix(BEFORE): x for name, x in _tensors(folder / PEFT).items()}
@@ -71,7 +59,7 @@ def save(
     folder, trained = Path(folder), jax.tree.map(lambda x: np.asarray(x, np.float32), trained)
     _check(config, trained, shape)
     if config.kind in PLACES:
-        found, tensors = _write_bottleneck(config, trained, shape)
+        found, tensors = bottleneck_files.write(config, trained, shape)
         found["base_model_name_or_path"] = base
         file = BOTTLENECK
     else:
@@ -131,14 +119,14 @@ def _read_lora(found: dict[str, Any], given: Tensors, shape: transformer.Config)
     rank, alpha, root = found["r"], found["lora_alpha"], bool(found.get("use_rslora"))
     modules, whole, rest = _matrices(shape), *_whole(found, given, shape)
     names = {name.rsplit(".lora_", 1)[0] for name in rest}
-    ranks = {name: len(_take(rest, f"{name}.lora_A.weight")) for name in names}
+    ranks = {name: len(take(rest, f"{name}.lora_A.weight")) for name in names}
     most = max(ranks.values(), default=rank)
     trained: dict[str, Any] = {}
     for name in sorted(names):
         if name not in modules:
             raise ValueError(f"{name} is no matrix of this decoder")
         path, number = _path(modules[name]), modules[name].at
-        a, b = rest.pop(f"{name}.lora_A.weight").T, _take(rest, f"{name}.lora_B.weight").T
+        a, b = rest.pop(f"{name}.lora_A.weight").T, take(rest, f"{name}.lora_B.weight").T
         del rest[f"{name}.lora_B.weight"]
         own = _of_module(found.get("rank_pattern"), name, rank), _of_module(found.get("alpha_pattern"), name, alpha)
         factor = lora.factor(own[0], own[1], root) / lora.factor(most, alpha, root)
@@ -258,12 +246,6 @@ def _put(trained: dict[str, Any], path: str, at: tuple[int, ...], parts: Tensors
         rows[at] = x.reshape(rows[at].shape)
 
 
-def _take(given: Tensors, name: str) -> np.ndarray:
-    if name not in given:
-        raise ValueError(f"{name} is missing")
-    return given[name]
-
-
 def _padded(x: np.ndarray, axis: int, length: int) -> np.ndarray:
     return np.pad(x, [(0, length - n if i == axis else 0) for i, n in enumerate(x.shape)])
 
@@ -289,7 +271,7 @@ def _of_module(patterns: dict[str, Any] | None, module: str, default: Any) -> An
 def _read_prefix(found: dict[str, Any], given: Tensors, shape: transformer.Config) -> tuple[Config, dict[str, Any]]:
     if found.get("prefix_projection"):
         raise ValueError("prefix_projection must be false")
-    x = _take(given, "prompt_embeddings")
+    x = take(given, "prompt_embeddings")
     wanted = (len(x), 2 * shape.num_layers * shape.num_kv_heads * shape.width)
     if x.shape != wanted:
         raise ValueError(f"prompt_embeddings must be {list(wanted)}; got {list(x.shape)}")
@@ -310,7 +292,7 @@ def _write_prefix(config: Config, trained: dict[str, Any], shape: transformer.Co
 
 
 def _read_prompt(found: dict[str, Any], given: Tensors, shape: transformer.Config) -> tuple[Config, dict[str, Any]]:
-    x = _take(given, "prompt_embeddings")
+    x = take(given, "prompt_embeddings")
     return Config("prompt", tokens=len(x)), {"prompt": x}
 
 
@@ -345,64 +327,3 @@ WRITERS: dict[str, Callable[..., tuple[dict[str, Any], Tensors]]] = {
     "prefix": _write_prefix,
     "prompt": _write_prompt,
 }
-
-
-# Bottlenecks
-
-
-def _read_bottleneck(found: dict[str, Any], given: Tensors, shape: transformer.Config) -> tuple[Config, dict[str, Any]]:
-    settings = found["config"]
-    kind: adapters.Kind = "houlsby" if settings["mh_adapter"] else "pfeiffer"
-    wanted = _settings(kind) | {"reduction_factor": settings["reduction_factor"]}
-    for name, x in wanted.items():
-        if settings.get(name, x) != x:
-            raise ValueError(f"{name} must be {x!r} for {kind}; got {settings[name]!r}")
-    arrays = {_library_name(*name.split(".")[2:]): x for name, x in given.items()}
-    trained: dict[str, Any] = {}
-    for place in PLACES[kind]:
-        for leaf, theirs in LIBRARY_LEAVES.items():
-            names = [f"{i}.{LIBRARY_PLACES[place]}.{theirs}" for i in range(shape.num_layers)]
-            rows = np.stack([_take(arrays, name).T for name in names])
-            trained.setdefault("layers", {}).setdefault(place, {})[leaf] = rows
-    width = trained["layers"][PLACES[kind][0]]["down"].shape[-1]
-    return Config(kind, rank=width), trained
-
-
-def _write_bottleneck(
-    config: Config, trained: dict[str, Any], shape: transformer.Config
-) -> tuple[dict[str, Any], Tensors]:
-    if shape.dim % config.rank:
-        raise ValueError(f"the width of a bottleneck must divide the decoder's {shape.dim}; got {config.rank}")
-    tensors = {}
-    for place, leaves in trained["layers"].items():
-        for leaf, theirs in LIBRARY_LEAVES.items():
-            for i, x in enumerate(leaves[leaf]):
-                tensors[f"model.layers.{i}.{LIBRARY_PLACES[place]}.adapters.jrl.{theirs}"] = x.T
-    settings = _settings(config.kind) | {"reduction_factor": shape.dim / config.rank}
-    return {"config": settings, "hidden_size": shape.dim, "model_type": "llama", "name": "jrl"}, tensors
-
-
-def _library_name(number: str, place: str, adapters: str, name: str, *leaf: str) -> str:
-    """Without the name that the adapter has."""
-    return ".".join((number, place, *leaf))
-
-
-def _settings(kind: str) -> dict[str, Any]:
-    """The library's settings of an adapter that is computed as here."""
-    houlsby = kind == "houlsby"
-    return {
-        "mh_adapter": houlsby,
-        "output_adapter": True,
-        "non_linearity": "swish" if houlsby else "relu",
-        "original_ln_before": not houlsby,
-        "original_ln_after": True,
-        "residual_before_ln": True,
-        "adapter_residual_before_ln": False,
-        "ln_before": False,
-        "ln_after": False,
-        "is_parallel": False,
-        "scaling": 1.0,
-        "use_gating": False,
-        "phm_layer": False,
-        "dropout": 0.0,
-    }

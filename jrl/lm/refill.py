@@ -51,17 +51,17 @@ def sample(
     """Answers of up to ``length`` tokens to prompts int ``[N, P]``, as those of ``sampling.sample``, and the number of steps that they took, int32.
 
     Args:
-        key: one, from which each row's is folded.
-        model: whose cache has rows that can be put in (``model.insert``).
-        params: of it.
-        prompt: padded on the left where ``valid`` is false.
+        key: One key, from which each row's is folded.
+        model: A model whose cache takes rows (``model.insert``).
+        params: Parameters of the model.
+        prompt: Prompts, padded on the left where ``valid`` is false.
         slots: Number of answers that are decoded at once, at most N.
         length: Number of tokens of an answer at most.
-        end: token, or several, that end an answer.
+        end: The token that ends an answer, or several.
         together: Number of prompts that are read at once, when so many slots are free; an eighth of the slots if not given.
-        valid: bool ``[N, P]``.
-        pad: filler.
-        support: of the distribution that tokens are drawn from.
+        valid: bool ``[N, P]``, false for padding.
+        pad: The token that fills rows.
+        support: The distribution that tokens are drawn from, made of the model's.
 
     Under vmap prompts are read whenever one of the members has room. Raises ``ValueError`` for wrong settings, for a model
     without ``insert``, and on several devices.

@@ -81,16 +81,16 @@ def step_beam(
     """Beam search over steps of ``step`` tokens: each beam goes on in ``expansions`` ways, and the best ``beams`` remain.
 
     Args:
-        key: of the samples.
-        task: what is asked.
-        model: that answers.
-        params: of it.
+        key: The key that all samples are drawn with.
+        task: The task whose problems are asked.
+        model: The model that answers.
+        params: Parameters of the model.
         scorer: ``(problems [M], rollout [M, T]) -> [M]``, what the answers are worth as far as they go, by the last token that is there.
-        problems: ``[N, ...]``.
+        problems: Problems ``[N, ...]``.
         beams: Number of answers that are kept of each problem.
         expansions: Number of ways in which each goes on.
         step: Number of tokens of a step.
-        support: of the samples.
+        support: The distribution that tokens are drawn from.
     """
     for name, value in (("beams", beams), ("expansions", expansions), ("step", step)):
         checks.positive_int(name, value)

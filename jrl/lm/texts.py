@@ -8,6 +8,7 @@ Packing is the best fit of TRL's ``pack_dataset``: bins of equal size, filled in
 
 import bisect
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -134,4 +135,10 @@ def batch_of(step: int, size: int, number: int, seed: int) -> np.ndarray:
     if number < size:
         return np.resize(np.arange(number), size)
     epoch, at = divmod(step, number // size)
-    return np.random.default_rng((seed, epoch)).permutation(number)[at * size : (at + 1) * size]
+    return _order(number, seed, epoch)[at * size : (at + 1) * size]
+
+
+@lru_cache(maxsize=1)
+def _order(number: int, seed: int, epoch: int) -> np.ndarray:
+    """Of an epoch, drawn once for all its batches."""
+    return np.random.default_rng((seed, epoch)).permutation(number)

@@ -31,10 +31,10 @@ def streams(
     """The stream of each module before the head, ``[B, T - k, dim]`` for k of 1, 2 ...: at i it predicts the token at ``i + k + 1``.
 
     Args:
-        params: of the decoder.
-        hidden: its stream ``[B, T, dim]`` after the last norm.
-        tokens: int ``[B, T]``, what it read.
-        config: shape.
+        params: Parameters of the decoder.
+        hidden: The decoder's stream ``[B, T, dim]`` after the last norm.
+        tokens: int ``[B, T]``, what the decoder read.
+        config: Shape of the decoder.
         segment_ids: int ``[B, T]``: tokens see their own segment alone.
     """
     found = []

@@ -109,6 +109,12 @@ def sum_over_parts(function: Callable[[Any], Any], rows: Any, parts: int) -> Any
     return jax.tree.map(lambda x: x.sum(0), found)
 
 
+def in_parts(function: Callable[[Any], Any], rows: Any, parts: int) -> Any:
+    """``function`` of rows ``[N, ...]``, a tree of arrays ``[N, ...]``, in ``parts`` one after another."""
+    found = jax.lax.map(function, split(rows, parts))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+
 def split(rows: Any, parts: int) -> Any:
     """Rows ``[N, ...]`` as ``[parts, N / parts, ...]``."""
     return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), rows)

@@ -23,13 +23,13 @@ class Opened(NamedTuple):
     """A model that was read, and where it lies.
 
     Attributes:
-        path: of its files.
-        shape: of the decoder.
-        params: of it, on the host or one device until ``start`` lays them out.
-        words: its tokenizer.
-        model: as learners take it.
-        mesh: the devices.
-        pad: the token that fills rows.
+        path: The folder or the file that it was read from.
+        shape: Shape of the decoder.
+        params: Parameters of the decoder, on one device until ``start`` lays them out and takes them.
+        words: The tokenizer.
+        model: The decoder as learners take it.
+        mesh: The devices.
+        pad: The token that fills rows.
     """
 
     path: Path

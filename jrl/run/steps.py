@@ -34,9 +34,9 @@ class Plan(NamedTuple):
     """What a run of steps is.
 
     Attributes:
-        folder: of the run, opened.
-        settings: what must be equal for a run to go on, flat JSON values.
-        updates: number of them.
+        folder: The run's folder, opened.
+        settings: What must be equal for a run to go on, flat JSON values.
+        updates: Number of updates.
         per_update: what ``env_steps`` in the table counts: answers or rows of an update.
         seed: shown in the table.
         save_every: updates between checkpoints.
