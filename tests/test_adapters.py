@@ -123,7 +123,7 @@ def test_an_adapter_that_is_written_is_the_one_that_was_read(name, tmp_path):
     assert differing <= {"base_model_name_or_path", "encoder_hidden_size"}, differing
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", (*adapters.BESIDE_MATRICES, "prefix", "prompt", "houlsby", "pfeiffer"))
 def test_sampling_and_scoring_agree_and_most_adapters_begin_as_nothing(kind):
     config = adapters.Config(kind, rank=4, tokens=3)

@@ -40,7 +40,7 @@ def test_the_largest_visible_scores_are_picked():
     assert at[0] == 1 and there.tolist() == [True, False]
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"segment_ids": SEGMENTS}, {"valid": VALID}], ids=["plain", "segments", "valid"])
 @pytest.mark.parametrize("chunk", [4, 100])
 def test_gathered_latents_give_what_all_scores_give_and_so_do_slopes(made, more, chunk):

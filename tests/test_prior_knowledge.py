@@ -210,6 +210,7 @@ def test_a_ring_keeps_the_newest():
         ring.add(kept, jnp.zeros(5, jnp.int32), jnp.ones(5, bool))
 
 
+@pytest.mark.slow
 def test_good_starts_are_those_of_which_some_succeed():
     """A policy that always goes right succeeds from wherever 10 steps suffice; where all is too easy, the curriculum goes on from there."""
     algo = made_curriculum(horizon=4)

@@ -58,6 +58,7 @@ def test_continuations_keep_what_was_said_and_are_as_if_they_were_sampled_there(
         assert right.mean() >= (1 if begun == TASK.answer_length else 0.6)
 
 
+@pytest.mark.slow
 def test_the_value_of_a_step_is_how_often_it_still_ends_right(problems, policy):
     shown = jax.vmap(TASK.demonstrate)(problems)
     wrong = shown.at[:, 1].set(jnp.where(shown[:, 1] == 2, 3, 2))  # the second token is wrong
@@ -94,6 +95,7 @@ def test_labels_are_learned(kind, change, policy):
     assert last["loss"] < 0.7 * first["loss"] and last["accuracy"] > 0.85 and last["calibration_error"] < 0.2
 
 
+@pytest.mark.slow
 def test_a_seed_among_others_learns_as_alone(policy):
     learning, batch = (
         process_reward.learner(MODEL, process_reward.Config(SHAPE, batch_size=256)),
@@ -109,6 +111,7 @@ def test_a_seed_among_others_learns_as_alone(policy):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x[1], y, atol=1e-5), together, alone)
 
 
+@pytest.mark.slow
 def test_a_reward_at_a_token_has_seen_it_and_nothing_behind(policy, problems):
     head = jax.random.normal(jax.random.key(5), (16,))
     params, shown = {"body": policy, "head": head}, jax.vmap(TASK.demonstrate)(problems)
@@ -133,6 +136,7 @@ def test_the_best_and_the_most_frequent_answer():
     np.testing.assert_array_equal(rollouts.best_of(jnp.array([0.1, 0.9, 0.2, 0.3, 0.1, 0.7]), 3), [1, 5])
 
 
+@pytest.mark.slow
 def test_a_search_by_steps_finds_what_its_scorer_likes(policy, problems):
     """A scorer that counts the right tokens so far: every answer is found, even at a high temperature."""
 

@@ -21,7 +21,7 @@ def questions(number=11):
     return prompt, valid
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("attention, support", [
     ("dense", Support()), ("dense", Support(0.7, top_k=4)), ("nsa", Support()), ("rwkv", Support()), ("window", Support()),
 ], ids=["dense", "truncated", "nsa", "rwkv", "window"])  # fmt: skip

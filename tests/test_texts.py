@@ -178,7 +178,7 @@ def test_packed_texts_do_not_see_each_other(attention):
     np.testing.assert_allclose(losses(together, True), losses(apart, False), atol=1e-5)
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {"micro_batches": 2}, {"adapter": adapters.Config("lora", rank=2)}, {"model": replace(SHAPE, dense_layers=1, experts=moe.Config(2, expert_dim=8))},
 ], ids=["micro", "lora", "experts"])  # fmt: skip
