@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from lm_problems import (
     judge_of,
     prepared,
     problems,
+    read_by,
     said_by,
     scorer,
     source_of,
@@ -47,7 +48,7 @@ class Answering(Asking):
     # correct=1 and the weights in hyper.
     weight: tuple[str, ...] = ()
     steps: int = 100  # Number of updates.
-    # Data set of evaluations; default: the same, drawn by another seed (a list of prompts or of your own items has no others).
+    # Data set of evaluations; default: the same, drawn by another seed, and of a list of problems a tenth, which is not learned from.
     eval_dataset: str | None = None
     # Updates between evaluations, whose best checkpoint is kept; 0 for none.
     eval_every: int = 0
@@ -63,7 +64,7 @@ class GRPO(Answering):
     # Folder of the run. If it has a checkpoint, the run goes on with the same settings: only prompt_length, save_every, the devices and
     # config.micro_batches may differ, which change no mathematics.
     run_dir: cli.NamedFolder = Path("runs/lm-grpo")
-    # Static settings; the model is that of the file.
+    # Static settings.
     config: grpo_.Config = field(
         default_factory=lambda: grpo_.Config(num_prompts=4, group_size=4, adapter=LORA, micro_batches=4, kl="none")
     )
@@ -77,7 +78,7 @@ class PPO(Answering):
     # Folder of the run. If it has a checkpoint, the run goes on with the same settings: only prompt_length, save_every, the devices and
     # config.micro_batches may differ, which change no mathematics.
     run_dir: cli.NamedFolder = Path("runs/lm-ppo")
-    # Static settings; the model is that of the file.
+    # Static settings.
     config: ppo_lm.Config = field(default_factory=lambda: ppo_lm.Config(num_answers=16, adapter=LORA, micro_batches=2))
     hyper: ppo_lm.Hyper = ppo_lm.Hyper(learning_rate=1e-4)  # Hyperparameters.
 
@@ -86,6 +87,7 @@ class Method(NamedTuple):
     """An algorithm that learns from answers.
 
     Attributes:
+        name: Name of its module.
         init: ``(key, params, hyper, updates, ...) -> state``.
         sample: ``(state, key, prompt, valid) -> Rollout``.
         learn: ``(state, key, prompt, valid, rollout, reward) -> (state, metrics)``.
@@ -95,6 +97,7 @@ class Method(NamedTuple):
         copies: Number of answers to each.
     """
 
+    name: str
     init: Callable[..., Any]
     sample: Callable[..., Any]
     learn: Callable[..., Any]
@@ -105,10 +108,8 @@ class Method(NamedTuple):
 
 
 def grpo(argv: list[str]) -> None:
-    args = checked(cli.parse(GRPO, argv, doc=GRPO.__doc__))
+    args = checked(cli.parse(cli.without(GRPO, "config", "model", "supervised"), argv, doc=GRPO.__doc__))
     config = args.config
-    if config.supervised:
-        raise ValueError("config.supervised must be 0: a published model needs no supervised start here")
     grpo_.check(config)
     refuse_large(args, config.oversample * config.rows)
     rows = config.rows / (config.num_minibatches * config.micro_batches)
@@ -124,13 +125,13 @@ def grpo(argv: list[str]) -> None:
         return optim.eval_params(state.opt_state, state.params)
 
     method = Method(
-        learning.init, learning.sample, learning.learn, reward, trained, config.num_prompts * config.oversample, config.group_size
+        "grpo", learning.init, learning.sample, learning.learn, reward, trained, config.num_prompts * config.oversample, config.group_size
     )  # fmt: skip
     run(args, it, source, method)
 
 
 def ppo(argv: list[str]) -> None:
-    args = checked(cli.parse(PPO, argv, doc=PPO.__doc__))
+    args = checked(cli.parse(cli.without(PPO, "config", "model"), argv, doc=PPO.__doc__))
     config = args.config
     ppo_lm_settings.check(config)
     refuse_large(args, config.num_answers)
@@ -153,7 +154,13 @@ def ppo(argv: list[str]) -> None:
         return optim.eval_params(state.opt_state, state.params)["actor"]
 
     critic = judge.params if same and judge is not None else None
-    run(args, it, source, Method(init, learning.sample, learning.learn, reward, trained, config.num_answers, 1), critic)
+    run(
+        args,
+        it,
+        source,
+        Method("ppo_lm", init, learning.sample, learning.learn, reward, trained, config.num_answers, 1),
+        critic,
+    )
 
 
 # What they share
@@ -182,8 +189,8 @@ def run(args: Any, it: Opened, source: verifiers.Source, method: Method, *more: 
         state, where = language.start(it, method.init, key_init, it.params, args.hyper, args.steps, *more)
     sample = jax.jit(method.sample)
     learn = jax.jit(steps.unless_broken(method.learn), donate_argnums=0, out_shardings=(where, None))
+    source, unseen = apart(args, source)
     judge = judge_of(args, args.config.precision, it, source)
-    unseen = source if args.eval_dataset is None else source_of(replace(args, dataset=args.eval_dataset, setting=()))
     judge_unseen = judge_of(args, args.config.precision, it, unseen)
 
     def step(state: Any, done: int) -> tuple[Any, Row, list[dict[str, Any]]]:
@@ -196,7 +203,7 @@ def run(args: Any, it: Opened, source: verifiers.Source, method: Method, *more: 
         with jax.set_mesh(it.mesh):
             return held_out(args, it, unseen, method, sample, judge_unseen, state)
 
-    settings = settings_of(args, it)
+    settings = settings_of(args, it, method.name)
     interrupt.on_leaving(f"interrupted; the same command goes on in {args.run_dir}")
     with folders.opened(args.run_dir, True, settings) as folder:
         plan = steps.Plan(
@@ -215,13 +222,19 @@ def run(args: Any, it: Opened, source: verifiers.Source, method: Method, *more: 
     print(language.leave(folder, it, args.config.adapter, method.trained(state)))
 
 
-def settings_of(args: Any, it: Opened) -> dict[str, Any]:
-    """What a run must share with the one that it goes on from, as flat JSON values."""
-    free = ("run_dir", "steps", "save_every", "devices", "model_devices", "prompt_length", "log")
-    fixed = {name: x for name, x in asdict(args).items() if name not in free}
-    fixed |= {"config": asdict(args.config) | {"model": asdict(it.shape)}, "hyper": args.hyper._asdict()}
+def settings_of(args: Any, it: Opened, algorithm: str) -> dict[str, Any]:
+    """What a run must share with the one that it goes on from."""
     length = {"steps": args.steps} if args.config.optimizer.uses_length else {}
-    return folders.plain(fixed | length)
+    return language.settings_of(algorithm, args, it, read_by(args), env=Path(args.dataset).name, **length)
+
+
+def apart(args: Any, source: verifiers.Source) -> tuple[verifiers.Source, verifiers.Source]:
+    """Problems to learn from and those of evaluations. Of a list a tenth, at most ``eval_prompts``, is held out where evaluations are asked for."""
+    if args.eval_dataset is not None:
+        return source, source_of(replace(args, dataset=args.eval_dataset, setting=()))
+    if not args.eval_every or source.split is None:
+        return source, source
+    return source.split(args.eval_prompts, args.seed)
 
 
 SHOWN = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl import lm
-from jrl.algos import reward_model
+from jrl.algos import process_reward, reward_model
 from jrl.lm import data, examples, hf, judging, verifiers
 from jrl.lm.model import Model, decoder
+from jrl.lm.pairs import as_rollout
 from jrl.nets import transformer
 from jrl.numerics import checks, precision
 from jrl.run import cli, language
@@ -51,7 +52,8 @@ class Asking:
     template: tuple[str, ...] = ()  # Options of the chat template, as NAME=VALUE ..., such as enable_thinking=false.
     # Texts behind which an answer ends, beside the end tokens and stop strings of the model.
     stop: tuple[str, ...] = ()
-    reward: Path | None = None  # A reward model: the folder of a run of lm.py reward, or one in Hugging Face's layout.
+    # A reward model: the folder of a run of lm.py reward or process, or one in Hugging Face's layout.
+    reward: Path | None = None
     # Tokens of the longest prompt. Default: with room to spare for the first hundred problems.
     prompt_length: int | None = None
     # Problems with longer prompts are passed over and counted (drop), or lose their beginning (cut).
@@ -163,39 +165,74 @@ def tokens_of(words: lm.Tokenizer, prompt: Any, args: Any) -> list[int]:
 
 
 class Scorer(NamedTuple):
-    """A reward model: its shape, its decoder, and its parameters ``{"body", "head"}``."""
+    """A reward model: its shape, its decoder, its parameters ``{"body", "head"}``, and what stands behind each step of an answer, for one that judges steps."""
 
     shape: transformer.Config
     model: Model
     params: Any
+    separator: str | None
 
 
 def scorer(path: Path, policy: str, it: Opened) -> Scorer:
     """The reward model of a folder. Raises ``ValueError`` unless it has the policy's vocabulary."""
-    folder = path / lm.models.MODEL if (path / lm.models.MODEL).is_dir() else path
+    folder = lm.models.place_of(path)
     parsed = precision.parse(policy)
     shape, params = hf.load_scorer(folder, parsed.compute)
     if shape.vocab_size != it.shape.vocab_size:
         raise ValueError(f"{path}: its vocabulary must be the model's {it.shape.vocab_size}; got {shape.vocab_size}")
-    return Scorer(shape, decoder(shape, parsed.compute), params)
+    if (folder / "tokenizer.json").is_file():
+        theirs, ours = lm.tokenizer.from_folder(folder).raw.get_vocab(), it.words.raw.get_vocab()
+        if apart := next((word for word in theirs if ours.get(word) != theirs[word]), None):
+            raise ValueError(
+                f"{path}: its tokens must be the model's; it has {apart!r} as number {theirs[apart]}, the model {ours.get(apart)}"
+            )
+    return Scorer(shape, decoder(shape, parsed.compute), params, hf.read_json(folder / "config.json").get(hf.SEPARATOR))
 
 
 def judge_of(args: Any, policy: str, it: Opened, source: verifiers.Source) -> Judge:
     """``(items, prompt, valid, rollout) -> (parts [N], texts)`` of the verifier and the reward model."""
-    learned = None
-    if args.reward is not None:
-        _, model, params = scorer(args.reward, policy, it)
-        # Parameters are an argument, for constants would be part of the program.
-        learned = partial(jax.jit(lambda params, *asked: reward_model.scores(model, params, *asked)[0]), params)
+    learned = None if args.reward is None else learned_by(scorer(args.reward, policy, it), it)
 
     def judge(items: Any, prompt: Array, valid: Array, said: Any) -> tuple[dict[str, np.ndarray], list[str]]:
         texts = judging.texts_of(it.words, said)
         parts = verifiers.judge(source, items, texts)
         if learned is not None:
-            parts = parts | {LEARNED: np.asarray(learned(prompt, valid, said))}
+            parts = parts | {LEARNED: np.asarray(learned(prompt, valid, said, texts))}
         return parts, texts
 
     return judge
+
+
+def learned_by(judge: Scorer, it: Opened) -> Callable[[Array, Array, Any, list[str]], Array]:
+    """``(prompt, valid, rollout, texts) -> [N]``: the score of an answer, or, of a model that judges steps, that of its weakest step (2312.08935,
+    section 3.4), both log-odds."""
+
+    # Parameters are an argument, for constants would be part of the program.
+    @jax.jit
+    def of_answers(params: Any, prompt: Array, valid: Array, said: Any) -> Array:
+        return reward_model.scores(judge.model, params, prompt, valid, said)[0]
+
+    @jax.jit
+    def of_steps(params: Any, prompt: Array, valid: Array, said: Any, ends: Array) -> Array:
+        logits, _ = process_reward.logits(judge.model, params, prompt, valid, said)
+        return jnp.min(jnp.where(ends, logits, jnp.inf), axis=1)
+
+    def learned(prompt: Array, valid: Array, said: Any, texts: list[str]) -> Array:
+        if judge.separator is None:
+            return of_answers(judge.params, prompt, valid, said)
+        tokens, mask, ends = examples.in_steps(it.words, texts, judge.separator, it.pad)
+        return of_steps(
+            judge.params, prompt, valid, as_rollout(jnp.asarray(tokens), jnp.asarray(mask)), jnp.asarray(ends)
+        )
+
+    return learned
+
+
+def read_by(args: Any) -> dict[str, list[Path]]:
+    """The files that problems and rewards are read from, by the words of the command line that name them."""
+    named = {name: getattr(args, name, None) for name in ("dataset", "eval_dataset")}
+    files = {name: [Path(x)] for name, x in named.items() if x is not None and x.endswith((".py", ".jsonl", ".json"))}
+    return files | ({} if args.reward is None else {"reward": lm.models.files_of(args.reward)})
 
 
 def asked(args: Any, it: Opened, prompts: Sequence[Sequence[int]], copies: int) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """The commands of lm.py that learn from files: ``sft``, ``reward`` and ``dpo``."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ class Files:
     model: Path  # A .gguf file, a folder with config.json, safetensors and tokenizer.json, or the folder of a run.
     data: tuple[Path, ...]  # JSON lines; several files are read as one.
     eval_data: tuple[Path, ...] = ()  # Held-out data; default: a share of the data.
-    eval_share: float = 0.05  # Share of the rows, the last ones, that are held out where there is no eval_data.
+    eval_share: float = 0.05  # Share of the rows, drawn by the seed, that are held out where there is no eval_data.
     eval_every: int = 20  # Updates between evaluations, of which the best one's checkpoint is kept.
     epochs: float = 1.0  # Passes over the data.
     steps: int | None = None  # Number of updates, in place of epochs.
@@ -72,7 +72,7 @@ class Reward(Paired):
     """A reward model from preferences."""
 
     run_dir: cli.NamedFolder = Path("runs/lm-reward")  # Folder of the run, which continues if it has a checkpoint.
-    # Static settings; held_out is eval_share here.
+    # Static settings.
     config: reward_model.Config = field(default_factory=lambda: reward_model.Config(batch_size=16, adapter=LORA))
     hyper: reward_model.Hyper = reward_model.Hyper(learning_rate=2e-4)  # Hyperparameters.
 
@@ -83,7 +83,8 @@ class Process(Paired):
 
     # steps (prompt, completions, labels), or judged (prompt, completion, label).
     format: Literal["steps", "judged"] = "steps"
-    separator: str = "\\n"  # Text behind each step, whose last token has the step's label; \\n is a line break.
+    # Text behind each step, whose last token has the step's label; a line break is written as backslash and n.
+    separator: str = "\\n"
     run_dir: cli.NamedFolder = Path("runs/lm-process")  # Folder of the run, which continues if it has a checkpoint.
     # Static settings.
     config: process_reward.Config = field(default_factory=lambda: process_reward.Config(batch_size=16, adapter=LORA))
@@ -100,12 +101,11 @@ class DPO(Paired):
 
 
 def sft(argv: list[str]) -> None:
-    args = checked(cli.parse(SFT, argv, doc=SFT.__doc__))
+    args = checked(cli.parse(cli.without(SFT, "config", "model"), argv, doc=SFT.__doc__))
     it, rows = opened(args), data.read(args.data, "texts")
     learning = sft_.learner(it.model, args.config, packed=args.packing != "none")
-    number = files.split(len(rows), args.eval_share, bool(args.eval_data))
-    unseen = data.read(args.eval_data, "texts") if args.eval_data else rows.cut(number, len(rows))
-    both = rows.cut(0, number), unseen
+    held = files.held_out(len(rows), args.eval_share, bool(args.eval_data), args.seed)
+    both = rows.kept(~held), data.read(args.eval_data, "texts") if args.eval_data else rows.kept(held)
     corpora = [examples.tokenized(it.words, x, shown("texts")) for x in both if len(x)]
     longest = max(int(corpus.lengths.max()) for corpus in corpora)
     room = min(longest, 1024) if args.length is None else args.length
@@ -115,7 +115,7 @@ def sft(argv: list[str]) -> None:
     if (cut := sum(int((x.lengths > room).sum()) for x in corpora)) and args.packing in ("none", "bfd"):
         print(f"{cut} texts are longer than {room} tokens and are cut")
     held_out = len(plans[1]) if len(plans) > 1 else 0
-    print(f"{number} texts in {len(plans[0])} rows of {room} tokens; {held_out} rows are held out", flush=True)
+    print(f"{len(both[0])} texts in {len(plans[0])} rows of {room} tokens; {held_out} rows are held out", flush=True)
 
     def batch(held: bool, rows: np.ndarray) -> Texts:
         plan = [plans[held][i] if i >= 0 else () for i in rows]
@@ -126,12 +126,12 @@ def sft(argv: list[str]) -> None:
 
     sizes = len(plans[0]), held_out
     job = Job(learning.init, learning.learn, learning.evaluate, batch, counted, sizes, args.config.batch_size)
-    state, plan = trained(args, it, job, ("loss", "token_accuracy"), ("loss", False), {"length": room})
+    state, plan = trained("sft", args, it, job, ("loss", "token_accuracy"), {"length": room})
     leave(plan.folder, it, args.config.adapter, state)
 
 
 def reward(argv: list[str]) -> None:
-    args = checked(cli.parse(Reward, argv, doc=Reward.__doc__))
+    args = checked(cli.parse(cli.without(Reward, "config", "model", "held_out"), argv, doc=Reward.__doc__))
     refuse_unmergeable(args)
     it = opened(args)
     learning = reward_model.learner(it.model, args.config)
@@ -144,12 +144,12 @@ def reward(argv: list[str]) -> None:
         return learning.learn(state, batch)
 
     job = Job(learning.init, learn, learning.evaluate, batch, weight_of, sizes, args.config.batch_size)
-    state, plan = trained(args, it, job, ("loss", "accuracy", "margin"), ("loss", False), lengths)
+    state, plan = trained("reward_model", args, it, job, ("loss", "accuracy", "margin"), lengths)
     print(leave_scorer(args, plan.folder, it, state))
 
 
 def process(argv: list[str]) -> None:
-    args = checked(cli.parse(Process, argv, doc=Process.__doc__))
+    args = checked(cli.parse(cli.without(Process, "config", "model"), argv, doc=Process.__doc__))
     refuse_unmergeable(args)
     it = opened(args)
     learning = process_reward.learner(it.model, args.config)
@@ -173,12 +173,12 @@ def process(argv: list[str]) -> None:
         learning.init, learn, learning.evaluate, batch, lambda x: float(x.weight.sum()), sizes, args.config.batch_size
     )
     names = ("loss", "accuracy", "calibration_error")
-    state, plan = trained(args, it, job, names, ("loss", False), lengths)
-    print(leave_scorer(args, plan.folder, it, state))
+    state, plan = trained("process_reward", args, it, job, names, lengths)
+    print(leave_scorer(args, plan.folder, it, state, separator if args.format == "steps" else None))
 
 
 def dpo(argv: list[str]) -> None:
-    args = checked(cli.parse(DPO, argv, doc=DPO.__doc__))
+    args = checked(cli.parse(cli.without(DPO, "config", "model"), argv, doc=DPO.__doc__))
     it = opened(args)
     learning = dpo_.learner(it.model, args.config)
     pairs, sizes, lengths = paired(args, it)
@@ -197,7 +197,7 @@ def dpo(argv: list[str]) -> None:
         return weight_of(batch[0])
 
     job = Job(learning.init, learn, evaluate, batch, counted, sizes, args.config.batch_size)
-    state, plan = trained(args, it, job, ("loss", "accuracy", "margin"), ("loss", False), lengths)
+    state, plan = trained("dpo", args, it, job, ("loss", "accuracy", "margin"), lengths)
     leave(plan.folder, it, args.config.adapter, state)
 
 
@@ -225,11 +225,11 @@ def refuse_unmergeable(args: Any) -> None:
         )
 
 
-def leave_scorer(args: Any, folder: Path, it: Opened, state: Any) -> str:
+def leave_scorer(args: Any, folder: Path, it: Opened, state: Any, separator: str | None = None) -> str:
     """Write a reward model, its adapter merged, and say where."""
     now = optim.eval_params(state.opt_state, state.params)
     body = it.model.adapter(args.config.adapter).merge(state.frozen, now["body"])
-    return language.leave_scorer(folder, it, now | {"body": body})
+    return language.leave_scorer(folder, it, now | {"body": body}, separator)
 
 
 def paired(args: Any, it: Opened) -> tuple[list[Pairs], tuple[int, int], dict[str, int]]:
@@ -255,8 +255,8 @@ def halves(args: Any, rows_of: Any) -> tuple[list[Any], tuple[int, int], dict[st
         )
         found, dropped = [first, second], dropped + more
     else:
-        number = files.split(len(first.prompt), args.eval_share, given=False)
-        found = [jax.tree.map(lambda x: x[:number], first), jax.tree.map(lambda x: x[number:], first)]
+        held = files.held_out(len(first.prompt), args.eval_share, False, args.seed)
+        found = [jax.tree.map(lambda x: x[~held], first), jax.tree.map(lambda x: x[held], first)]
     sizes = len(found[0].prompt), len(found[1].prompt)
     print(f"{sizes[0]} rows, {sizes[1]} held out; {dropped} are too long and were dropped", flush=True)
     return found, sizes, lengths
@@ -300,24 +300,18 @@ def shown(what: str) -> Any:
 
 
 def trained(
-    args: Any, it: Opened, job: Job, names: tuple[str, ...], best: tuple[str, bool], more: dict[str, Any]
+    algorithm: str, args: Any, it: Opened, job: Job, names: tuple[str, ...], more: dict[str, Any]
 ) -> tuple[Any, steps.Plan]:
     """The trained state, and the plan of its run, whose folder has all there is to see."""
     updates = job.updates(args.epochs) if args.steps is None else args.steps
-    shared = (
-        asdict(args)
-        | {"config": asdict(args.config) | {"model": asdict(it.shape)}, "hyper": args.hyper._asdict()}
-        | more
-    )
-    for free in ("run_dir", "steps", "epochs", "save_every", "devices", "model_devices", "log"):
-        del shared[free]
-    shared["data"], shared["eval_data"] = files.fingerprint(args.data), files.fingerprint(args.eval_data)
-    shared |= {"steps": updates} if args.config.optimizer.uses_length else {}
-    settings = folders.plain(shared)
+    more = more | ({"steps": updates} if args.config.optimizer.uses_length else {})
+    read = {"data": args.data, "eval_data": args.eval_data}
+    env = ", ".join(path.name for path in args.data)
+    settings = language.settings_of(algorithm, args, it, read, env=env, **more)
     interrupt.on_leaving(f"interrupted; the same command goes on in {args.run_dir}")
     with folders.opened(args.run_dir, True, settings) as folder:
         plan = steps.Plan(
-            folder, settings, updates, job.batch_size, args.seed, args.save_every, best=best, evaluated=names,
+            folder, settings, updates, job.batch_size, args.seed, args.save_every, evaluated=names,
             evaluate_every=args.eval_every, shown=("loss", *names[1:]), sinks=loggers.opened(args.log, settings, folder),
         )  # fmt: skip
         state, done, rows = files.learn(job, it, plan, args.hyper, args.seed)

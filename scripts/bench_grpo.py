@@ -67,7 +67,7 @@ def without_cache(model: Model) -> Model:
         read = Read(read.tokens.at[:, position].set(token), read.valid.at[:, position].set(True))
         return model.head(params, hidden(params, *read)[:, position]), read
 
-    return model._replace(prefill=prefill, step=step)
+    return model._replace(prefill=prefill, step=step, grow=None, repeat=None, insert=None)
 
 
 def programs(task: tasks.Task, config: grpo.Config, num_seeds: int) -> dict[str, Callable[[], Any]]:

@@ -165,7 +165,7 @@ def test_the_first_episode_of_each_environment_is_what_is_learned_from():
     np.testing.assert_allclose(metrics["episode_length"], lengths.mean())
 
 
-@pytest.mark.thorough(2)
+@pytest.mark.thorough(1)
 @MAKERS_WITH_NETWORKS
 def test_keys_are_not_reused_and_precision_and_hyperparameters_are_settings(make):
     algo = make(precision="pure_bfloat16")
@@ -266,6 +266,7 @@ def test_on_a_hill_the_deviation_first_grows_and_then_shrinks():
     assert std[:10].max() > 0.27 and std[-1] < 0.18 and distance[0] > 1.2 and distance[-1] < 0.1
 
 
+@pytest.mark.slow
 def test_a_mean_is_not_moved_by_the_deviation_s_loss_nor_by_the_value_s():
     algo = made_cma(wrappers.reward_above(envs.make("Pendulum-v1"), -20.0), num_gradient_steps=3)  # 1 a step
     state = jax.jit(algo.init)(jax.random.key(0))

@@ -212,6 +212,7 @@ def test_the_script_says_how_it_is_used():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mkdocstrings") is None, reason="needs the extra docs")
 def test_the_site_builds_without_a_warning(tmp_path):
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]

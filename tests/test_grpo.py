@@ -201,7 +201,7 @@ def test_adapters_of_every_kind_of_attention_are_those_of_its_matrices(attention
         lora.lora(2, pattern="attention_norm").init(jax.random.key(1), params)
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [
     {}, {"dense_layers": 1, "experts": moe.Config(2, expert_dim=8)}, {"attention": "nsa"}, {"attention": "mla"}, {"attention": "rwkv"},
 ], ids=["dense", "experts", "nsa", "mla", "rwkv"])  # fmt: skip
@@ -271,6 +271,7 @@ def test_evaluation_samples_as_training_does():
     assert sampled == greedy
 
 
+@pytest.mark.slow
 def test_metrics_are_of_all_that_was_drawn():
     _, metrics = one_update(replace(TINY, oversample=3))
     assert metrics["episodes"] == 48

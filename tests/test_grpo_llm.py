@@ -98,7 +98,7 @@ def test_a_published_model_takes_steps_with_adapters(smollm2_file, tmp_path):
         (("--model", "absent"), "absent must be a folder, or a .gguf file"),
         (("--prompt-length", 1), "prompt_length = 1 fits 0 of 400 prompts, and an update takes 4"),
         (("--setting", "seed=1"), "setting: seed is not the dataset's"),
-        (("--config.supervised", 2), "config.supervised must be 0"),
+        (("--config.supervised", 2), "Unrecognized options: --config.supervised, 2"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(more, message, model, tmp_path):

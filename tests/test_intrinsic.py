@@ -70,6 +70,7 @@ def test_the_equations_by_hand():
         assert equation(jnp.bfloat16(prediction), jnp.bfloat16(features)).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_bonuses_are_divided_by_the_deviation_of_their_discounted_sums_over_time():
     learner, state, seen = learner_of([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
     state, bonus, metrics = learner.update(state, seen, intrinsic.Hyper(), jax.random.key(1))
@@ -205,7 +206,7 @@ def test_the_bonus_is_part_of_the_reward_of_action_values(module):
     np.testing.assert_allclose(nets.outputs(network, state.params, jnp.zeros((1, 1))), [[5.0, 7.0]], atol=0.3)
 
 
-@pytest.mark.thorough(2)
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("kind", KINDS)
 @MODULES
 def test_keys_are_not_reused_and_numbers_are_float32(module, kind):
@@ -233,6 +234,7 @@ def test_a_run_is_resumed_bit_for_bit(module, kind, tmp_path, monkeypatch):
     bits.assert_same(run.load(tmp_path / "half").state, whole.state)
 
 
+@pytest.mark.slow
 def test_every_seed_has_statistics_and_a_target_of_its_own():
     learner = intrinsic.make(intrinsic.Config(kind="rnd", network=TINY), CORRIDOR, (1, 1))
     keys = jax.random.split(jax.random.key(0))

@@ -5,19 +5,23 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
 from attacks import language_model
 
 from jrl import lm
-from jrl.lm import data, hf, peft
+from jrl.algos import process_reward
+from jrl.lm import data, examples, hf, peft, verifiers
+from jrl.lm.pairs import as_rollout
 from jrl.nets import adapters, transformer
-from jrl.run import RunError
+from jrl.run import RunError, compare, language, show
 
 sys.path.insert(0, str(processes.ROOT / "experiments"))
 import lm_answers
 import lm_judged
+import lm_problems
 import lm_texts
 
 COMMANDS = {
@@ -144,7 +148,9 @@ def test_ppo_learns_from_a_learned_reward_and_shows_its_answers(folder, judge, t
     ("sft", ("--packing", "tight"), "packing"),
     ("sft", ("--epochs", 0), "epochs must be above 0"),
     ("sft", ("--eval-share", 1), "eval_share = 1 leaves none of the 40 rows"),
-    ("sft", ("--config.adapter.kind", "prefix"), "config.adapter.kind = prefix is of one text a row"),
+    ("sft", ("--config.adapter.kind", "prefix"), "config.adapter.kind = prefix is of one text a row: packing must be none"),
+    ("sft", ("--config.model.dim", 8), "Unrecognized options: --config.model.dim"),
+    ("sft", ("--model", "some/model"), "some/model must be a folder, or a .gguf file; a model of Hugging Face's hub is fetched by"),
     ("reward", ("--config.adapter.kind", "prefix"), "config.adapter.kind of a reward model must be one of full, lora"),
     ("dpo", ("--prompt-length", 1), "no pair has a prompt of up to 1"),
     ("dpo", ("--config.micro-batches", 3), "config.micro_batches must divide batch_size = 4"),
@@ -180,9 +186,15 @@ def test_judged_answers_are_data_for_the_other_commands(folder, judge, tmp_path,
         "--reward",
         judge[0],
     )
-    lm_judged.answer([str(x) for x in (*given, "--continuations", 4, "--separator", " ", "--out", tmp_path)])
+    lm_judged.answer([str(x) for x in (*given, "--continuations", 4, "--separator", " ", "--run-dir", tmp_path)])
     said = capsys.readouterr().out
-    for how in ("one answer", "any of 4", "majority of 4", "best of 4 by the reward model"):
+    for how in (
+        "one answer",
+        "any of 4",
+        "majority of 4",
+        "best of 4 by the reward model",
+        "majority of 4 weighed by the reward model",
+    ):
         assert f"correct, {how}: " in said
     judged, steps = (data.read(tmp_path / f"{name}.jsonl", name) for name in ("judged", "steps"))
     assert len(judged) == 24 and all(row["prompt"].startswith("say ") for row in judged)
@@ -201,6 +213,105 @@ def test_an_update_that_breaks_the_model_leaves_the_one_before(folder, tmp_path,
     with pytest.raises(RunError, match=r"turned NaN at update \d; the model of update \d is kept"):
         train("sft", folder, tmp_path / "run", "--steps", 6, *huge)
     assert "saved at step" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_its_files_hold_what_they_held_and_by_no_other_command(
+    folder, judge, tmp_path, monkeypatch
+):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_bytes((folder / "texts.jsonl").read_bytes())
+    given = ("--steps", 2, "--config.optimizer.schedule", "constant")
+    train("sft", folder, tmp_path / "run", *given, "--data", texts)
+    monkeypatch.chdir(tmp_path)  # a path may be written in another way
+    assert len(train("sft", folder, tmp_path / "run", *given, "--data", "texts.jsonl", "--steps", 3)) == 3
+    texts.write_text(texts.read_text().replace("say 3", "say 4"))
+    with pytest.raises(RunError, match=r"data was \[\"texts.jsonl \(1,560 bytes, .*\], is "):
+        train("sft", folder, tmp_path / "run", *given, "--data", texts)
+    with pytest.raises(RunError, match="run is a run of sft, not of dpo"):
+        train("dpo", folder, tmp_path / "run", *given)
+    said = show.show(tmp_path / "run")
+    assert "sft on texts.jsonl: 1 seed" in said and "finished after 12 steps" in said and "config.model" not in said
+    assert compare.read(tmp_path / "run", metric="loss")[0].curves.shape == (1, 3)
+
+
+@pytest.mark.slow
+def test_an_adapter_on_an_adapter_leaves_the_whole_model_that_it_belongs_to(folder, tmp_path):
+    one = ("--steps", 2, "--data", folder / "texts.jsonl", "--eval-share", 0)
+    train("sft", folder, tmp_path / "first", *one)
+    train("sft", tmp_path / "first", tmp_path / "second", *one)
+    base = json.loads((tmp_path / "second/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    merged, plain = lm.load(tmp_path / "first")[1], lm.load(base)[1]
+    jax.tree.map(np.testing.assert_array_equal, merged, plain)
+    assert (tmp_path / "second/adapter/tokenizer.json").is_file()
+    shape, params, _ = lm.load(tmp_path / "second/adapter")
+    assert shape == language_model.SHAPE and np.abs(params["layers"]["q"] - plain["layers"]["q"]).max() > 0
+    with pytest.raises(
+        ValueError, match=r"checkpoints holds no model; name the folder of its run, .*first$"
+    ):
+        lm.load(tmp_path / "first/checkpoints")
+
+
+@pytest.mark.slow
+def test_a_model_of_steps_scores_an_answer_by_its_weakest_step(folder, tmp_path):
+    train("process", folder, tmp_path / "run", "--steps", 20, "--separator", "<end>")
+    assert hf.read_json(tmp_path / "run/model/config.json")["step_separator"] == "<end>"
+    it = language.opened(folder, "float32", jax.make_mesh((1,), ("data",)))
+    judge = lm_problems.scorer(tmp_path / "run", "float32", it)
+    prompt, valid = examples.left_padded([it.words.encode("say 3")] * 2, 4, it.pad)
+    said = ["3 <end> 7", "3"]
+    found = lm_problems.learned_by(judge, it)(jnp.asarray(prompt), jnp.asarray(valid), None, said)
+    alone = []
+    for steps in (["3"], ["3", "7"]):
+        tokens = [t for step in steps for t in it.words.encode(f"{step} <end>")]
+        rollout = as_rollout(jnp.array([tokens]), jnp.ones((1, len(tokens)), bool))
+        logits, _ = process_reward.logits(judge.model, judge.params, prompt[:1], valid[:1], rollout)
+        alone.append(logits[0, -1])
+    np.testing.assert_allclose(found, [min(alone), alone[0]], atol=1e-5)
+
+
+def test_the_majority_is_that_of_answers_not_of_texts():
+    texts = ["so 3", "it is 3.", "7", "7", "3", "none"]
+    one = lm_judged.Judged("?", texts, {"learned": [0.0, 0.0, 9.0, 9.0, 0.0, 0.0]})
+    ways = lm_judged.chosen([one], verifiers.last_number)
+    assert ways == {
+        "majority of 6": [0],
+        "best of 6 by the reward model": [2],
+        "majority of 6 weighed by the reward model": [2],
+    }
+    assert lm_judged.most_frequent([None, None], [1.0, 1.0]) == 0
+
+
+def test_an_answer_is_right_step_by_step_if_one_of_its_continuations_is():
+    one = lm_judged.Judged("?", ["a b c", "d"], {"correct": [0.0, 1.0]})
+    shares = {"a ": 0.25, "a b ": 0.0}
+    (row,) = lm_judged.labelled(" ", jax.random.key(0), one, lambda key, begun: shares[begun])
+    assert row == {"prompt": "?", "completions": ["a", "b", "c"], "labels": [True, False, False]}
+
+
+def test_problems_of_a_list_are_held_out():
+    source = verifiers.from_prompts([f"say {i}" for i in range(30)], "list")
+    rest, some = source.split(64, 0)
+    seen = [{item.prompt for item in part.draw(0, 100)} for part in (rest, some)]
+    assert len(seen[0]) == 27 and len(seen[1]) == 3 and not seen[0] & seen[1]
+    with pytest.raises(ValueError, match="one problem cannot be held out of one"):
+        verifiers.from_prompts(["a"], "list").split(64, 0)
+
+
+@pytest.mark.slow
+def test_answers_go_on_where_they_were_interrupted(folder, tmp_path, capsys):
+    given = ("--model", folder, "--dataset", folder / "say.py", "--answer-length", 3, "--copies", 2, "--together", 4)
+    for number, name in ((12, "whole"), (8, "parts")):
+        lm_judged.answer([str(x) for x in (*given, "--number", number, "--run-dir", tmp_path / name)])
+    with (tmp_path / "parts/answers.jsonl").open("a") as file:
+        file.write('{"judged": [["say')  # killed in the middle of a line
+    capsys.readouterr()
+    lm_judged.answer([str(x) for x in (*given, "--number", 12, "--run-dir", tmp_path / "parts")])
+    assert "8 problems were answered before" in capsys.readouterr().out
+    for name in ("answers", "judged", "pairs"):
+        assert (tmp_path / f"parts/{name}.jsonl").read_text() == (tmp_path / f"whole/{name}.jsonl").read_text()
+    with pytest.raises(RunError, match="copies was 2, is 3"):
+        lm_judged.answer([str(x) for x in (*given, "--copies", 3, "--run-dir", tmp_path / "parts")])
 
 
 def test_settings_that_leave_nothing_to_learn_are_refused(folder, tmp_path):

@@ -54,6 +54,7 @@ def test_means_over_answers_are_accumulated():
     assert make("grpo", replace(CONFIGS["grpo"], optimizer=optim.OptimizerConfig(accumulate=2))).name == "grpo"
 
 
+@pytest.mark.thorough(1)
 @pytest.mark.parametrize("name", ["sft", "ppo_lm", "grpo"])
 def test_a_raw_key_will_do(name):
     """One of ``jax.random.PRNGKey``, wherever a key is taken."""
@@ -88,6 +89,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.thorough(3)
 @pytest.mark.parametrize("name", [*CONFIGS, *VARIANTS])
 def test_with_float64_at_hand_everything_stays_as_it_is(name):
     config = replace(CONFIGS["grpo"], **VARIANTS[name]) if name in VARIANTS else CONFIGS[name]

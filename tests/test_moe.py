@@ -231,7 +231,7 @@ def padded(task, more, token):
     return task._replace(prompt_length=task.prompt_length + more, draw=draw)
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_the_biases_of_all_networks_move_and_not_by_padding(name):
     @jax.jit

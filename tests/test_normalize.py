@@ -109,7 +109,7 @@ def test_what_is_learned_does_not_depend_on_the_scale_of_observations_and_reward
     assert one.reward_stats.stats.mean > 0
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dqn", "pqn", "r2d2"])
 def test_rewards_are_clipped_where_asked_for(name, key):
     env = envs.make("CartPole-v1")

@@ -25,6 +25,7 @@ def program(algo):
     return str(jax.make_jaxpr(algo.update)(jax.eval_shape(algo.init, jax.random.key(0))))
 
 
+@pytest.mark.thorough(3)
 @pytest.mark.parametrize(
     "algo, config, network",
     [

@@ -132,6 +132,7 @@ def test_losses_without_a_reference_keep_none():
             np.testing.assert_allclose(each, -2.0 * jax.nn.log_sigmoid(odds), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_pair_is_learned_from_once_in_an_epoch_and_in_a_new_order_in_the_next():
     """With a learning rate of 0 the losses of an epoch have the mean of all pairs."""
     params = MODEL.init(jax.random.key(5))

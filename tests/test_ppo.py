@@ -186,7 +186,7 @@ def test_penalty_weight_follows_the_kl(key):
         assert state.kl_weight == factor and metrics["kl_weight"] == 1 and metrics["kl"] > 0
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("gru", [8, 0])
 def test_the_first_ratio_is_one(gru, key):
     """With one minibatch and one epoch the policy that learns is the one that acted, normalizers included."""

@@ -63,7 +63,7 @@ MAKERS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.thorough(1)
+@pytest.mark.slow
 @MAKERS
 def test_keys_are_not_reused(make):
     algo = make()

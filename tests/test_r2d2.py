@@ -65,6 +65,7 @@ def test_truncation_bootstraps():
     np.testing.assert_allclose(metrics["q"][:, -50:].mean(1), 5, atol=0.35)
 
 
+@pytest.mark.slow
 def test_burn_in_refreshes_a_stale_memory_and_takes_no_gradient(key):
     """With the stored memories spoilt, what is learned depends on them the less the longer the burn-in."""
     differences = []

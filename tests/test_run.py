@@ -24,6 +24,7 @@ from jrl import envs, nets, run
 from jrl.algos import ppo
 from jrl.numerics import host, optim
 from jrl.run import cli, compiled, folders, layout, log, loop, memory, program, progress, stats
+from jrl.run.checkpoint import Checkpoints
 from jrl.run.interrupt import StopOnSignal
 from jrl.run.members import members_of
 
@@ -483,6 +484,24 @@ def test_a_nan_seed_stays_out_after_resuming(tmp_path):
     assert result.summary["nan_seeds"] == [{"seed": 1, "update": 3}]
 
 
+def test_a_run_that_failed_before_it_saved_anything_leaves_its_folder_free(tmp_path):
+    folder = tmp_path / "run"
+    with folders.opened(folder, True, {"config.size": 1}):
+        (folder / "metrics.csv").write_text("update,seed,loss\n")
+    for resume in (True, False):  # it has nothing to lose
+        with folders.opened(folder, resume, {"config.size": 2}):
+            assert folders.saved_settings(folder) == {"config.size": 2} and not (folder / "metrics.csv").exists()
+    (folder / "checkpoints/3.orbax-checkpoint-tmp-1").mkdir(parents=True)  # which a kill left
+    with folders.opened(folder, True, {"config.size": 3}):
+        pass
+    (folder / "checkpoints/3").mkdir()
+    with (
+        pytest.raises(run.RunError, match=r"config.size was 3, is 2"),
+        folders.opened(folder, True, {"config.size": 2}),
+    ):
+        pass
+
+
 def test_another_configuration_is_refused(tmp_path):
     folder = tmp_path / "run"
     train(make(), 2, run_dir=folder)
@@ -731,6 +750,24 @@ def test_a_damaged_checkpoint_is_refused(damage, tmp_path):
         train(make(), 4, run_dir=folder, resume=True)
 
 
+def test_a_damaged_checkpoint_says_which_older_one_is_left(tmp_path):
+    state, path = {"x": np.arange(3.0)}, tmp_path / "checkpoints"
+    kept = Checkpoints(path, {"a": 1})
+    for updates in (1, 2):
+        kept.save(updates, state)
+        kept.wait()
+    kept.close()
+    shutil.rmtree(path / "2/state")
+    left = Checkpoints(path, {"a": 1})
+    with pytest.raises(run.RunError, match=r"2 is damaged: .*; without that folder the run goes on from update 1$"):
+        left.restore(2, state)
+    left.close()
+    shutil.rmtree(path / "2")
+    left = Checkpoints(path, {"a": 1})
+    assert left.latest() == 1 and left.restore(1, state)[0]["x"].tolist() == [0, 1, 2]
+    left.close()
+
+
 @pytest.mark.slow
 def test_a_foreign_checkpoint_is_refused(tmp_path):
     for name, fields in (
@@ -747,8 +784,6 @@ def test_a_foreign_checkpoint_is_refused(tmp_path):
 
 
 def test_arrays_are_compared_by_path_shape_and_dtype(tmp_path):
-    from jrl.run.checkpoint import Checkpoints
-
     saved = Checkpoints(tmp_path, {})
     saved.save(1, {"a": np.zeros(3, np.float32), "b": np.zeros(2)})
     saved.wait()
@@ -773,7 +808,7 @@ def test_arrays_are_compared_by_path_shape_and_dtype(tmp_path):
     ],
 )
 def test_a_manifest_that_was_changed_is_refused(change, message, tmp_path):
-    from jrl.run.checkpoint import Checkpoints, sealed
+    from jrl.run.checkpoint import sealed
 
     state = {"a": np.zeros(3, np.float32)}
     saved = Checkpoints(tmp_path / "checkpoints", {"a": 1})
@@ -791,8 +826,6 @@ def test_a_manifest_that_was_changed_is_refused(change, message, tmp_path):
 
 
 def test_tables_begin_with_what_they_held_at_the_save(tmp_path):
-    from jrl.run.checkpoint import Checkpoints
-
     state, path = {"a": np.zeros(3, np.float32)}, tmp_path / "metrics/1.parquet"
     (tmp_path / "metrics").mkdir()
     path.write_text("one")
@@ -841,6 +874,7 @@ def test_the_configuration_of_a_run_that_was_changed_is_refused(change, tmp_path
     with folders.opened(tmp_path / "run", False, {"log_every": 1}) as folder:
         path = folder / "config.json"
         assert folders.saved_setting(folder, "log_every") == 1
+    (folder / "checkpoints/1").mkdir(parents=True)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(run.RunError, match=f"{path} is damaged"):
         folders.saved_setting(folder, "log_every")
@@ -1001,7 +1035,7 @@ def test_num_updates_rounds_down():
 def test_whole_numbers_and_words_on_the_command_line():
     args = cli.parse(cli.Options, ["--env-steps", "1e6", "--num-seeds", "2_000", "--eval-every", "5e2"])
     assert (args.env_steps, args.num_seeds, args.eval_every) == (1_000_000, 2000, 500)
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match=r"^Error parsing --env-steps: 1.5 is not a whole number; see --help$"):
         cli.parse(cli.Options, ["--env-steps", "1.5"])
     words = ("delay=4", "gravity=9.5", "slippery=False", "kind=hard", "rate=1e-3")
     assert cli.parse_params(words) == {"delay": 4, "gravity": 9.5, "slippery": False, "kind": "hard", "rate": 1e-3}

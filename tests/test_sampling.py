@@ -53,6 +53,7 @@ def test_what_was_sampled_is_what_is_scored(kind):
     )
 
 
+@pytest.mark.slow
 def test_answers_to_one_prompt_read_it_once(dense):
     """The same answers as to the prompt repeated; a model that cannot repeat its cache reads it again."""
     model, params, run = dense
@@ -92,6 +93,7 @@ def test_a_cache_that_grows_with_the_answer_changes_nothing(kind, monkeypatch):
     assert found[0].mask.all()  # nothing ends them: they go through all stages
 
 
+@pytest.mark.slow
 def test_a_few_rows_are_scored_at_once_where_all_do_not_fit(dense, monkeypatch):
     model, params, run = dense
     prompt, valid = prompts()

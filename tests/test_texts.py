@@ -50,9 +50,10 @@ def test_a_row_of_its_own_for_each_text_is_cut_at_its_end():
 
 
 def test_batches_are_every_row_once_an_epoch_in_orders_that_a_step_tells():
-    epochs = [np.concatenate([batch_of(step, 4, 13, seed=1) for step in range(3 * e, 3 * e + 3)]) for e in range(2)]
-    assert all(len(set(x)) == 12 for x in epochs) and epochs[0].tolist() != epochs[1].tolist()
-    assert batch_of(0, 5, 3, 0).tolist() == [0, 1, 2, 0, 1]
+    rows = np.concatenate([batch_of(step, 4, 13, seed=1) for step in range(13)]).reshape(4, 13)  # four epochs
+    assert all(sorted(epoch) == list(range(13)) for epoch in rows.tolist()) and rows[0].tolist() != rows[1].tolist()
+    few = batch_of(0, 5, 3, 0)
+    assert sorted(few[:3]) == [0, 1, 2] and len(few) == 5
 
 
 # Reading
@@ -108,6 +109,21 @@ def test_pairs_may_share_their_prompt_in_their_conversations(words):
     apart = examples.pair_of(words, {"prompt": first, "chosen": liked, "rejected": disliked})
     shared = examples.pair_of(words, {"chosen": first + liked, "rejected": first + disliked})
     assert apart == shared and words.decode(apart[2]).split() == ["c", "d", "<end>"]
+    texts = examples.pair_of(words, {"chosen": "a b c", "rejected": "a b d e"})
+    assert texts == examples.pair_of(words, {"prompt": "a b", "chosen": " c", "rejected": " d e"})
+
+
+def test_rows_of_several_files_are_told_apart_by_a_mask(tmp_path):
+    for name, letters in (("one", "abc"), ("two", "de")):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"text": "{x}"}}\n' for x in letters))
+    rows = data.read([tmp_path / "one.jsonl", tmp_path / "two.jsonl"], "texts")
+    held = np.array([False, True, False, True, False])
+    assert [x["text"] for x in rows.kept(held)] == ["b", "d"] and [x["text"] for x in rows.kept(~held)] == [
+        "a",
+        "c",
+        "e",
+    ]
+    assert rows.kept(held).where(1) == f"{tmp_path / 'two.jsonl'}:1"
 
 
 def test_a_file_is_read_by_its_lines_and_a_bad_one_is_named(tmp_path, words):
@@ -120,7 +136,7 @@ def test_a_file_is_read_by_its_lines_and_a_bad_one_is_named(tmp_path, words):
     assert corpus.lengths.tolist() == [2, 6]  # a prompt becomes a message
     good = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     for kind, line, said in [
-        ("pairs", "{", "texts.jsonl:2: Expecting property name"),
+        ("pairs", "{", "texts.jsonl:2: the line is no JSON: Expecting property name"),
         ("pairs", "[]", "texts.jsonl:2: a row must be an object; got list"),
         ("pairs", '{"prompt": "a"}', "texts.jsonl:2: chosen, rejected are missing; there are prompt"),
         ("pairs", '{"prompt": "a", "chosen": "b", "rejected": "b"}', "chosen and rejected are the same"),
@@ -219,7 +235,7 @@ def test_micro_batches_change_no_gradient():
 
 
 def test_what_cannot_be_packed_is_refused():
-    with pytest.raises(ValueError, match=r"config.adapter.kind = prefix is of one text a row, and cannot be packed"):
+    with pytest.raises(ValueError, match=r"config.adapter.kind = prefix is of one text a row: packing must be none"):
         sft.learner(decoder(SHAPE), sft.Config(SHAPE, adapter=adapters.Config("prefix")), packed=True)
     with pytest.raises(ValueError, match=r"config.micro_batches must divide batch_size = 4; got 3"):
         sft.learner(decoder(SHAPE), sft.Config(SHAPE, batch_size=4, micro_batches=3))

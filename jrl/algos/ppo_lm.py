@@ -45,9 +45,11 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
     ) -> tuple[State, Metrics]:
         """Rewards of tokens, advantages, and epochs of minibatch steps."""
         hyper = state.hyper
-        score_ = score_ - hyper.unended_penalty * unended(said, ends)
+        cut_off = unended(said, ends)
         ref, value = before(state, prompt, valid, said)
-        rewards = token_losses.token_rewards(score_, said.log_prob, ref, said.mask, state.kl_weight)
+        rewards = token_losses.token_rewards(
+            score_ - hyper.unended_penalty * cut_off, said.log_prob, ref, said.mask, state.kl_weight
+        )
         if config.whiten_rewards:
             rewards = token_losses.whiten(rewards, said.mask, keep_mean=True)
         advantage = token_losses.gae(value, rewards, said.mask, hyper.gamma, hyper.gae_lambda)
@@ -58,6 +60,7 @@ def learner(model: Model, config: Config, *, length: int, end: int | Sequence[in
         kl = jnp.sum(token_losses.masked(said.log_prob - ref, said.mask))
         metrics |= {
             "reward": jnp.sum(score_, where=there) / number,
+            "unended": jnp.sum(cut_off, where=there) / number,
             "kl": kl / tokens,
             "kl_weight": state.kl_weight,
             "explained_variance": losses.explained_variance(value, advantage + value, said.mask),

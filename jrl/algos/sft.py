@@ -68,7 +68,7 @@ def learner(model: Model, config: Config, *, packed: bool = False) -> "Learner":
         )
     adapter = model.adapter(config.adapter)
     if packed and config.adapter.kind in ("prefix", "prompt"):
-        raise ValueError(f"config.adapter.kind = {config.adapter.kind} is of one text a row, and cannot be packed")
+        raise ValueError(f"config.adapter.kind = {config.adapter.kind} is of one text a row: packing must be none")
 
     def learn(state: State, key: Array, texts: Texts) -> tuple[State, Metrics]:
         if len(texts.tokens) != config.batch_size:

@@ -2,7 +2,7 @@
 
     texts     {"text": "..."}                                                    or {"messages": [{"role": ..., "content": ...}, ...]}
               {"prompt": "...", "completion": "..."}                             each a text or messages; the completion is learned
-    pairs     {"prompt": "...", "chosen": "...", "rejected": "..."}              each a text or messages; without a prompt, the messages that both share
+    pairs     {"prompt": "...", "chosen": "...", "rejected": "..."}              each a text or messages; without a prompt, what both begin with
     judged    {"prompt": "...", "completion": "...", "label": true}              single answers, liked or not
     steps     {"prompt": "...", "completions": ["...", ...], "labels": [true, ...]}
     prompts   {"prompt": "..."}                                                  a text or messages
@@ -35,11 +35,9 @@ class Rows(Sequence):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def cut(self, begin: int, end: int) -> "Rows":
-        """Those from ``begin`` to before ``end``."""
-        first = self._ends - [len(x) for x in self._places]
-        parts = [x[max(0, begin - n) : max(0, end - n)] for x, n in zip(self._places, first, strict=True)]
-        return Rows(self.paths, parts)
+    def kept(self, which: np.ndarray) -> "Rows":
+        """Those that ``which`` says, bool ``[rows]``."""
+        return Rows(self.paths, [x[y] for x, y in zip(self._places, np.split(which, self._ends[:-1]), strict=True)])
 
     def where(self, i: int) -> str:
         """The file and the line of a row."""
@@ -88,10 +86,14 @@ def _places(path: Path, check: Callable[[Fields], None]) -> np.ndarray:
 
 def _checked(line: bytes, check: Callable[[Fields], None], where: str) -> None:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
         if not isinstance(row, dict):
             raise ValueError(f"a row must be an object; got {type(row).__name__}")
         check(row)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: the line is not UTF-8, from byte {error.start + 1} on") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: the line is no JSON: {error.msg}, at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -117,10 +119,9 @@ def _pairs(row: Fields) -> None:
     if "prompt" in row:
         _alike(row, "prompt", "chosen", "rejected")
     else:
-        for name in ("chosen", "rejected"):
-            _is_conversation(name, row[name])
+        _alike(row, "chosen", "rejected")
         if not shared(row):
-            raise ValueError("chosen and rejected share no message, and there is no prompt")
+            raise ValueError("chosen and rejected have no beginning in common, and there is no prompt")
     if row["chosen"] == row["rejected"]:
         raise ValueError("chosen and rejected are the same")
 
@@ -183,14 +184,18 @@ def _is_text(name: str, value: Any) -> None:
 
 def _is_conversation(name: str, value: Any) -> None:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{name} must be a list of messages; got {type(value).__name__}")
+        raise ValueError(f"{name} must be a list of messages; got {type(value).__name__ if value else 'none'}")
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"{name}: each message must have a role and a content; got {message!r}")
+        if message.get("content") is None:
+            raise ValueError(f"{name}: a message of role {message['role']} has no content; calls of tools are not read")
         _is_text(f"{name}: content", message.get("content"))
 
 
 def shared(row: Fields) -> int:
-    """How many messages both conversations begin with."""
-    both = zip(row["chosen"], row["rejected"], strict=False)
-    return next((i for i, (a, b) in enumerate(both) if a != b), 0)
+    """How many messages, or characters, both answers of a row of pairs begin with: the prompt that is in both. A blank before the answers is theirs."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    apart = (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
+    number = next(apart, min(len(chosen), len(rejected)))
+    return number - 1 if isinstance(chosen, str) and number and chosen[number - 1] == " " else number

@@ -215,6 +215,28 @@ def joined(
     return answer, places
 
 
+def steps_in(text: str, separator: str) -> list[str]:
+    """The steps of an answer, each of which ``separator`` stands behind or could."""
+    return [x for x in text.split(separator) if x.strip()]
+
+
+def in_steps(
+    words: Tokenizer, texts: Sequence[str], separator: str, pad: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens int32 of answers as ``stepped`` writes them, which of them are none, and which end a step, bool, all ``[N, T]`` with T a multiple of 32."""
+    behind, rows, ends = words.encode(separator), [], []
+    for text in texts:
+        steps = [words.encode(step) for step in steps_in(text, separator) or [""]]
+        tokens, labels = joined(steps, [True] * len(steps), behind)
+        rows.append(tokens)
+        ends.append(sorted(labels))
+    tokens, mask = right_padded(rows, -(-max(map(len, rows)) // 32) * 32, pad)
+    at_end = np.zeros(mask.shape, bool)
+    for i, places in enumerate(ends):
+        at_end[i, places] = True
+    return tokens, mask, at_end
+
+
 def prompt_tokens(words: Tokenizer, prompt: str) -> list[int]:
     """As a user's message, or as it stands where the model knows no conversations."""
     if words.template is None:

@@ -28,6 +28,7 @@ from jrl.numerics.types import Params
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCORE = "score.weight"
 FLOATS = ("F64", "F32", "F16", "BF16")
+SEPARATOR = "step_separator"  # of a reward model that judges steps, in its config.json
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -39,6 +40,8 @@ def load(folder: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -> tuple
     """
     folder = Path(folder)
     config, found, held = _opened(folder, dtype)
+    if SCORE in held:
+        raise ValueError(f"{folder} is a reward model: it has {SCORE}, and says no tokens")
     params = _gathered(folder, config, found, held, dtype)
 
     def get(name):
@@ -68,15 +71,18 @@ def load_scorer(folder: str | Path, dtype: jax.typing.DTypeLike = jnp.float32) -
     return config, {"body": body, "head": jnp.asarray(head[0])}
 
 
-def save_scorer(folder: str | Path, config: Config, params: Params, *, pad: int | None = None) -> None:
+def save_scorer(
+    folder: str | Path, config: Config, params: Params, *, pad: int | None = None, separator: str | None = None
+) -> None:
     """Write a reward model ``{"body", "head"}`` as ``load_scorer`` reads it, in one file, without a head for tokens. ``transformers`` reads the score at
-    the last token that is not ``pad``."""
+    the last token that is not ``pad``. Of a model that judges steps ``separator`` is what stands behind each."""
     folder = Path(folder)
     config = replace(config, tie_embeddings=True)
     body = {name: x for name, x in params["body"].items() if name != "head"}
     family = settings.ARCHITECTURES[settings.write(config)["model_type"]].removesuffix("ForCausalLM")
     more: dict[str, Any] = {"architectures": [f"{family}ForSequenceClassification"], "pad_token_id": pad}
     more |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    more |= {} if separator is None else {SEPARATOR: separator}
     save(folder, config, body, more=more, shard_bytes=2**62)
     tensors = safetensors.numpy.load_file(folder / ONE)
     tensors[SCORE] = np.asarray(params["head"], np.float32)[None]

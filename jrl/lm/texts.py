@@ -130,15 +130,13 @@ def rows_of(plan: Sequence[Row], corpus: Corpus, room: int, pad: int = 0) -> Tex
 
 
 def batch_of(step: int, size: int, number: int, seed: int) -> np.ndarray:
-    """Which of ``number`` rows the batch of a step holds: the next ``size`` of an order that is new in each epoch, so that a run may go on from any
-    step. What is left of an epoch, less than a batch, is passed over; with fewer rows than a batch, they repeat."""
-    if number < size:
-        return np.resize(np.arange(number), size)
-    epoch, at = divmod(step, number // size)
-    return _order(number, seed, epoch)[at * size : (at + 1) * size]
+    """Which of ``number`` rows the batch of a step holds, int ``[size]``: the next ones of all rows in an order that is new in each epoch, so that a run
+    may go on from any step. A batch at the end of an epoch goes on with the next one."""
+    places = np.arange(step * size, (step + 1) * size)
+    return np.array([_order(number, seed, epoch)[at] for epoch, at in zip(*divmod(places, number), strict=True)])
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _order(number: int, seed: int, epoch: int) -> np.ndarray:
     """Of an epoch, drawn once for all its batches."""
     return np.random.default_rng((seed, epoch)).permutation(number)

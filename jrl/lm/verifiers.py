@@ -34,21 +34,6 @@ class Item(NamedTuple):
     data: Any
 
 
-class Source(NamedTuple):
-    """Problems with a verifier.
-
-    Attributes:
-        name: shown to people.
-        draw: ``(seed, n) -> n Items``, the same for the same seed.
-        score: ``(items, texts) -> parts``, float32 arrays ``[n]``, "correct" among them, NaN where it abstains; ``texts`` are
-            completions. None where nothing verifies them, and a reward model judges.
-    """
-
-    name: str
-    draw: Callable[[int, int], list[Item]]
-    score: Callable[[Sequence[Item], Sequence[str]], dict[str, np.ndarray]] | None
-
-
 Extract = Callable[[str], tuple[str | None, bool]]  # a completion's answer, and whether it has the wanted form
 
 
@@ -120,11 +105,48 @@ def whole(text: str) -> tuple[str | None, bool]:
     return text.strip(), True
 
 
+class Source(NamedTuple):
+    """Problems with a verifier.
+
+    Attributes:
+        name: shown to people.
+        draw: ``(seed, n) -> n Items``, the same for the same seed.
+        score: ``(items, texts) -> parts``, float32 arrays ``[n]``, "correct" among them, NaN where it abstains; ``texts`` are
+            completions. None where nothing verifies them, and a reward model judges.
+        extract: ``text -> (answer, well formed)``: what counts of a completion; the majority of several is that of their answers.
+        split: ``(most, seed) -> (rest, some)``: a tenth of the problems apart, at most so many, where they are a list; None where another seed draws others.
+    """
+
+    name: str
+    draw: Callable[[int, int], list[Item]]
+    score: Callable[[Sequence[Item], Sequence[str]], dict[str, np.ndarray]] | None
+    extract: Extract = whole
+    split: Callable[[int, int], tuple["Source", "Source"]] | None = None
+
+
+def listed(name: str, items: list[Item], score: Any, extract: Extract = whole) -> Source:
+    """A source of the problems in a list. They come in random order, and none twice before all came."""
+
+    def split(most: int, seed: int) -> tuple[Source, Source]:
+        if len(items) < 2:
+            raise ValueError(f"{name}: one problem cannot be held out of one; give others to evaluate on")
+        number = min(most, max(1, len(items) // 10))
+        order = np.random.default_rng(seed).permutation(len(items))
+        rest, some = ([items[i] for i in sorted(part)] for part in (order[number:], order[:number]))
+        return listed(name, rest, score, extract), listed(name, some, score, extract)
+
+    return Source(name, _shuffled(items), score, extract, split)
+
+
 def from_function(
-    prompts: Sequence[str | Item], function: Callable[[Sequence[Item], Sequence[str]], Any], name: str = "own"
+    prompts: Sequence[str | Item],
+    function: Callable[[Sequence[Item], Sequence[str]], Any],
+    name: str = "own",
+    extract: Extract = whole,
 ) -> Source:
     """Your own verifier: ``function(items, texts)`` returns n floats, "correct", or a dict of parts with n floats each; None in
     place of a float abstains. The function is trusted and runs in this process; ``texts`` are data, which it must never evaluate.
+    ``extract`` finds the answer in a text, such as ``last_number``, where several are to be counted.
 
     Prompts are texts, or ``Item``s that carry data for the function. They come in random order, and none twice before all came.
     """
@@ -139,13 +161,13 @@ def from_function(
         given = function(items, texts)
         return _parts(name, given if isinstance(given, dict) else {"correct": given}, items)
 
-    return Source(name, _shuffled(items), score)
+    return listed(name, items, score, extract)
 
 
 def from_prompts(prompts: Sequence[Any], name: str) -> Source:
     """Prompts without a verifier, texts or messages. They come in random order, and none twice before all came."""
     checks.not_empty(prompts=prompts)
-    return Source(name, _shuffled([Item(prompt, None) for prompt in prompts]), None)
+    return listed(name, [Item(prompt, None) for prompt in prompts], None)
 
 
 class VerifierError(ValueError):
@@ -247,7 +269,7 @@ def reasoning_gym(
         correct = [float(x >= threshold - 1e-6) for x in scores]
         return _parts(source.name, {"correct": correct, "format": forms, "score": scores}, items)
 
-    source = Source(f"reasoning_gym-{dataset}", draw, score)
+    source = Source(f"reasoning_gym-{dataset}", draw, score, extract)
     return source
 
 
@@ -275,7 +297,7 @@ def math_verify(
         scores, forms = _judged(grade, extract, items, texts)
         return _parts("math_verify", {"correct": scores, "format": forms}, items)
 
-    return Source("math_verify", _shuffled(items), score)
+    return listed("math_verify", items, score, extract)
 
 
 def _shuffled(items: list[Item]) -> Callable[[int, int], list[Item]]:

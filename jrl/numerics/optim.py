@@ -40,7 +40,7 @@ class OptimizerConfig(Settings, prefix="optimizer"):
     """
 
     name: Name = "adam"  # Rule that turns gradients into steps.
-    # Course of the learning rate over the run: constant, linear or cosine down to hyper.final of it, or piecewise, times hyper.drop
+    # Course of the learning rate over the run: constant, linear or cosine down to hyper.optimizer.final of it, or piecewise, times hyper.optimizer.drop
     # at each share in drops.
     schedule: Schedule = "linear"
     warmup: Unit = 0.0  # Share of the run over which the learning rate first rises from 0.
@@ -52,7 +52,9 @@ class OptimizerConfig(Settings, prefix="optimizer"):
     # Kinds of parameters that weight decay spares: weights, biases (and whatever else is no matrix), norms, embeddings.
     no_decay: tuple[Kind, ...] = ("biases", "norms", "embeddings")
     accumulate: Positive = 1  # Number of gradients that are averaged into one step.
-    ema: bool = False  # Evaluate with an exponential moving average of the parameters, of decay hyper.ema_decay.
+    ema: bool = (
+        False  # Evaluate with an exponential moving average of the parameters, of decay hyper.optimizer.ema_decay.
+    )
     # How parameters of half width are stepped: to the nearest, stochastically, by Kahan's sum, or from a float32 master copy.
     rounding: Rounding = "nearest"
     moments: Literal["float32", "bfloat16"] = "float32"  # Dtype of its state; bfloat16 is rounded stochastically.

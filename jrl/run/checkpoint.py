@@ -153,13 +153,20 @@ class Checkpoints(Reader):
 
         Raises ``RunError`` for what ``read`` refuses, for another configuration, and for tables of metrics that are not those of the save.
         """
-        path, manifest = self.folder / str(updates), self.manifest(updates)
-        same_config(manifest["config"], self._config, path)
-        for name, size_and_sum in manifest["files"].items():
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise RunError(f"checkpoint {path} is damaged: {name} does not lie beside it")
-            _same_beginning(self.folder.parent / name, size_and_sum, updates)
-        return self.read(manifest, template), manifest["notes"]
+        path = self.folder / str(updates)
+        try:
+            manifest = self.manifest(updates)
+            same_config(manifest["config"], self._config, path)
+            for name, size_and_sum in manifest["files"].items():
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise RunError(f"checkpoint {path} is damaged: {name} does not lie beside it")
+                _same_beginning(self.folder.parent / name, size_and_sum, updates)
+            return self.read(manifest, template), manifest["notes"]
+        except RunError as error:
+            older = [number for number in self._manager.all_steps() if number < updates]
+            if not older or f"checkpoint {path} is damaged" not in str(error):
+                raise
+            raise RunError(f"{error}; without that folder the run goes on from update {max(older)}") from error
 
     def wait(self) -> None:
         """Until what was begun is on disk. Raises ``RunError`` on a full disk."""
@@ -196,6 +203,8 @@ def same_config(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> No
     saved, wanted = flat(saved), flat(wanted)
     names = sorted(name for name in saved.keys() | wanted.keys() if name.rpartition(".")[2] not in FREE)
     differing = [n for n in names if saved.get(n) != wanted.get(n)]
+    if "algorithm" in differing and saved.get("algorithm"):
+        raise RunError(f"{path} is a run of {saved['algorithm']}, not of {wanted.get('algorithm')}")
     if "env_params.text" in differing and saved.get("env_params.file") == wanted.get("env_params.file"):
         raise RunError(f"{path} is a run of {saved['env_params.file']} as it was: the file has changed since")
     if differing == ["env_steps"]:

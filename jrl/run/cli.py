@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import dataclasses
+import io
 import itertools
 import logging
 import os
@@ -9,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -102,9 +104,54 @@ def paragraphs(doc: str | None) -> str:
 
 
 def parse(options: type[T], argv: list[str], default: T | None = None, doc: str | None = None) -> T:
-    """A command line as a dataclass; whole numbers may be written 1e6. ``doc`` is a docstring with examples, one a line."""
+    """A command line as a dataclass; whole numbers may be written 1e6. ``doc`` is a docstring with examples, one a line.
+
+    Raises ``ValueError`` for words that are wrong.
+    """
     shown: Any = {} if default is None else {"default": default}
-    return tyro.cli(options, args=argv, description=paragraphs(doc), registry=_numbers, **shown)
+    refused = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refused):
+            return tyro.cli(options, args=argv, description=paragraphs(doc), registry=_numbers, **shown)
+    except SystemExit as end:
+        if not end.code:  # after --help
+            raise
+        raise ValueError(_unboxed(refused.getvalue())) from None
+
+
+def _unboxed(text: str) -> str:
+    """What tyro writes into a box, in a line, without what --help says again."""
+    lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    parts = re.split("─{3,}", " ".join(lines))
+    said = [part.strip() for part in parts if not part.strip().startswith(("For full help", "Argument help"))]
+    return f"{'; '.join(part.rstrip('.') for part in said)}; see --help"
+
+
+def without(options: type[T], field: str, *names: str) -> type[T]:
+    """``options`` whose settings in ``field`` a command line does not have: what is said elsewhere, or read from a file."""
+    outer = {f.name: f for f in fields(options)}[field]  # type: ignore[arg-type]
+    inner: Any = outer.type
+    hidden = [(f.name, _unseen(f.type), _default(f)) for f in fields(inner) if f.name in names]
+    narrow = _as_its_base(make_dataclass(inner.__name__, hidden, bases=(inner,), frozen=True))
+    usual = outer.default_factory() if callable(outer.default_factory) else outer.default
+    made = dataclasses.field(default_factory=lambda: narrow(**vars(usual)))
+    return _as_its_base(make_dataclass(options.__name__, [(field, narrow, made)], bases=(options,), frozen=True))
+
+
+def _as_its_base(made: Any) -> Any:
+    """A class in whose place the source of its base is found, whose comments are the help."""
+    base = made.__base__
+    made.__module__, made.__qualname__ = base.__module__, base.__qualname__
+    return made
+
+
+def _unseen(kind: Any) -> Any:
+    conf: Any = tyro.conf
+    return conf.Suppress[conf.Fixed[kind]]
+
+
+def _default(of: Any) -> Any:
+    return dataclasses.field(default=of.default, default_factory=of.default_factory)
 
 
 _numbers = tyro.constructors.ConstructorRegistry()

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,8 +38,7 @@ class Job(NamedTuple):
 
     def updates(self, epochs: float) -> int:
         """So many passes over the rows that are learned from."""
-        per_epoch = max(1, self.sizes[0] // self.batch_size)
-        return max(1, math.ceil(epochs * per_epoch))
+        return max(1, math.ceil(epochs * self.sizes[0] / self.batch_size))
 
 
 def learn(job: Job, it: Opened, plan: Plan, hyper: Any, seed: int) -> tuple[Any, int, list[Row]]:
@@ -81,18 +79,20 @@ def _batches(number: int, size: int) -> list[np.ndarray]:
     return list(whole.reshape(-1, size))
 
 
-def split(number: int, share: float, given: bool) -> int:
-    """How many of so many rows are learned from; the last ones are held out, unless other rows are ``given`` for that.
+def held_out(number: int, share: float, given: bool, seed: int) -> np.ndarray:
+    """Which of so many rows are held out, bool ``[number]``: a share of them, drawn by the seed; none where other rows are ``given`` for that.
 
-    Raises ``ValueError`` for a share that leaves none.
+    Raises ``ValueError`` for a share that leaves none to learn from.
     """
+    held = np.zeros(number, bool)
     if given or not share:
-        return number
+        return held
     checks.within("eval_share", share, 0, 1)
-    held_out = max(1, int(number * share))
-    if held_out >= number:
+    count = max(1, int(number * share))
+    if count >= number:
         raise ValueError(f"eval_share = {share:g} leaves none of the {number} rows to learn from")
-    return number - held_out
+    held[np.random.default_rng(seed).permutation(number)[:count]] = True
+    return held
 
 
 def check_files(args: Any) -> None:
@@ -104,8 +104,3 @@ def check_files(args: Any) -> None:
         if getattr(args, name, None) is not None:
             checks.positive_int(name, getattr(args, name), at_least=2 if name == "length" else 1)
     checks.not_empty(data=args.data)
-
-
-def fingerprint(paths: Sequence[Path]) -> list[list[Any]]:
-    """Names and sizes of files, which a run that goes on must find again."""
-    return [[str(path), path.stat().st_size] for path in paths]

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import subprocess
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,7 @@ from jrl.algorithm import Algorithm
 from jrl.envs.types import Environment
 from jrl.numerics import checks
 from jrl.run import disk
-from jrl.run.checkpoint import RunError, disk_errors, flat, same_config, sealed, unsealed
+from jrl.run.checkpoint import BEST, RunError, disk_errors, flat, same_config, sealed, unsealed
 
 
 def settings(
@@ -63,6 +64,15 @@ def as_dict(tree: Any) -> Any:
 def _plain(value: Any) -> Any:
     """What JSON has no word for: arrays as lists, other objects as they print."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def fingerprint(path: Path) -> str:
+    """The name, the size and the checksum of a file's content."""
+    size, checksum = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return f"{path.name} ({size:,} bytes, {checksum:08x})"
 
 
 def saved_setting(folder: Path, name: str) -> Any:
@@ -128,16 +138,31 @@ def opened(folder: Path, resume: bool, settings: dict[str, Any]) -> Iterator[Pat
 
 def _make_or_compare(folder: Path, resume: bool, settings: dict[str, Any]) -> None:
     path = folder / "config.json"
-    if path.exists():
+    if path.exists() and _has_saved(folder):
         if not resume:
             raise RunError(f"{folder} already contains a run: resume it (--resume), or choose another folder")
         same_config(_settings_in(path), settings, folder)
         return
     # A run that ended in its first moment leaves a part of its configuration.
-    if any(item.name != path.with_suffix(".tmp").name for item in folder.iterdir()):
+    if not path.exists() and any(item.name != path.with_suffix(".tmp").name for item in folder.iterdir()):
         raise RunError(f"{folder} exists and is not the folder of a run; choose another")
     with disk_errors(folder):
+        (folder / "metrics.csv").unlink(missing_ok=True)  # the heading alone, of a run that failed at its start
         write_json(path, {"settings": settings} | _surroundings())
+
+
+def _has_saved(folder: Path) -> bool:
+    """Whether the run got so far that it has something to lose: a checkpoint, a row of metrics, or a result."""
+    table = folder / "metrics.csv"
+    if table.is_file() and table.read_bytes().count(b"\n") > 1:
+        return True
+    results = (
+        path
+        for name in ("summary.json", "evaluations.json", "answers.jsonl", "metrics/*")
+        for path in folder.glob(name)
+    )
+    checkpoints = (path for name in ("checkpoints", BEST) for path in folder.glob(f"{name}/*") if path.name.isdigit())
+    return any(True for found in (results, checkpoints) for _ in found)
 
 
 def _surroundings() -> dict[str, Any]:

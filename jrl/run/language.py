@@ -1,8 +1,8 @@
 """A published language model on the devices that a run uses, and what the run leaves of it."""
 
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +10,16 @@ import jax
 from jax.sharding import Mesh
 
 from jrl import lm
-from jrl.lm import hf, layout, peft
+from jrl.lm import hf, layout, models, peft
 from jrl.lm.model import Model, decoder
-from jrl.lm.models import ADAPTER, MODEL
+from jrl.lm.models import ADAPTER, BASE, MODEL
 from jrl.nets import adapters, transformer
 from jrl.numerics import checks, precision, sharding
-from jrl.run import memory
+from jrl.run import folders, memory
 from jrl.run.checkpoint import disk_errors
+
+# Words of a command line that may differ when a run goes on.
+FREE = ("run_dir", "number", "steps", "epochs", "save_every", "devices", "model_devices", "prompt_length", "log")
 
 
 class Opened(NamedTuple):
@@ -30,6 +33,7 @@ class Opened(NamedTuple):
         model: The decoder as learners take it.
         mesh: The devices.
         pad: The token that fills rows.
+        dtype: The dtype that the parameters are kept in.
     """
 
     path: Path
@@ -39,6 +43,7 @@ class Opened(NamedTuple):
     model: Model
     mesh: Mesh
     pad: int
+    dtype: str
 
 
 def opened(path: Path, policy: str, mesh: Mesh) -> Opened:
@@ -55,7 +60,9 @@ def opened(path: Path, policy: str, mesh: Mesh) -> Opened:
         ) from None
     pad = words.ends[0] if words.pad is None else words.pad
     shape = replace(shape, remat=True)
-    return Opened(path, shape, params, words, decoder(shape, parsed.compute, words.vocab_size), mesh, pad)
+    return Opened(
+        path, shape, params, words, decoder(shape, parsed.compute, words.vocab_size), mesh, pad, parsed.params
+    )
 
 
 def mesh_of(devices: int | None, model_devices: int, rows: int, what: str) -> Mesh:
@@ -85,19 +92,39 @@ def start(it: Opened, init: Callable[..., Any], *given: Any) -> tuple[Any, Any]:
         return jax.jit(init, out_shardings=where, donate_argnums=1)(*given), where
 
 
+def settings_of(
+    algorithm: str, args: Any, it: Opened, read: Mapping[str, Sequence[Path]], **more: Any
+) -> dict[str, Any]:
+    """What a run of an algorithm must share with the one that it goes on from, as flat JSON values: the words of its command line, but those that change
+    no mathematics, files by their content, the folder or file of the model among them, and ``more``."""
+    words = {name: x for name, x in asdict(args).items() if name not in FREE}
+    if hasattr(args, "config"):
+        words |= {"config": asdict(args.config) | {"model": asdict(it.shape)}, "hyper": folders.as_dict(args.hyper)}
+    by_content = {name: [folders.fingerprint(path) for path in paths] for name, paths in read.items()}
+    by_content["model"] = [folders.fingerprint(path) for path in models.files_of(it.path)]
+    one = {"algorithm": algorithm, "num_seeds": 1, "cells": [""]}
+    return folders.plain(words | by_content | one | more)
+
+
 def leave(folder: Path, it: Opened, config: adapters.Config, params: Any) -> str:
-    """Write what was trained of a decoder in Hugging Face's layout, or PEFT's, and say where."""
+    """Write what was trained of a decoder in Hugging Face's layout, or PEFT's, and say where. The base of an adapter is a whole model: where the run began
+    with one under another adapter, that is written, too."""
     with disk_errors(folder):
         if config.trains_all:
             lm.save(folder / MODEL, replace(it.shape, remat=False), params, it.words)
             return f"{folder / MODEL}"
-        peft.save(folder / ADAPTER, it.shape, config, params, base=str(it.path.resolve()))
+        base = models.base_of(it.path)
+        if base is None:
+            base = folder / BASE
+            lm.save(base, *lm.load(it.path, it.dtype))
+        peft.save(folder / ADAPTER, it.shape, config, params, base=str(base.resolve()))
+        it.words.save(folder / ADAPTER)
         return f"{folder / ADAPTER}"
 
 
-def leave_scorer(folder: Path, it: Opened, params: Any) -> str:
-    """Write a reward model ``{"body", "head"}``, and say where."""
+def leave_scorer(folder: Path, it: Opened, params: Any, separator: str | None) -> str:
+    """Write a reward model ``{"body", "head"}``, and say where; ``separator`` is what stands behind each step, for one that judges steps."""
     with disk_errors(folder):
-        hf.save_scorer(folder / MODEL, replace(it.shape, remat=False), params, pad=it.pad)
+        hf.save_scorer(folder / MODEL, replace(it.shape, remat=False), params, pad=it.pad, separator=separator)
         it.words.save(folder / MODEL)
     return f"{folder / MODEL}"

@@ -13,6 +13,7 @@ from jrl.run.checkpoint import RunError
 from jrl.run.load import KNOWN
 
 RETURN = "episode_return"
+LANGUAGE = ("sft", "reward_model", "process_reward", "dpo", "ppo_lm", "grpo")  # trained by experiments/lm.py
 RUNS = (
     "algorithm",
     "env_steps",
@@ -35,6 +36,7 @@ def show(folder: Path) -> str:
     if not folder.is_dir():
         raise RunError(f"no such folder: {folder}")
     runs = sorted(path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/config.json"))
+    runs = [run for run in runs if run.parent not in runs]  # what a run left of a language model has a config.json, too
     if not runs:
         raise RunError(f"{folder} is not the folder of a run, and holds none")
     return report.table([_line(run, str(run.relative_to(folder))) for run in runs])
@@ -52,8 +54,13 @@ def _line(folder: Path, name: str) -> dict[str, str]:
         "environment": str(settings.get("env")),
         "seeds": str(settings.get("num_seeds")),
         "steps": f"{summary['env_steps']:,}" if "env_steps" in summary else "",
-        "return (greedy)": stats.text(summary["eval"]) if summary.get("eval") else state,
+        "return (greedy)": stats.text(summary["eval"]) if summary.get("eval") else state or _best(summary),
     }
+
+
+def _best(summary: dict[str, Any]) -> str:
+    """The best evaluation of a run without a return."""
+    return ", ".join(f"{name} {x:.4g}" for name, x in summary.get("best", {}).items())
 
 
 def _one(folder: Path) -> str:
@@ -71,7 +78,10 @@ def _one(folder: Path) -> str:
         lines.append("settings that are not the defaults:")
     else:
         lines.append("settings:")  # whose defaults only their author knows
-    changed = {name: x for name, x in settings.items() if x != usual.get(name) and not name.startswith(RUNS)}
+    said = (
+        (*RUNS, "config.model.", "env") if "model" in settings else RUNS
+    )  # the shape of a model that was read from files
+    changed = {name: x for name, x in settings.items() if x != usual.get(name) and not name.startswith(said)}
     lines += [f"  {_readable(name, cells)} = {_shown(x)}" for name, x in changed.items()] or ["  none"]
     if not summary:
         return "\n".join([*lines, "it has not ended yet"])
@@ -82,6 +92,9 @@ def _one(folder: Path) -> str:
             lines.append(
                 f"  {cell}{': ' if cell else ''}return, greedy {stats.text(scores)}, sampled {stats.text(scores['sampled'])}"
             )
+    for what, name in (("in the end", "last"), ("best evaluation", "best")):
+        if found := summary.get(name):
+            lines.append(f"  {what}: " + ", ".join(f"{metric} {x:.4g}" for metric, x in found.items()))
     lines += [
         f"  left out: seed {nan['seed']} turned NaN at update {nan['update']}" for nan in summary.get("nan_seeds", [])
     ]
@@ -90,12 +103,15 @@ def _one(folder: Path) -> str:
 
 
 def _defaults(settings: dict[str, Any], cells: list[str]) -> dict[str, Any]:
-    """Default settings of an algorithm that ``run.load`` knows, and of its environment; empty for any other."""
-    if settings.get("algorithm") not in KNOWN:
+    """Default settings of an algorithm of jrl, and of its environment where ``run.load`` knows it; empty for any other."""
+    name = settings.get("algorithm")
+    if name not in (*KNOWN, *LANGUAGE):
         return {}
-    module = getattr(algos, settings["algorithm"])
-    config = {"config": folders.as_dict(module.Config())}
-    found = folders.plain(config | {"hyper": {cell: folders.as_dict(module.Hyper()) for cell in cells}})
+    module = getattr(algos, name)
+    config, hyper = {"config": folders.as_dict(module.Config())}, folders.as_dict(module.Hyper())
+    if name in LANGUAGE:  # in a language model's run the hyperparameters are of no cell
+        return folders.plain(config | {"hyper": hyper | {cell: hyper for cell in cells}})
+    found = folders.plain(config | {"hyper": dict.fromkeys(cells, hyper)})
     with contextlib.suppress(ValueError):  # an environment that is not known by its name
         name = str(settings.get("env")).partition("(")[0]
         found |= {} if "/" in name or name.endswith(".py") else folders.made_of_env(envs.make(name))

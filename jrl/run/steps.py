@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrl.run import disk, log, plot
+from jrl.run import disk, folders, log, plot
 from jrl.run.checkpoint import BEST, Checkpoints, Reader, RunError, disk_errors
 from jrl.run.interrupt import StopOnSignal
 from jrl.run.loggers import Sink
@@ -114,8 +114,17 @@ def train(plan: Plan, state: Any, step: Step) -> tuple[Any, int, list[Row]]:
             checkpoints.wait()
             record.close()
             pool.shutdown(wait=False)
+            _summarize(plan, done, rows, best)
             print(f"{folder}: saved at step {done}" if done else f"{folder}: nothing to save", flush=True)
     return state, done, rows
+
+
+def _summarize(plan: Plan, done: int, rows: Sequence[Row], best: Any) -> None:
+    """Write ``summary.json``: how far the run is, its last metrics, and its best evaluation."""
+    last = {name: x for name, x in rows[-1].items() if math.isfinite(x)} if rows else {}
+    found = {"best": {f"eval_{plan.best[0]}": best}} if best is not None else {}
+    steps = {"env_steps": done * plan.per_update, "finished": done >= plan.updates}
+    folders.write_json(plan.folder / "summary.json", steps | {"last": last} | found)
 
 
 def unless_broken(learn: Callable[..., tuple[Any, dict[str, Any]]]) -> Callable[..., tuple[Any, dict[str, Any]]]:
