@@ -6,7 +6,8 @@ from dataclasses import fields
 import pytest
 from settings_table import descriptions
 
-from jrl.run import command, tools
+from jrl import run
+from jrl.run import cli, command, tools
 
 
 def test_the_first_word_names_an_algorithm(capsys):
@@ -17,6 +18,20 @@ def test_the_first_word_names_an_algorithm(capsys):
         match="the first word must be one of ppo, ppo_cma, dqn, ebu, pqn, r2d2, sac, td3, show, watch, compare, record, envs; got 'sarsa'",
     ):
         command.run(["sarsa", "--env", "CartPole-v1"])
+
+
+def test_a_folder_of_runs_is_not_that_of_one(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/config.json").touch()
+    with pytest.raises(run.RunError, match="one contains a single run; choose another folder"):
+        cli.folder_of_runs(tmp_path / "one", True, "compare")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.tex").touch()
+    with pytest.raises(run.RunError, match="full already contains runs or other files: resume it"):
+        cli.folder_of_runs(tmp_path / "full", False, "compare")
+    assert cli.folder_of_runs(tmp_path / "full", True, "compare") == tmp_path / "full"
+    with pytest.raises(ValueError, match="--resume needs --run-dir"):
+        cli.folder_of_runs(None, True, "compare")
 
 
 @pytest.mark.parametrize("name", command.COMMANDS)

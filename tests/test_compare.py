@@ -56,6 +56,18 @@ def test_aggregates_over_tasks_by_hand():
     np.testing.assert_allclose(stats.profile(scores, np.array([-1, 0, 0.6, 1, 2])), [1, 7 / 8, 5 / 8 - 1 / 8, 1 / 8, 0])
 
 
+def test_a_profile_has_a_band_that_draws_within_tasks():
+    def one(label, task, values):
+        return compare.Run(label, task, np.array([10.0]), np.array(values)[:, None], np.array(values))
+
+    runs = [one("a", "t", [0.0, 0.0]), one("a", "u", [1.0, 1.0]), one("b", "t", [0.0, 1.0]), one("b", "u", [0.0, 1.0])]
+    scale = {"t": (0.0, 1.0), "u": (0.0, 1.0)}
+    panel = compare._profiles(compare.by_label(runs), scale)
+    (low, high), (wide_low, wide_high) = panel.bands
+    assert panel.lines[0][2][0][10] == 0.5 == low[10] == high[10]  # each task's seeds are alike
+    assert wide_low[10] == 0.0 and wide_high[10] == 1.0 and panel.lines[1][2][0][10] == 0.5
+
+
 def test_an_interval_draws_within_tasks():
     apart = [np.full(5, 0.0), np.full(5, 1.0)]
     assert stats.stratified_interval(stats.pooled_iqm, apart) == (0.5, 0.5)  # drawn over all it would vary
@@ -201,6 +213,8 @@ def test_a_row_that_is_being_written_is_left_out(folders, tmp_path):
         ("a,b\n1,2\n", "must have one of the columns episode_return, .*; it has: a, b"),
         ("step,return\n1,x\n", "row 2, holds something that is not a number"),
         ("step,return\n1,\n", "has no rows with a value"),
+        ("step,return\n1,2\n-3,2\n", "row 3: a step must be a finite number of at least 0; got -3"),
+        ("step,return\ninf,2\n", "row 2: a step must be a finite number of at least 0; got inf"),
         ("step,return\n1,2\n2\n", "row 3, has 1 of 2 columns"),
         ("a,return\n1,2\n", "must have one of the columns env_steps, global_step, .*; it has: a, return"),
         ("step,return,seed\n1,1,0\n2,1,0\n3,1,1\n4,1,1\n", "seeds have no steps in common"),

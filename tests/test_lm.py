@@ -246,9 +246,7 @@ def test_an_adapter_on_an_adapter_leaves_the_whole_model_that_it_belongs_to(fold
     assert (tmp_path / "second/adapter/tokenizer.json").is_file()
     shape, params, _ = lm.load(tmp_path / "second/adapter")
     assert shape == language_model.SHAPE and np.abs(params["layers"]["q"] - plain["layers"]["q"]).max() > 0
-    with pytest.raises(
-        ValueError, match=r"checkpoints holds no model; name the folder of its run, .*first$"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoints holds no model; name the folder of its run, .*first$"):
         lm.load(tmp_path / "first/checkpoints")
 
 

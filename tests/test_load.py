@@ -256,6 +256,17 @@ def test_any_transformation_will_do_and_hyperparameters_are_swept(key):
     assert (kernel[0] != kernel[1]).any()
 
 
+@pytest.mark.slow
+def test_a_run_with_an_optimizer_of_one_s_own_is_loaded_with_its_algorithm(tmp_path):
+    algo = ppo.make(envs.make("Probe-policy"), TINY, optimizer=optax.adam(1e-3))
+    train(algo, tmp_path / "run", eval_episodes=0)
+    assert run.load(tmp_path / "run", algo=algo).env_steps == 64
+    with pytest.raises(run.RunError, match=r"its optimizer is of its author's; give the algorithm"):
+        run.load(tmp_path / "run")
+    with pytest.raises(run.RunError, match=r"own was .*optimizer.*, is null"):
+        run.load(tmp_path / "run", algo=ppo.make(envs.make("Probe-policy"), TINY))
+
+
 @pytest.mark.parametrize("precision", ["pure_bfloat16", "float16"])
 def test_an_optimizer_of_one_s_own_computes_in_float32(precision, key):
     config = dataclasses.replace(TINY, precision=precision)
@@ -278,7 +289,10 @@ def test_the_command_line_starts_from_a_folder(trained, tmp_path, monkeypatch, c
     folder = Path(trained[0])
     words = ("--env", "CartPole-v1", "--config.network.hidden", "4", "--start", folder, "--run-dir", tmp_path / "run")
     code, said = processes.refused("ppo", words, monkeypatch, capsys)
-    assert code == 1 and "start: parameters of the network must be" in said
+    assert code == 1 and "its config.network.hidden is [8], this run's [4]" in said
+    words = (*words[:3], "8", "--config.network.activation", "relu", *words[4:])  # parameters alone do not tell
+    code, said = processes.refused("ppo", words, monkeypatch, capsys)
+    assert code == 1 and "its config.network.activation is tanh, this run's relu" in said
     code, said = processes.refused("ppo", ("--start", tmp_path), monkeypatch, capsys)
     assert code == 1 and "is not the folder of a run" in said
 

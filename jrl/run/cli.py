@@ -217,14 +217,21 @@ def experiment(
     args = parse(options, argv, defaults, doc)
     config = args.config if args.precision is None else replace(args.config, precision=args.precision)  # type: ignore[attr-defined]
     env = environment(args)
-    trained = {} if args.start is None else {"start": trained_state(args.start, env)}
+    trained = {} if args.start is None else {"start": trained_state(args.start, env, config)}
     return run(args, make(env, config, args.hyper, **trained))  # type: ignore[attr-defined]
 
 
-def trained_state(folder: Path, env: envs.Environment) -> Any:
-    """The state of the best seed of the run in a folder. ``env`` is its environment where that is a file, which is not run unasked."""
-    of_a_file = "env_params.file" in folders.saved_settings(folder)
-    return load(folder, env=env if of_a_file else None).member()
+def trained_state(folder: Path, env: envs.Environment, config: Any) -> Any:
+    """The state of the best seed of the run in a folder. ``env`` is its environment where that is a file, which is not run unasked.
+
+    Raises ``RunError`` where its network is another than that of ``config``, for parameters alone do not tell.
+    """
+    saved = folders.saved_settings(folder)
+    wanted = folders.plain({"config": folders.as_dict(config)})
+    for name, value in wanted.items():
+        if name.startswith("config.network.") and name in saved and saved[name] != value:
+            raise RunError(f"--start {folder}: its {name} is {saved[name]}, this run's {value}")
+    return load(folder, env=env if "env_params.file" in saved else None).member()
 
 
 def run(options: Options, algo: Algorithm) -> Result:

@@ -253,10 +253,22 @@ def draw(path: Path, runs: Sequence[Run], metric: str | None, scale: dict[str, t
         lines = [(run.label, run.env_steps, run.curves) for run in runs if run.task == task]
         panels.append(plot.Panel(task, "environment steps per seed", metric or "episode return in training", lines))
     if grouped := by_label(runs):
-        thresholds = np.linspace(0, 1, 51)
-        lines = [
-            (label, thresholds, stats.profile(normalized(of_label, scale), thresholds)[None])
-            for label, of_label in grouped.items()
-        ]
-        panels.append(plot.Panel("Performance profile", "normalized score", "share of seeds above it", lines))
+        panels.append(_profiles(grouped, scale))
     plot.draw(path, panels)
+
+
+def _profiles(grouped: dict[str, list[Run]], scale: dict[str, tuple[float, float]]) -> plot.Panel:
+    """The performance profile of each label, with its 95% band by bootstrap within tasks."""
+    thresholds = np.linspace(0, 1, 51)
+    scores = {label: normalized(runs, scale) for label, runs in grouped.items()}
+
+    def profile(scores: Sequence[np.ndarray]) -> np.ndarray:
+        return stats.profile(scores, thresholds)
+
+    return plot.Panel(
+        "Performance profile",
+        "normalized score",
+        "share of seeds above it",
+        [(label, thresholds, profile(found)[None]) for label, found in scores.items()],
+        bands=[stats.stratified_interval(profile, found) for found in scores.values()],
+    )

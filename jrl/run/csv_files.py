@@ -99,6 +99,10 @@ def _points(
                 if np.isfinite(value):
                     task = table.task or "".join(row[j] for j in tasks[:1])
                     step = total if at is None else float(row[at])
+                    if not 0 <= step < np.inf:
+                        raise RunError(
+                            f"{path}, row {number}: a step must be a finite number of at least 0; got {step:g}"
+                        )
                     found.append((task, (*(row[j] for j in apart), seed), step, value))
         except ValueError as error:
             raise RunError(f"{path}, row {number}, holds something that is not a number: {error}") from None

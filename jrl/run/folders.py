@@ -20,6 +20,8 @@ from jrl.numerics import checks
 from jrl.run import disk
 from jrl.run.checkpoint import BEST, RunError, disk_errors, flat, same_config, sealed, unsealed
 
+OWN = ("network", "optimizer", "bonus", "model")
+
 
 def settings(
     algo: Algorithm, key: jax.Array, env_steps: int, num_seeds: int, cells: Mapping[str, Any], every: int
@@ -38,8 +40,11 @@ def settings(
 
 
 def made_of(algo: Algorithm) -> dict[str, Any]:
-    """What an algorithm is made of, as flat JSON values."""
-    return plain({"algorithm": algo.name}) | made_of_env(algo.env) | plain({"config": as_dict(algo.config)})
+    """What an algorithm is made of, as flat JSON values; ``own`` are the arguments of ``make`` that settings do not describe."""
+    given = getattr(algo.remake, "keywords", {})
+    own = [name for name in OWN if given.get(name) is not None]
+    parts = plain({"algorithm": algo.name} | ({"own": own} if own else {}))
+    return parts | made_of_env(algo.env) | plain({"config": as_dict(algo.config)})
 
 
 def made_of_env(env: Environment) -> dict[str, Any]:

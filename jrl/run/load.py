@@ -18,7 +18,7 @@ from jrl.run.checkpoint import BEST, Reader, RunError, disk_errors, named_leaves
 from jrl.run.program import LoopState
 
 T = TypeVar("T")
-MADE_OF = ("algorithm", "env", "env_params", "config")  # settings of an algorithm, not of a run
+MADE_OF = ("algorithm", "own", "env", "env_params", "config")  # settings of an algorithm, not of a run
 # Algorithms that can be made again from a folder's settings alone.
 KNOWN = ("ppo", "dqn", "ebu", "fbrl", "option_critic", "ppo_cma", "pqn", "r2d2", "rudder", "sac", "td", "td3")
 
@@ -187,6 +187,10 @@ def _remade(settings: dict[str, Any], env: Environment) -> Algorithm:
     name = settings["algorithm"]
     if name not in KNOWN:
         raise ValueError(f"{name!r} is none of {', '.join(KNOWN)}; give the algorithm, as in run.load(..., algo=mine)")
+    if settings.get("own"):
+        raise ValueError(
+            f"its {' and '.join(settings['own'])} is of its author's; give the algorithm, as in run.load(..., algo=mine)"
+        )
     module = getattr(algos, name)
     cell = settings["cells"][0]
     config = _filled(module.Config(), settings, "config.")

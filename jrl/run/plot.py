@@ -31,13 +31,15 @@ def curve(returns: np.ndarray, episodes: np.ndarray, env_steps: np.ndarray) -> t
 
 
 class Panel(NamedTuple):
-    """One plot: lines ``(label, x [points], y [seeds, points])``; ``log`` names the logarithmic axes, as in "xy"."""
+    """One plot: lines ``(label, x [points], y [seeds, points])``; ``log`` names the logarithmic axes, as in "xy"; ``bands`` are the bounds ``(low, high)``
+    of each line, where they are not the 95% interval of its IQM."""
 
     title: str
     xlabel: str
     ylabel: str
     lines: list[tuple[str, np.ndarray, np.ndarray]]
     log: str = ""
+    bands: Sequence[tuple[np.ndarray, np.ndarray]] = ()
 
 
 def learning_curves(path: Path, title: str, cells: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
@@ -58,7 +60,7 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
         axes.remove()
     for axes, panel in zip(grid.flat, panels, strict=False):
         for i, line in enumerate(panel.lines):
-            _draw_line(axes, i, *line, alone=len(panel.lines) == 1)
+            _draw_line(axes, i, *line, len(panel.lines) == 1, panel.bands[i] if panel.bands else None)
         _draw_axes(axes, panel)
     # Always in the same order: drawing once more moves the layout by fractions of a pixel.
     for file in [path, path.with_suffix(".svg")] if path.suffix == ".png" else [path]:
@@ -66,7 +68,15 @@ def draw(path: Path, panels: Sequence[Panel]) -> None:
     plt.close(figure)
 
 
-def _draw_line(axes: Any, number: int, label: str, x: np.ndarray, y: np.ndarray, alone: bool) -> None:
+def _draw_line(
+    axes: Any,
+    number: int,
+    label: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    alone: bool,
+    band: tuple[np.ndarray, np.ndarray] | None,
+) -> None:
     """A line of its own colour, dashes and marks; the later ones are thinner, so that one that lies beneath another is seen."""
     y = np.where(np.isnan(y), np.inf, y)
     shown = np.isfinite(iqm(y))
@@ -76,9 +86,8 @@ def _draw_line(axes: Any, number: int, label: str, x: np.ndarray, y: np.ndarray,
     color = f"C{number % 10}"
     if alone:
         axes.plot(x, y[:FAINT].T, color=color, alpha=0.15, linewidth=0.8)
-    low, high = (
-        np.where(np.isfinite(bound), bound, iqm(y)) for bound in interval(y, samples=300 if len(y) <= FAINT else 100)
-    )
+    bounds = interval(y, samples=300 if len(y) <= FAINT else 100) if band is None else [x[shown] for x in band]
+    low, high = (np.where(np.isfinite(bound), bound, iqm(y)) for bound in bounds)
     axes.plot(
         x,
         iqm(y),
