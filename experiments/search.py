@@ -121,6 +121,8 @@ def experiment(key: Array, args: Args) -> dict[str, Array]:
         some = jax.tree.map(lambda x, rows=rows: x[rows], said)
         chosen = {"majority": rollouts.majority(some, n)}
         chosen |= {name: rollouts.best_of(x[rows], n) for name, x in scores.items()}
+        weighed = {name: rollouts.majority(some, n, jax.nn.sigmoid(x[rows])) for name, x in scores.items()}
+        chosen |= {f"{name} weighed": x for name, x in weighed.items()}
         found |= {f"{name} {n}": correct[rows][x].mean() for name, x in chosen.items()}
     problems = jax.tree.map(lambda x: x[::MOST], answers.problems)
     for name, judge in (("outcome", outcome), ("process", process)):
@@ -155,6 +157,13 @@ def main(argv: list[str]) -> None:
     rows = [{"choice": "one answer", f"right of {MOST}": percent(found["one"])}]
     for name in ("majority", "outcome", "process"):
         rows.append({"choice": NAMES[name], f"right of {MOST}": percent(found[f"{name} {MOST}"])})
+    for name in ("outcome", "process"):
+        rows.append(
+            {
+                "choice": f"majority, weighed by the {NAMES[name]}",
+                f"right of {MOST}": percent(found[f"{name} weighed {MOST}"]),
+            }
+        )
     for name in ("outcome", "process"):
         rows.append({"choice": f"{BEAMS} beams by {NAMES[name]}", f"right of {MOST}": percent(found[f"{name} beam"])})
     rows.append({"choice": "any of them", f"right of {MOST}": percent(found["any"])})

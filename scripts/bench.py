@@ -8,6 +8,7 @@
     bash scripts/bench --algo pqn --seeds 1 8             PQN: 32 envs x 64 steps, 4 epochs x 16 minibatches
     bash scripts/bench --env Breakout-MinAtar --seeds 1 4 --num-envs 64
     bash scripts/bench --algo grpo                        tokens a second of a language model: see bench_grpo.py
+    bash scripts/bench --algo grpo --model-shape smollm2-135m        of a published shape: see bench_language.py
 
 Both run the same setting: float32, Adam with a constant learning rate, gradients clipped by value as rejax does. PPO: 128 steps, 4
 epochs of 4 minibatches, two towers of 64 tanh units. DQN: double, one step in each environment, then one gradient step; 64 x 64
@@ -29,6 +30,7 @@ from typing import Any, Literal
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several programs wait on one GPU
 
 import bench_grpo
+import bench_language
 import jax
 import tyro
 
@@ -51,6 +53,8 @@ class Args:
 
     # ppo, dqn, pqn, or grpo, which has no peer that trains seeds in parallel.
     algo: Literal["ppo", "dqn", "pqn", "grpo"] = "ppo"
+    # With grpo: the shape of a published language model, smollm2-135m or qwen3-0.6b, with random weights.
+    model_shape: bench_language.Shape | None = None
     env: str = "CartPole-v1"  # Environment; peers must have it under the same id.
     # Numbers of seeds; default: 1, 8, 32 and 128, on a GPU 1, 32, 256 and 2048, for GRPO 1 and 8.
     seeds: tuple[int, ...] | None = None
@@ -150,6 +154,8 @@ def peer_python(wheels: Path | None) -> tuple[str, str | None]:
 
 def main(args: Args) -> None:
     if args.algo == "grpo":
+        if args.model_shape is not None:
+            return bench_language.main(bench_language.Args(args.model_shape, repeats=args.repeats))
         return bench_grpo.main(bench_grpo.Args(seeds=args.seeds or (1, 8), repeats=args.repeats))
     if not set(args.peers) <= {"rejax"}:
         raise SystemExit(f"error: peers must be of rejax; got {', '.join(args.peers)}")

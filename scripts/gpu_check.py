@@ -2,6 +2,7 @@
 
     bash scripts/gpu_check                      PPO, DQN, R2D2 and PQN at 32 and 2048 seeds
     bash scripts/gpu_check --algos ppo --env Breakout-MinAtar --seeds 64
+    bash scripts/gpu_check --algos --language qwen3-0.6b --length 4096      sampling, training and GRPO of a language model
 
 For each program: GiB of memory, the kernels that one update launches, and its largest loops as trips x kernels. A launch costs
 a microsecond or two, which up to some hundreds of small agents is all the time there is. It says that the program compiles
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bench_language
 import jax
 import jax._src.xla_bridge as xla_bridge
 import numpy as np
@@ -41,6 +43,10 @@ class Args:
     algos: tuple[str, ...] = tuple(ALGOS)  # Algorithms: ppo, dqn, r2d2, pqn.
     seeds: tuple[int, ...] = (32, 2048)  # Numbers of seeds in one program.
     env: str = "CartPole-v1"  # Environment, with its preset.
+    language: bench_language.Shape | None = None  # Shape of a published language model, smollm2-135m or qwen3-0.6b.
+    rows: int = 64  # Rows of its training step, and answers that it samples at once.
+    length: int = 256  # Tokens of these rows.
+    micro_batches: int = 1  # Parts in which its training step is computed.
 
 
 def h100() -> NamedSharding:
@@ -78,11 +84,32 @@ def table(name: str, args: Args, place: NamedSharding) -> None:
     for num_seeds in args.seeds:
         begin = time.perf_counter()
         compiled = compile_update(algo, num_seeds, place)
-        seconds = time.perf_counter() - begin
-        used, found = compiled.memory_analysis(), launches(compiled)
-        gib = (used.temp_size_in_bytes + used.argument_size_in_bytes) / 2**30
-        loops = ", ".join(f"{loop.trips or '?'} x {loop.kernels}" for loop in found.loops[:3])
-        print(f"| {num_seeds} | {gib:.3f} | {found.total:,} | {loops} | {seconds:.0f} |", flush=True)
+        print(row(num_seeds, compiled, time.perf_counter() - begin), flush=True)
+
+
+def language(args: Args, place: NamedSharding) -> None:
+    """The programs of a language model, a row for each."""
+    assert args.language is not None
+    sizes = {
+        "rows": args.rows,
+        "train_rows": args.rows,
+        "train_length": args.length,
+        "micro_batches": args.micro_batches,
+    }
+    found = bench_language.programs(bench_language.Args(args.language, **sizes))  # type: ignore[arg-type]
+    print(f"\n{args.language}, compiled for an H100\n")
+    print("| program | GiB | kernels | largest loops, trips x kernels | compile s |\n| --- | --- | --- | --- | --- |")
+    for name, program in found.items():
+        begin = time.perf_counter()
+        compiled = bench_language.compiled(program, place)
+        print(row(name, compiled, time.perf_counter() - begin), flush=True)
+
+
+def row(name: object, compiled: Any, seconds: float) -> str:
+    """What a compiled program needs and launches, as a line of a table."""
+    found = launches(compiled)
+    loops = ", ".join(f"{loop.trips or '?'} x {loop.kernels}" for loop in found.loops[:3])
+    return f"| {name} | {bench_language.gib(compiled):.3f} | {found.total:,} | {loops} | {seconds:.0f} |"
 
 
 def main(args: Args) -> None:
@@ -95,6 +122,8 @@ def main(args: Args) -> None:
         with host.traced_for("gpu"):
             for name in args.algos:
                 table(name, args, place)
+            if args.language is not None:
+                language(args, place)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 

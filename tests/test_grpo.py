@@ -14,7 +14,7 @@ from jrl.equations import token_losses
 from jrl.lm import groups, tasks
 from jrl.lm.policy import language_model
 from jrl.lm.sampling import Rollout
-from jrl.nets import adapters, moe, transformer
+from jrl.nets import adapters, decoding, moe, transformer
 from jrl.numerics import lora, optim
 
 TASK = tasks.make("modular_addition", modulus=3)
@@ -216,9 +216,9 @@ def test_adapters_beside_the_matrices_compute_what_merged_ones_do(more):
 
     def computed(trained, combine):
         combined = combine(params, trained)
-        cache = transformer.init_cache(config, 2, 8)
-        _, cache = transformer.prefill(combined, tokens, cache, config)
-        step, _ = transformer.decode(combined, tokens[:, 0], cache, jnp.int32(6), config)
+        cache = decoding.init_cache(config, 2, 8)
+        _, cache = decoding.prefill(combined, tokens, cache, config)
+        step, _ = decoding.decode(combined, tokens[:, 0], cache, jnp.int32(6), config)
         return transformer.forward(combined, tokens, config), step
 
     def beside(params, trained):

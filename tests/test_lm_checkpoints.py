@@ -19,7 +19,7 @@ from jrl.attention.rotary import Scaling, frequencies, rope
 from jrl.lm import gguf, hf, layout, settings
 from jrl.lm.model import decoder
 from jrl.lm.pairs import as_rollout
-from jrl.nets import moe, transformer
+from jrl.nets import decoding, moe, transformer
 
 DATA = Path(__file__).parent / "data" / "hf"  # made by make.py there
 REWARD = DATA.with_name("reward_head")
@@ -33,11 +33,11 @@ def greedy(config, params, prompt, length):
 
     def step(carry, position):
         cache, token = carry
-        logits, cache = transformer.decode(params, token, cache, position, config)
+        logits, cache = decoding.decode(params, token, cache, position, config)
         best = logits.argmax(-1).astype(token.dtype)
         return (cache, jnp.where(position + 1 < prompt.shape[1], known[:, position + 1], best)), token
 
-    cache = transformer.init_cache(config, len(prompt), length)
+    cache = decoding.init_cache(config, len(prompt), length)
     return jax.jit(lambda: jax.lax.scan(step, (cache, known[:, 0]), jnp.arange(length))[1])().T
 
 

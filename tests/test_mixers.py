@@ -10,7 +10,7 @@ import pytest
 
 from jrl.attention import mla, nsa, rwkv
 from jrl.attention.rotary import rms_norm, rope
-from jrl.nets import moe, transformer
+from jrl.nets import decoding, moe, transformer
 
 LATENT = mla.Config(latent=6, nope_dim=4, rope_dim=2, value_dim=5)
 
@@ -213,11 +213,11 @@ def test_padding_changes_no_logits_of_the_cache(decoder):
     """For a prompt that is read at once, and for one that is read token by token."""
     config, params, tokens, alone = decoder
     rows, at = padded(tokens, LENGTH)
-    empty = transformer.init_cache(config, len(PADDING), LENGTH)
+    empty = decoding.init_cache(config, len(PADDING), LENGTH)
     prefill = jax.jit(
-        lambda cache: transformer.prefill(params, rows[:, :16], cache, config, valid=jnp.array(at[:, :16] >= 0))
+        lambda cache: decoding.prefill(params, rows[:, :16], cache, config, valid=jnp.array(at[:, :16] >= 0))
     )
-    step = jax.jit(lambda x, cache, t: transformer.decode(params, x, cache, t, config, start=jnp.array(PADDING)))
+    step = jax.jit(lambda x, cache, t: decoding.decode(params, x, cache, t, config, start=jnp.array(PADDING)))
 
     last, filled = prefill(empty)
     for begin, cache, out in ((0, empty, []), (16, filled, [last])):

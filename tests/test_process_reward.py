@@ -133,6 +133,8 @@ def test_ends_of_steps():
 def test_the_best_and_the_most_frequent_answer():
     said = rolled([[3, 1], [4, 1], [4, 1], [5, 1], [5, 1], [3, 1]])
     np.testing.assert_array_equal(rollouts.majority(said, 3), [1, 3])
+    weight = jnp.array([0.9, 0.4, 0.4, 0.1, 0.2, 0.1])
+    np.testing.assert_array_equal(rollouts.majority(said, 3, weight), [0, 3])
     np.testing.assert_array_equal(rollouts.best_of(jnp.array([0.1, 0.9, 0.2, 0.3, 0.1, 0.7]), 3), [1, 5])
 
 

@@ -382,6 +382,25 @@ def test_sampling_and_training_are_measured(tmp_path):
     assert (with_cache.tokens == without.tokens).all()
 
 
+@pytest.mark.slow
+def test_a_language_model_of_a_published_shape_is_measured(tmp_path):
+    bench = module("bench_language")
+    small = {"rows": 4, "group_size": 2, "prompt": 4, "answer": 4, "train_rows": 4, "train_length": 8, "repeats": 1}
+    bench.main(bench.Args("tiny", folder=tmp_path, micro_batches=2, **small))
+    rows = list(csv.DictReader((tmp_path / "language.csv").open()))
+    assert [row["what"] for row in rows][:3] == ["sampling", "training", "GRPO, an update"]
+    assert all(float(row["tokens/s"].replace(",", "")) > 0 for row in rows)
+    assert rows[2]["of the card"].endswith("% of sampling and training alone")
+    with pytest.raises(ValueError, match="group_size must divide rows = 4; got 3"):
+        bench.programs(bench.Args("tiny", **small | {"group_size": 3}))
+
+
+@pytest.mark.parametrize("name, millions", [("smollm2-135m", 134.5), ("qwen3-0.6b", 596.0)])
+def test_published_shapes_have_their_numbers_of_parameters(name, millions):
+    bench = module("bench_language")
+    assert bench.size_of(bench.SHAPES[name]) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
 def test_results_are_chosen_by_algorithm_and_by_name():
     results = module("results")
     assert list(results.chosen(results.Args(only=("dqn/CartPole-v1, 100k",)))) == ["dqn/CartPole-v1, 100k"]

@@ -10,7 +10,7 @@ import pytest
 from jrl import envs, nets
 from jrl.attention import mla, nsa
 from jrl.attention.rotary import rms_norm, rope
-from jrl.nets import moe, transformer
+from jrl.nets import decoding, moe, transformer
 
 SMALL = transformer.Config(
     vocab_size=11, dim=16, num_layers=2, num_heads=4, num_kv_heads=2, qkv_bias=True, qk_norm=True
@@ -49,10 +49,10 @@ def test_decoding_gives_the_logits_of_the_whole_sequence(kind, key):
     assert whole.shape == (2, 27, 11) and whole.dtype == jnp.float32
 
     def step(cache, x):
-        logits, cache = transformer.decode(params, x[1], cache, x[0], config)
+        logits, cache = decoding.decode(params, x[1], cache, x[0], config)
         return cache, logits
 
-    cache = transformer.init_cache(config, 2, 27)
+    cache = decoding.init_cache(config, 2, 27)
     _, steps = jax.jit(lambda: jax.lax.scan(step, cache, (jnp.arange(27), tokens.T)))()
     close(jnp.moveaxis(steps, 0, 1), whole)
     later = tokens.at[:, 20:].set(3)
@@ -71,11 +71,9 @@ def test_packed_sequences_are_as_if_alone(kind, key):
     packed = transformer.forward(params, tokens, config, positions=positions, segment_ids=ids)
     close(packed[:, :10], transformer.forward(params, tokens[:, :10], config))
     close(packed[:, 10:], transformer.forward(params, tokens[:, 10:], config))
-    cache = transformer.init_cache(config, 2, 27)
+    cache = decoding.init_cache(config, 2, 27)
     for t in range(27):
-        logits, cache = transformer.decode(
-            params, tokens[:, t], cache, jnp.int32(t), config, start=10 if t >= 10 else 0
-        )
+        logits, cache = decoding.decode(params, tokens[:, t], cache, jnp.int32(t), config, start=10 if t >= 10 else 0)
     close(logits, packed[:, -1])
 
 
@@ -131,12 +129,12 @@ def test_a_prompt_at_once_is_its_tokens_one_by_one(kind, key):
     config = KINDS[kind]
     params, tokens = start(config, key)
     valid, begin = jnp.arange(27)[None] >= jnp.array([[0], [6]]), jnp.array([0, 6])
-    step = jax.jit(lambda cache, token, t: transformer.decode(params, token, cache, t, config, start=begin))
-    at_once = jax.jit(lambda cache: transformer.prefill(params, tokens[:, :18], cache, config, valid=valid[:, :18]))
-    one_by_one = transformer.init_cache(config, 2, 27)
+    step = jax.jit(lambda cache, token, t: decoding.decode(params, token, cache, t, config, start=begin))
+    at_once = jax.jit(lambda cache: decoding.prefill(params, tokens[:, :18], cache, config, valid=valid[:, :18]))
+    one_by_one = decoding.init_cache(config, 2, 27)
     for t in range(18):
         logits, one_by_one = step(one_by_one, tokens[:, t], t)
-    found, cache = at_once(transformer.init_cache(config, 2, 27))
+    found, cache = at_once(decoding.init_cache(config, 2, 27))
     close(found, logits)
     for t in range(18, 27):
         logits, one_by_one = step(one_by_one, tokens[:, t], t)
@@ -150,7 +148,7 @@ def test_a_prompt_longer_than_its_cache_is_refused(kind, key):
     tokens = jnp.zeros((1, 20), jnp.int32)
 
     def call(params):
-        return transformer.prefill(params, tokens, transformer.init_cache(config, 1, 8), config)
+        return decoding.prefill(params, tokens, decoding.init_cache(config, 1, 8), config)
 
     with pytest.raises(ValueError, match="prefill: 20 tokens do not fit in a cache for 8"):
         jax.eval_shape(call, jax.eval_shape(lambda: transformer.init(jax.random.key(0), config)))
@@ -208,12 +206,12 @@ def test_a_step_writes_its_token_in_place():
     """A loop of decoding needs no second cache: its memory is that of the cache, and of what one layer computes."""
     config = transformer.Config(vocab_size=8, dim=16, num_layers=6, num_heads=2, num_kv_heads=2, ffn_dim=16)
     params = jax.eval_shape(lambda: transformer.init(jax.random.key(0), config))
-    cache = jax.eval_shape(lambda: transformer.init_cache(config, 4, 512))
+    cache = jax.eval_shape(lambda: decoding.init_cache(config, 4, 512))
 
     def run(params, cache):
         def step(carry):
             t, token, cache = carry
-            logits, cache = transformer.decode(params, token, cache, t, config)
+            logits, cache = decoding.decode(params, token, cache, t, config)
             return t + 1, jnp.argmax(logits, -1).astype(jnp.int32), cache
 
         return jax.lax.while_loop(lambda c: c[0] < 512, step, (jnp.int32(0), jnp.zeros(4, jnp.int32), cache))[1]

@@ -47,6 +47,7 @@ Array = jax.Array
 Implementation = Literal["xla", "pallas_tpu"]
 CHUNK = 16  # queries whose scores with compressed blocks are there at once
 WIDE_SCORES = 2**28  # or, where more at once is faster, so many scores
+LEVELS = 4  # parts of a sequence, whose queries are spared the compressed keys behind their part
 
 
 def attend(
@@ -117,6 +118,7 @@ def attend(
         chunk=chunk,
         implementation=chosen,
         interpret=interpret,
+        in_order=True,
     )
 
 
@@ -159,11 +161,13 @@ def mix(
     chunk: int | None = None,
     implementation: Implementation | None = None,
     interpret: bool = False,
+    in_order: bool = False,
 ) -> Array:
     """``attend`` for queries ``[B, T, H, D]`` that stand at ``t`` among the keys and see them from ``start`` on, both int ``[B, T]``.
 
     ``o_win [B, T, H, Dv]`` is the window branch's output. Blocks count from ``origin`` int ``[B, S]``, the index of the first token
-    of each key's segment, or from the first key if it is not given. No query may see further back than its own segment.
+    of each key's segment, or from the first key if it is not given. No query may see further back than its own segment. Queries that stand at 0, 1, 2 ...
+    are ``in_order``, which saves what lies above the diagonal.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     kernels = choose(implementation, q, streams, config) == "pallas_tpu"
@@ -171,7 +175,20 @@ def mix(
         blocks = nsa_blocks.of_one_segment(streams.k_select.shape[1], t, start, config)
     else:
         blocks = nsa_blocks.of_segments(origin, t, start, config)
-    o_cmp, chosen = _compress_and_choose(params, q, streams, blocks, t, start, config, scale, chunk, kernels, interpret)
+    o_cmp, chosen = _compress_and_choose(
+        params,
+        q,
+        streams,
+        blocks,
+        t,
+        start,
+        config,
+        scale,
+        chunk,
+        kernels,
+        interpret,
+        in_order and blocks.segments is None,
+    )
     o_slc = _attend_selected(q, streams, blocks, chosen, t, start, scale, chunk, kernels, interpret)
     parts = jnp.stack([x.astype(gates.dtype) for x in (o_cmp, o_slc, o_win)], axis=-1)
     return jnp.sum(parts * gates[..., None, :], axis=-1).astype(o_win.dtype)
@@ -184,7 +201,7 @@ def segment_starts(segment_ids: Array) -> Array:
     return jax.lax.cummax(jnp.where(segment_ids != before, at, 0), axis=1)
 
 
-def _compress_and_choose(params, q, streams, blocks, t, start, config, scale, chunk, kernels, interpret):
+def _compress_and_choose(params, q, streams, blocks, t, start, config, scale, chunk, kernels, interpret, in_order):
     """The compression branch's output ``[B, T, H, Dv]`` and the blocks that each query selects ``[B, K, T, n]``."""
     (length, num_keys), kv_heads = (q.shape[1], streams.k_compress.shape[1]), streams.k_compress.shape[2]
     num_blocks = blocks.token.shape[1]
@@ -200,14 +217,24 @@ def _compress_and_choose(params, q, streams, blocks, t, start, config, scale, ch
         return _compress_by_kernel(q, k, v, blocks.first, queries, num_blocks, config, scale, interpret)
 
     @jax.checkpoint
-    def of_chunk(k: Array, v: Array, q: Array, t: Array, start: Array, own: Array, oldest: Array):
-        out, importance = compressed_attention(q, k, v, blocks.first, t, start, config, scale)
+    def of_chunk(k: Array, v: Array, first: Array, q: Array, t: Array, start: Array, own: Array, oldest: Array):
+        out, importance = compressed_attention(q, k, v, first, t, start, config, scale)
         return out.astype(v.dtype), select(importance, own, oldest, num_blocks, config)
 
     fast = max(CHUNK, WIDE_SCORES // (q.shape[0] * q.shape[2] * k.shape[1])) if platforms.wide() else CHUNK
     rows = min(fast if chunk is None else chunk, length)
     parts = jax.tree.map(lambda x: _split(x, rows), (q, *queries))
-    out, chosen = jax.lax.map(lambda part: of_chunk(k, v, *part), parts)
+    number = -(-length // rows)
+    levels = LEVELS if in_order and number >= 2 * LEVELS else 1
+    bounds = [number * i // levels for i in range(levels + 1)]
+
+    def of_level(begin: int, end: int) -> tuple[Array, Array]:
+        """Some chunks in a row, none of which sees keys behind the last one's end."""
+        sees = k.shape[1] if end == number else config.num_compressed(end * rows)
+        near = (k[:, :sees], v[:, :sees], blocks.first[:, :sees])
+        return jax.lax.map(lambda part: of_chunk(*near, *part), jax.tree.map(lambda x: x[begin:end], parts))
+
+    out, chosen = jax.tree.map(lambda *x: jnp.concatenate(x), *map(of_level, bounds[:-1], bounds[1:]))
     out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *out.shape[3:])[:, :length]
     chosen = jnp.moveaxis(chosen, 0, 2).reshape(q.shape[0], kv_heads, -1, chosen.shape[-1])
     return out, chosen[:, :, :length]

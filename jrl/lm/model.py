@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.nets import adapters, ahead, moe, transformer
+from jrl.nets import adapters, ahead, decoding, moe, transformer
 from jrl.numerics import checks, lora, precision
 from jrl.numerics.types import Params
 
@@ -92,12 +92,12 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         return logits if tokens == config.vocab_size else jnp.where(ids < tokens, logits, -jnp.inf)
 
     def prefill(params: Params, prompt: Array, valid: Array, capacity: int) -> tuple[Array, Any]:
-        empty = transformer.init_cache(config, len(prompt), capacity, dtype)
-        logits, cache = transformer.prefill(cast(params), prompt, empty, config, valid=valid)
+        empty = decoding.init_cache(config, len(prompt), capacity, dtype)
+        logits, cache = decoding.prefill(cast(params), prompt, empty, config, valid=valid)
         return known(logits), cache
 
     def step(params: Params, token: Array, cache: Any, position: Array, start: Array) -> tuple[Array, Any]:
-        logits, cache = transformer.decode(cast(params), token, cache, position, config, start=start)
+        logits, cache = decoding.decode(cast(params), token, cache, position, config, start=start)
         return known(logits), cache
 
     return Model(
@@ -110,7 +110,7 @@ def decoder(config: transformer.Config, dtype: jax.typing.DTypeLike = jnp.float3
         lambda params, load: transformer.balanced(params, load, config),
         lambda load: transformer.balance_loss(load, config),
         transformer.low_rank(config),
-        lambda cache, capacity: transformer.grown(cache, config, capacity),
+        lambda cache, capacity: decoding.grown(cache, config, capacity),
         lambda cache, copies: jax.tree.map(lambda x: jnp.repeat(x, copies, axis=1), cache),
         lambda adapter: adapters.make(adapter, config),
         packed,

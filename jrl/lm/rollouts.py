@@ -124,8 +124,10 @@ def best_of(score: Array, copies: int) -> Array:
     return jnp.arange(len(score) // copies) * copies + jnp.argmax(score.reshape(-1, copies), axis=1)
 
 
-def majority(rollout: Rollout, copies: int) -> Array:
-    """Rows of the most frequent answer to each problem, int ``[N]``; of equals the first (Wang et al. 2022, self-consistency, 2203.11171)."""
+def majority(rollout: Rollout, copies: int, weight: Array | None = None) -> Array:
+    """Rows of the most frequent answer to each problem, int ``[N]``; of equals the first (Wang et al. 2022, self-consistency, 2203.11171). With a ``weight``
+    float ``[N copies]`` of each answer, such as its probability of being right, those that weigh most together (2312.08935, eq. 8)."""
     said = jnp.where(rollout.mask, rollout.tokens, -1).reshape(-1, copies, rollout.tokens.shape[1])
-    same = (said[:, :, None] == said[:, None]).all(-1).sum(-1)
-    return best_of(same.ravel(), copies)
+    same = (said[:, :, None] == said[:, None]).all(-1)
+    votes = jnp.ones(same.shape[:2]) if weight is None else weight.reshape(same.shape[:2])
+    return best_of(jnp.einsum("nij,nj->ni", same.astype(votes.dtype), votes).ravel(), copies)

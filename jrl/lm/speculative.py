@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jrl.lm.sampling import Rollout, Support, check_support, of_tokens, supported
-from jrl.nets import ahead, transformer
+from jrl.nets import ahead, decoding, transformer
 from jrl.nets.transformer import Config
 from jrl.numerics import checks
 from jrl.numerics.types import Params
@@ -84,13 +84,13 @@ def sample(
     def drafted(hidden: Array, tokens: Array, cache: Any, position: Array) -> tuple[Array, Any]:
         """The module's logits behind each of ``tokens [B, S]``, which follow the stream ``hidden``."""
         x = ahead.joined(first, embedded(tokens), hidden, config)
-        x, cache = transformer.decode_several(module, x, cache, position, shape, start=start)
+        x, cache = decoding.decode_several(module, x, cache, position, shape, start=start)
         return head(x), cache
 
     def go(carry: _Carry) -> _Carry:
         at = width + carry.number - 1  # of the newest token
         both = jnp.stack([carry.token, carry.draft], axis=1)
-        hidden, cache = transformer.decode_several(params, embedded(both), carry.cache, at, config, start=start)
+        hidden, cache = decoding.decode_several(params, embedded(both), carry.cache, at, config, start=start)
         logits = head(hidden)
         p, q = (jax.nn.log_softmax(x) for x in (logits[:, 0], carry.draft_logits))
         ratio = of_tokens(p, carry.draft) - of_tokens(q, carry.draft)
@@ -124,8 +124,8 @@ def sample(
         return Rollout(tokens, mask, log_p, None), alive & ~ended, count
 
     capacity = width + length + 1
-    cache = transformer.init_cache(config, batch, capacity, params["embedding"].dtype)
-    hidden, cache = transformer.prefill_blocks(params, embedded(prompt), cache, config, valid=valid)
+    cache = decoding.init_cache(config, batch, capacity, params["embedding"].dtype)
+    hidden, cache = decoding.prefill_blocks(params, embedded(prompt), cache, config, valid=valid)
     logits = head(hidden[:, -1])
     token = draw(logits, jnp.zeros(batch, jnp.int32), 0).astype(jnp.int32)
     empty = Rollout(
@@ -138,8 +138,8 @@ def sample(
     out, alive, count = said(empty, all_rows, none, token, of_tokens(jax.nn.log_softmax(logits), token))
     # The module has read each token of the prompt with the stream before it, and the first of the answer.
     pairs = ahead.joined(first, embedded(jnp.concatenate([prompt[:, 1:], token[:, None]], axis=1)), hidden, config)
-    draft_cache = transformer.init_cache(shape, batch, capacity, pairs.dtype)
-    x, draft_cache = transformer.prefill_blocks(module, pairs, draft_cache, shape, valid=valid)
+    draft_cache = decoding.init_cache(shape, batch, capacity, pairs.dtype)
+    x, draft_cache = decoding.prefill_blocks(module, pairs, draft_cache, shape, valid=valid)
     q_logits = head(x[:, -1])
     draft = draw(q_logits, count, 4).astype(jnp.int32)
     carry = _Carry(cache, draft_cache, count, token, draft, q_logits, alive, out, none, none)

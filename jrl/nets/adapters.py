@@ -21,7 +21,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jrl.nets import transformer
+from jrl.nets import decoding, transformer
 from jrl.nets.bottleneck import PLACES
 from jrl.numerics import lora
 from jrl.numerics.lora import Adapter
@@ -131,8 +131,8 @@ def _virtual(params: Params, embeddings: Array, shape: transformer.Config) -> tu
     """Keys and values ``[layers, N, K, D]`` of a sequence of vectors ``[N, dim]``."""
     number = len(embeddings)
     with_them = params | {"embedding": embeddings.astype(params["embedding"].dtype)}
-    cache = transformer.init_cache(shape, 1, number, embeddings.dtype)
-    _, cache = transformer.prefill(with_them, jnp.arange(number)[None], cache, shape)
+    cache = decoding.init_cache(shape, 1, number, embeddings.dtype)
+    _, cache = decoding.prefill(with_them, jnp.arange(number)[None], cache, shape)
     return cache["layers"].k[:, 0], cache["layers"].v[:, 0]
 
 

@@ -52,9 +52,8 @@ class OptimizerConfig(Settings, prefix="optimizer"):
     # Kinds of parameters that weight decay spares: weights, biases (and whatever else is no matrix), norms, embeddings.
     no_decay: tuple[Kind, ...] = ("biases", "norms", "embeddings")
     accumulate: Positive = 1  # Number of gradients that are averaged into one step.
-    ema: bool = (
-        False  # Evaluate with an exponential moving average of the parameters, of decay hyper.optimizer.ema_decay.
-    )
+    # Evaluate with an exponential moving average of the parameters, of decay hyper.optimizer.ema_decay.
+    ema: bool = False
     # How parameters of half width are stepped: to the nearest, stochastically, by Kahan's sum, or from a float32 master copy.
     rounding: Rounding = "nearest"
     moments: Literal["float32", "bfloat16"] = "float32"  # Dtype of its state; bfloat16 is rounded stochastically.
