@@ -5,16 +5,15 @@ python experiments/adapters.py --num-seeds 2 --kinds full lora --share 0.2
 python experiments/adapters.py --resume --run-dir runs/mine      goes on; what is finished is not repeated
 
 A decoder that was trained to reverse sequences is fine-tuned to sort them, by training all of it or one kind of adapter beside it. Each kind takes the
-best of several learning rates. Memory is what the compiler plans for a step of one seed; times are ratios to those of training everything, and, of
-sampling, to the plain decoder's. Leaves adapters.csv and adapters.png.
+best of several learning rates. Memory is what the compiler plans for a step of one seed. Times of a step and of merging are ratios to a step of training
+everything, those of sampling to the plain decoder's; all are measured in turns. Leaves adapters.csv and adapters.png.
 """
 
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +27,7 @@ from jrl.lm.sampling import Support, sample
 from jrl.lm.texts import Texts
 from jrl.nets import adapters, transformer
 from jrl.numerics import checks
-from jrl.run import cli, folders, plot, report, stats
+from jrl.run import cli, folders, plot, report, stats, timing
 
 Array = jax.Array
 BEFORE, TASK = tasks.make("reverse", length=4), tasks.make("sort", length=4)
@@ -37,6 +36,7 @@ MODEL = language_model(TASK, SHAPE, "float32")
 KINDS = get_args(adapters.Kind)
 RATES = (2e-3, 6e-3, 2e-2)
 POINTS, MEASURED, BATCH = 8, 128, 32
+NAMES = ("trained", "memory", "step", "beside", "merged", "merging")
 
 
 @dataclass(frozen=True)
@@ -91,49 +91,52 @@ def curve(key: Array, start: Any, rate: Any, learning: sft.Learner, updates: int
     return jnp.concatenate([right(state)[None], jax.lax.scan(some, state, keys)[1]])
 
 
-def costs(start: Any, learning: sft.Learner, kind: str, rank: int) -> dict[str, float]:
-    """Of one seed: trained numbers, bytes that a step needs besides its arguments, and seconds of a step and of sampling, with the adapter beside the
-    decoder's matrices and merged into them."""
+class Costs(NamedTuple):
+    """What is measured of one seed: trained numbers, the bytes that a step needs besides its arguments, and what is timed."""
+
+    trained: int
+    memory: float
+    calls: dict[str, Callable[[], Any]]
+
+
+def costs(start: Any, kind: str, rank: int) -> Costs:
+    """What is timed are a step, sampling with the adapter beside the decoder's matrices and, where it can be, merged into them, and merging."""
+    learning = learner_of(kind, rank)
     state = jax.jit(lambda p: learning.init(jax.random.key(0), p, sft.Hyper(), 1))(start)
     batch = examples(jax.random.key(1))
     step = jax.jit(lambda s, b: learning.learn(s, jax.random.key(2), b)[0]).lower(state, batch).compile()
     plan = step.memory_analysis()
     problems = jax.vmap(TASK.draw)(jax.random.split(jax.random.key(3), MEASURED))
-
-    def sampling(params_of: Callable[[Any], Any]) -> float:
-        def said(state: Any) -> Any:
-            more: dict[str, Any] = {"length": TASK.answer_length, "end": -1, "valid": problems.valid}
-            return sample(jax.random.key(4), MODEL, params_of(state), problems.prompt, **more).tokens
-
-        return seconds(jax.jit(said), state)
-
     adapter = MODEL.adapter(adapters.Config(kind, rank=rank, tokens=rank))  # type: ignore[arg-type]
-    found = {
-        "trained": float(sum(x.size for x in jax.tree.leaves(state.params))),
-        "memory": float(plan.temp_size_in_bytes if plan is not None else np.nan),
-        "step": seconds(step, state, batch),
-        "beside": sampling(lambda s: adapted(MODEL, adapter, s.frozen, s.params)),
-        "merged": np.nan,
-    }
+
+    @jax.jit
+    def said(params: Any) -> Any:
+        more: dict[str, Any] = {"length": TASK.answer_length, "end": -1, "valid": problems.valid}
+        return sample(jax.random.key(4), MODEL, params, problems.prompt, **more).tokens
+
+    beside = jax.jit(lambda s: said(adapted(MODEL, adapter, s.frozen, s.params)))
+    calls = {"step": lambda: step(state, batch), "beside": lambda: beside(state)}
     if kind in adapters.BESIDE_MATRICES:
-        whole = jax.jit(lambda s: adapter.merge(s.frozen, s.params))(state)
-        found["merged"] = sampling(lambda s: whole)
-    return found
+        merge = jax.jit(lambda s: adapter.merge(s.frozen, s.params))
+        whole = merge(state)
+        calls |= {"merged": lambda: said(whole), "merging": lambda: merge(state)}
+    trained = sum(x.size for x in jax.tree.leaves(state.params))
+    return Costs(trained, float("nan" if plan is None else plan.temp_size_in_bytes), calls)
 
 
-def seconds(function: Callable[..., Any], *given: Any) -> float:
-    """The least of several runs."""
-    jax.block_until_ready(function(*given))
-    times = []
-    for _ in range(15):
-        begin = time.perf_counter()
-        jax.block_until_ready(function(*given))
-        times.append(time.perf_counter() - begin)
-    return min(times)
+def side_by_side(start: Any, kinds: Sequence[str], rank: int) -> dict[str, Any]:
+    """The costs of all kinds, timed in turns, since a shared machine drifts: seconds, the best of several."""
+    print("what each costs", file=sys.stderr, flush=True)
+    found = {kind: costs(start, kind, rank) for kind in kinds}
+    seconds = timing.fastest(
+        {f"{kind} {what}": call for kind, x in found.items() for what, call in x.calls.items()}, 30
+    )
+    numbers = {f"{kind} {name}": float(getattr(x, name)) for kind, x in found.items() for name in ("trained", "memory")}
+    return {"costs": numbers | seconds}
 
 
 def measured(args: Args, kind: str, keys: Array, starts: Any) -> dict[str, Any]:
-    """Curves ``[rates, seeds, points]`` and costs."""
+    """Curves ``[rates, seeds, points]``."""
     learning = learner_of(kind, args.rank)
     updates = max(POINTS, int(args.updates * args.share))
 
@@ -142,13 +145,15 @@ def measured(args: Args, kind: str, keys: Array, starts: Any) -> dict[str, Any]:
 
     program = jax.vmap(jax.vmap(member, in_axes=(0, 0, None)), in_axes=(None, None, 0))
     curves = jax.jit(program)(keys, starts, jnp.array(RATES))
-    one = jax.tree.map(lambda x: x[0], starts)
-    return {"curves": np.asarray(curves).tolist(), "costs": costs(one, learning, kind, args.rank)}
+    return {"curves": np.asarray(curves).tolist()}
 
 
-def row_of(kind: str, found: dict[str, Any], full: dict[str, float], best: int) -> dict[str, Any]:
-    at, curves = found["costs"], np.array(found["curves"])[best]
-    merged = "" if np.isnan(at["merged"]) else f"{at['merged'] / full['merged']:.2f}"
+def row_of(kind: str, curves: Any, costs: dict[str, float], best: int) -> dict[str, Any]:
+    at, curves = {name: costs.get(f"{kind} {name}", np.nan) for name in NAMES}, curves[best]
+
+    def ratio(name: str, to: str) -> str:
+        return "" if np.isnan(at[name]) else f"{at[name] / costs[f'full {to}']:.2f}"
+
     return {
         "trained": kind,
         "numbers": f"{at['trained']:,.0f}",
@@ -156,9 +161,10 @@ def row_of(kind: str, found: dict[str, Any], full: dict[str, float], best: int) 
         "half way": stats.brief(100 * curves[:, POINTS // 2], ".1f") + " %",
         "learning rate": f"{RATES[best]:g}",
         "memory of a step": f"{at['memory'] / 2**20:.1f} MiB",
-        "time of a step": f"{at['step'] / full['step']:.2f}",
-        "sampling, beside": f"{at['beside'] / full['merged']:.2f}",
-        "merged": merged,
+        "time of a step": ratio("step", "step"),
+        "sampling, beside": ratio("beside", "merged"),
+        "sampling, merged": ratio("merged", "merged"),
+        "merging": "" if kind == "full" else ratio("merging", "step"),
     }
 
 
@@ -181,11 +187,15 @@ def main(argv: list[str]) -> None:
         print(f"{i} of {len(args.kinds)}: {kind}", file=sys.stderr, flush=True)
         make = partial(measured, args, kind, keys, starts)
         found[kind] = folders.remembered(folder / f"{kind}.json", settings, make)
-    rows, lines = [], []
+    one, all_kinds = jax.tree.map(lambda x: x[0], starts), tuple(found)
+    timed = folders.remembered(
+        folder / "costs.json", settings | {"kinds": list(all_kinds)}, partial(side_by_side, one, all_kinds, args.rank)
+    )
+    spent, rows, lines = timed["costs"], [], []
     for kind in args.kinds:
         curves = np.array(found[kind]["curves"])
         best = int(curves[:, :, -1].mean(1).argmax())
-        rows.append(row_of(kind, found[kind], found["full"]["costs"], best))
+        rows.append(row_of(kind, curves, spent, best))
         at = np.arange(POINTS + 1) * max(1, max(POINTS, int(args.updates * args.share)) // POINTS)
         lines.append((kind, at, curves[best]))
     report.print_table(folder / "adapters.csv", rows)

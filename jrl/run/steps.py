@@ -120,8 +120,8 @@ def train(plan: Plan, state: Any, step: Step) -> tuple[Any, int, list[Row]]:
 
 
 def _summarize(plan: Plan, done: int, rows: Sequence[Row], best: Any) -> None:
-    """Write ``summary.json``: how far the run is, its last metrics, and its best evaluation."""
-    last = {name: x for name, x in rows[-1].items() if math.isfinite(x)} if rows else {}
+    """Write ``summary.json``: how far the run is, its last metrics but speeds, and its best evaluation."""
+    last = {name: x for name, x in rows[-1].items() if math.isfinite(x) and not name.endswith("_per_s")} if rows else {}
     found = {"best": {f"eval_{plan.best[0]}": best}} if best is not None else {}
     steps = {"env_steps": done * plan.per_update, "finished": done >= plan.updates}
     folders.write_json(plan.folder / "summary.json", steps | {"last": last} | found)
