@@ -236,7 +236,7 @@ def of_transformers(args: Args) -> dict[str, float]:
             (model(input_ids=part, labels=part).loss / args.micro_batches).backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(next(model.parameters()).sum())  # until it is done
+        return float(next(model.parameters()).detach().sum())  # until it is done
 
     def say() -> float:
         with torch.inference_mode():
