@@ -9,6 +9,7 @@ a microsecond or two, which up to some hundreds of small agents is all the time 
 and what it needs, not that it ran.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ def language(args: Args, place: NamedSharding) -> None:
         "train_length": args.length,
         "micro_batches": args.micro_batches,
     }
+    sizes["group_size"] = math.gcd(8, args.rows)
     found = bench_language.programs(bench_language.Args(args.language, **sizes))  # type: ignore[arg-type]
     print(f"\n{args.language}, compiled for an H100\n")
     print("| program | GiB | kernels | largest loops, trips x kernels | compile s |\n| --- | --- | --- | --- | --- |")

@@ -16,7 +16,7 @@ from jrl.algos import process_reward
 from jrl.lm import data, examples, hf, peft, verifiers
 from jrl.lm.pairs import as_rollout
 from jrl.nets import adapters, transformer
-from jrl.run import RunError, compare, language, show
+from jrl.run import RunError, compare, folders, language, show
 
 sys.path.insert(0, str(processes.ROOT / "experiments"))
 import lm_answers
@@ -166,6 +166,8 @@ def test_what_is_wrong_is_said_in_a_line(command, more, message, folder, tmp_pat
         COMMANDS[command](words_of(command, folder, tmp_path / "run", *more))
     said = f"{error.value}{''.join(capsys.readouterr())}"
     assert message in said
+    with folders.opened(tmp_path / "run", True, {"others": 1}):  # nothing is left in its way
+        pass
 
 
 @pytest.mark.slow

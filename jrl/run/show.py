@@ -78,9 +78,7 @@ def _one(folder: Path) -> str:
         lines.append("settings that are not the defaults:")
     else:
         lines.append("settings:")  # whose defaults only their author knows
-    said = (
-        (*RUNS, "config.model.", "env") if "model" in settings else RUNS
-    )  # the shape of a model that was read from files
+    said = (*RUNS, "config.model.", "env") if "model" in settings else RUNS  # of a model's shape its files tell
     changed = {name: x for name, x in settings.items() if x != usual.get(name) and not name.startswith(said)}
     lines += [f"  {_readable(name, cells)} = {_shown(x)}" for name, x in changed.items()] or ["  none"]
     if not summary:

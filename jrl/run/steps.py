@@ -111,17 +111,17 @@ def train(plan: Plan, state: Any, step: Step) -> tuple[Any, int, list[Row]]:
         finally:  # a step that raises costs no update
             if done:
                 save()
+                _summarize(plan, done, rows, best)
             checkpoints.wait()
             record.close()
             pool.shutdown(wait=False)
-            _summarize(plan, done, rows, best)
             print(f"{folder}: saved at step {done}" if done else f"{folder}: nothing to save", flush=True)
     return state, done, rows
 
 
 def _summarize(plan: Plan, done: int, rows: Sequence[Row], best: Any) -> None:
     """Write ``summary.json``: how far the run is, its last metrics but speeds, and its best evaluation."""
-    last = {name: x for name, x in rows[-1].items() if math.isfinite(x) and not name.endswith("_per_s")} if rows else {}
+    last = {name: x for name, x in rows[-1].items() if math.isfinite(x) and not name.endswith("_per_s")}
     found = {"best": {f"eval_{plan.best[0]}": best}} if best is not None else {}
     steps = {"env_steps": done * plan.per_update, "finished": done >= plan.updates}
     folders.write_json(plan.folder / "summary.json", steps | {"last": last} | found)
