@@ -111,6 +111,29 @@ def test_before_the_first_step_the_policy_is_the_reference(loss, wanted):
     assert later["chosen_log_ratio"] > later["rejected_log_ratio"]
 
 
+def test_kto_compares_with_answers_to_other_prompts():
+    """z is the mean log-ratio of each prompt's mismatched answers (2402.01306, section 4.1), and micro-batches change nothing."""
+    rows, hyper = shown(), dpo.Hyper(beta=0.5)
+    start = MODEL.init(jax.random.key(0))
+    now = jax.tree.map(lambda x: 1.3 * x, start)
+    found = []
+    for parts in (1, 4):
+        learning = dpo.learner(
+            MODEL, dpo.Config(model=SHAPE, loss="kto", batch_size=len(rows.prompt), micro_batches=parts)
+        )
+        reference = learning.reference(start, rows)
+        state = learning.init(jax.random.key(1), now, hyper)
+        found.append(float(learning.evaluate(state, rows, reference)["loss"]))
+    others = rows._replace(chosen=np.roll(rows.chosen, 1, 0), rejected=np.roll(rows.rejected, 1, 0))
+    (ours, theirs), (apart_ours, apart_theirs) = (
+        [pairs_of.log_probs(MODEL, params, x) for params in (now, start)] for x in (rows, others)
+    )
+    z = float(jnp.mean((apart_ours.chosen - apart_theirs.chosen + apart_ours.rejected - apart_theirs.rejected) / 2))
+    liked, disliked = ours.chosen - theirs.chosen, ours.rejected - theirs.rejected
+    each = 1 - jax.nn.sigmoid(0.5 * (liked - max(z, 0))) + 1 - jax.nn.sigmoid(0.5 * (max(z, 0) - disliked))
+    np.testing.assert_allclose(found, float(each.mean()) / 2, rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_losses_without_a_reference_keep_none():
     for loss in ("orpo", "simpo"):
@@ -121,9 +144,7 @@ def test_losses_without_a_reference_keep_none():
         rows = shown()
         scored = pairs_of.log_probs(MODEL, state.params, rows)
         assert np.isfinite(float(metrics["loss"])) and float(metrics["accuracy"]) <= 1
-        each = dpo.losses_of(
-            algo.config, state.hyper, scored, dpo.Reference(jnp.zeros(24), jnp.zeros(24)), lambda x: x.mean()
-        )
+        each = dpo.losses_of(algo.config, state.hyper, scored, (jnp.zeros(24), jnp.zeros(24)))
         m_w, m_l = scored.chosen / 2, scored.rejected / 2  # two tokens each
         if loss == "simpo":
             np.testing.assert_allclose(each, -jax.nn.log_sigmoid(2.0 * (m_w - m_l) - 0.5), rtol=1e-5)

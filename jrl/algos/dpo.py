@@ -7,7 +7,7 @@ A policy learns from pairs of answers, of which one is preferred, without a rewa
     sigmoid    -log sigmoid(beta h)                              DPO, 2305.18290, eq. 7; with hyper.smoothing cDPO
     ipo        (h - 1 / (2 beta))^2                              2310.12036, eq. 17
     hinge      max(0, 1 - beta h)                                2305.10425
-    kto        of each answer alone, against the mean of r       2402.01306
+    kto        of each answer alone, against z                   2402.01306; z is the mean r of answers to other prompts
     apo        the chosen likelier, the rejected less likely     2408.06266
     orpo       -log p(chosen) - beta log odds ratio              2403.07691, without a reference
     simpo      -log sigmoid(beta (m_w - m_l) - margin)           2405.14734, m a token's mean, without a reference
@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 
 from jrl.algorithm import Algorithm, Metrics, current_optimizer, start_learning
-from jrl.algos.dpo_settings import WITHOUT_REFERENCE, Config, Hyper
-from jrl.equations import preferences, token_losses
+from jrl.algos.dpo_settings import WITHOUT_REFERENCE, Config, Hyper, as_taken, losses_of
+from jrl.equations import token_losses
 from jrl.lm import pairs as pairs_of
 from jrl.lm.model import Model
-from jrl.lm.pairs import PairLogProbs, Pairs
+from jrl.lm.pairs import Pairs
 from jrl.lm.policy import Answers, adapted, language_model, reader
 from jrl.lm.sampling import Support
 from jrl.lm.tasks import Task
@@ -44,9 +44,9 @@ Array = jax.Array
 def learner(model: Model, config: Config) -> "Learner":
     """DPO of a model on pairs of any origin, as pure functions. Raises ``ValueError`` for settings that do not fit each other."""
     token_losses.refuse_accumulation(config.optimizer.accumulate, "a larger config.batch_size")
-    if config.batch_size % config.micro_batches or (config.loss == "kto" and config.micro_batches > 1):
+    if config.batch_size % config.micro_batches:
         raise ValueError(
-            f"config.micro_batches must divide batch_size = {config.batch_size}, and be 1 for kto; got {config.micro_batches}"
+            f"config.micro_batches must divide batch_size = {config.batch_size}; got {config.micro_batches}"
         )
     adapter = model.adapter(config.adapter)
 
@@ -63,22 +63,37 @@ def learner(model: Model, config: Config) -> "Learner":
     ) -> tuple[Array, tuple[Metrics, moe.Load]]:
         params = adapted(model, adapter, state.frozen, trained)
         weight = batch.weight / jnp.maximum(batch.weight.sum(), 1)
+        apart = divergence(params, reference, weight)
 
         def part(x: tuple[Pairs, Reference | tuple[()], Array]) -> tuple[Array, Metrics, moe.Load]:
-            return scored(params, state.hyper, *x)
+            return scored(params, state.hyper, apart, *x)
 
         total, metrics, load = loops.sum_over_parts(part, (batch, reference, weight), config.micro_batches)
         return total + state.hyper.balance_weight * model.balance_loss(load), (metrics, load)
 
+    def divergence(params: Any, reference: Reference | tuple[()], weight: Array) -> Array:
+        """How far the policy is from the reference, by answers to other prompts, which kto compares with; has no gradient."""
+        if not isinstance(reference, Reference) or reference.others is None:
+            return jnp.zeros(())
+        params = jax.lax.stop_gradient(params)
+
+        def part(x: tuple[Others, Array]) -> Array:
+            others, weight = x
+            now = pairs_of.log_probs(model, params, others.pairs)
+            chosen, rejected, *start = as_taken(config, now, others.chosen, others.rejected)
+            return token_losses.weighted_sum(weight, (chosen - start[0] + rejected - start[1]) / 2)
+
+        return loops.sum_over_parts(part, (reference.others, weight), config.micro_batches)
+
     def scored(
-        params: Any, hyper: Hyper, batch: Pairs, reference: Reference | tuple[()], weight: Array
+        params: Any, hyper: Hyper, apart: Array, batch: Pairs, reference: Reference | tuple[()], weight: Array
     ) -> tuple[Array, Metrics, moe.Load]:
         """Loss and metrics of some pairs, whose weights are part of a sum of 1."""
         found = pairs_of.log_probs(model, params, batch)
         mean = functools.partial(token_losses.weighted_sum, weight)
         if not isinstance(reference, Reference):
             reference = Reference(jnp.zeros_like(found.chosen), jnp.zeros_like(found.rejected))
-        each = mean(losses_of(config, hyper, found, reference, mean))
+        each = mean(losses_of(config, hyper, found, reference[:2], apart))
         likelihood = mean(-found.chosen / found.chosen_length)
         liked, disliked = found.chosen - reference.chosen, found.rejected - reference.rejected
         metrics = {
@@ -96,11 +111,15 @@ def learner(model: Model, config: Config) -> "Learner":
         if config.loss in WITHOUT_REFERENCE:
             return ()
 
-        def of_one(pair: Pairs) -> Reference:
+        def of_one(pair: Pairs) -> tuple[Array, Array]:
             found = pairs_of.log_probs(model, params, jax.tree.map(lambda x: x[None], pair))
-            return Reference(found.chosen[0], found.rejected[0])
+            return found.chosen[0], found.rejected[0]
 
-        return jax.lax.map(of_one, batch, batch_size=config.batch_size // config.micro_batches)
+        def of_all(pairs: Pairs) -> tuple[Array, Array]:
+            return jax.lax.map(of_one, pairs, batch_size=config.batch_size // config.micro_batches)
+
+        others = pairs_of.mismatched(batch) if config.loss == "kto" else None
+        return Reference(*of_all(batch), None if others is None else Others(others, *of_all(others)))
 
     def init(
         key: Array, params: Params, hyper: Hyper, num_updates: Array | int | None = None, keeps_start: bool = False
@@ -205,11 +224,20 @@ def make(
     )
 
 
+class Others(NamedTuple):
+    """Pairs ``[N]`` whose answers are to other prompts, and the log-probabilities of both under the policy at the start."""
+
+    pairs: Pairs
+    chosen: Array
+    rejected: Array
+
+
 class Reference(NamedTuple):
-    """Log-probabilities ``[N]`` of both answers of pairs under the policy at the start."""
+    """Log-probabilities ``[N]`` of both answers of pairs under the policy at the start, and, for kto, answers to other prompts."""
 
     chosen: Array
     rejected: Array
+    others: Others | None = None
 
 
 class State(NamedTuple):
@@ -244,31 +272,3 @@ class Learner(NamedTuple):
     reference: Callable[[Any, Pairs], Any]
     learn: Callable[..., tuple[State, Metrics]]
     evaluate: Callable[..., Metrics]
-
-
-def losses_of(
-    config: Config, hyper: Hyper, scored: PairLogProbs, reference: Reference, mean: Callable[[Array], Array]
-) -> Array:
-    """The loss of each pair, ``[N]``; ``mean`` is over the pairs that count."""
-    chosen, rejected, ref_chosen, ref_rejected = scored.chosen, scored.rejected, *reference
-    if config.token_mean or config.loss in WITHOUT_REFERENCE:
-        chosen, ref_chosen = chosen / scored.chosen_length, ref_chosen / scored.chosen_length
-        rejected, ref_rejected = rejected / scored.rejected_length, ref_rejected / scored.rejected_length
-    both = chosen, rejected, ref_chosen, ref_rejected
-    match config.loss:
-        case "sigmoid":
-            return preferences.dpo(*both, hyper.beta, hyper.smoothing)
-        case "ipo":
-            return preferences.ipo(*both, hyper.beta)
-        case "hinge":
-            return preferences.hinge(*both, hyper.beta)
-        case "apo":
-            return preferences.apo(*both, hyper.beta)
-        case "orpo":
-            return hyper.beta * preferences.orpo(chosen, rejected)
-        case "simpo":
-            return preferences.simpo(chosen, rejected, hyper.beta, hyper.margin, hyper.smoothing)
-        case "kto":
-            apart = mean((chosen - ref_chosen + rejected - ref_rejected) / 2)
-            liked, disliked = preferences.kto(*both, hyper.beta, apart)
-            return 0.5 * (hyper.liked_weight * liked + hyper.disliked_weight * disliked)

@@ -1,12 +1,18 @@
-"""The settings of DPO and its kin."""
+"""The settings of DPO and its kin, and the loss of a pair that they choose. The equations are in ``jrl.equations.preferences``."""
 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
+from jrl.equations import preferences
+from jrl.lm.pairs import PairLogProbs
 from jrl.nets import adapters, transformer
 from jrl.numerics import optim
 from jrl.numerics.settings import AboveZero, NonNegative, Positive, Precision, Settings, Unit
 
+Array = jax.Array
 Loss = Literal["sigmoid", "ipo", "hinge", "kto", "apo", "orpo", "simpo"]
 WITHOUT_REFERENCE = ("orpo", "simpo")  # losses of a token's mean log-probability
 
@@ -43,3 +49,37 @@ class Hyper(NamedTuple):
     balance_weight: NonNegative = 1e-3  # Weight of the loss that evens the load of experts (moe.balance_loss).
     max_grad_norm: AboveZero = 1.0  # Largest global norm of a gradient.
     optimizer: optim.Numbers = optim.Hyper()  # Numbers of the optimizer.
+
+
+def as_taken(
+    config: Config, scored: PairLogProbs, ref_chosen: Array, ref_rejected: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Log-probabilities of chosen and rejected answers, and those under the reference, ``[N]`` each, as the loss takes them: sums over tokens, or means."""
+    chosen, rejected = scored.chosen, scored.rejected
+    if config.token_mean or config.loss in WITHOUT_REFERENCE:
+        chosen, ref_chosen = chosen / scored.chosen_length, ref_chosen / scored.chosen_length
+        rejected, ref_rejected = rejected / scored.rejected_length, ref_rejected / scored.rejected_length
+    return chosen, rejected, ref_chosen, ref_rejected
+
+
+def losses_of(
+    config: Config, hyper: Hyper, scored: PairLogProbs, reference: tuple[Array, Array], apart: Array | float = 0.0
+) -> Array:
+    """The loss of each pair, ``[N]``, by log-probabilities under the policy and the reference; ``apart`` is how far these are from each other, for kto."""
+    both = as_taken(config, scored, *reference)
+    match config.loss:
+        case "sigmoid":
+            return preferences.dpo(*both, hyper.beta, hyper.smoothing)
+        case "ipo":
+            return preferences.ipo(*both, hyper.beta)
+        case "hinge":
+            return preferences.hinge(*both, hyper.beta)
+        case "apo":
+            return preferences.apo(*both, hyper.beta)
+        case "orpo":
+            return hyper.beta * preferences.orpo(*both[:2])
+        case "simpo":
+            return preferences.simpo(*both[:2], hyper.beta, hyper.margin, hyper.smoothing)
+        case "kto":
+            liked, disliked = preferences.kto(*both, hyper.beta, jnp.asarray(apart))
+            return 0.5 * (hyper.liked_weight * liked + hyper.disliked_weight * disliked)

@@ -72,6 +72,17 @@ def ranked(answers: Answers, first_wins: Array, weight: Array) -> Pairs:
     return Pairs(problems.prompt[::2], problems.valid[::2], chosen, rejected, weight.astype(jnp.float32))
 
 
+def mismatched(pairs: Pairs) -> Pairs:
+    """Each prompt with the answers to the one before it, which nobody gave to it."""
+    turned = {
+        name: jnp.roll(x, 1, axis=0)
+        for name, x in pairs._asdict().items()
+        if "chosen" in name or "rejected" in name
+        if x is not None
+    }
+    return pairs._replace(**turned)
+
+
 def check(task: Task, pairs: Pairs) -> int:
     """How many pairs there are. Raises ``ValueError`` unless they fit the task."""
     checks.instances("pairs", pairs=(pairs, Pairs))
