@@ -362,7 +362,7 @@ COMBINATIONS: dict[str, tuple[str, ...]] = {
         "--methods", "--methods nope", "--methods grpo nope", "--task nope", "--task-params modulus=1", "--task-params nope=1", "--updates 0",
         "--config.group-size 0", "--config.group-size 1", "--config.num-minibatches 7", "--config.model.num-heads 3", "--config.model.dim 5",
         "--config.model.dim 0", "--config.model.dim 1e12", "--config.model.num-layers 1e12", "--config.model.attention nope", "--config.adapter.rank -1",
-        "--config.adapter.rank 4000000000", "--hyper.learning-rate nan", "--sweep hyper.nope=1", "--eval-episodes -1", "--config.kl nope", "--updates 1e30",
+        "--config.adapter.kind lora --config.adapter.rank 4000000000", "--hyper.learning-rate nan", "--sweep hyper.nope=1", "--eval-episodes -1", "--config.kl nope", "--updates 1e30",
         "--methods grpo --config.loss nope", "--config.oversample 0", "--config.num-prompts 1e12", "--config.group-size 1e12",
     ),
     "memory.py": ("--task nope", "--lengths 0", "--lengths -1", "--lengths x", "--kinds nope", "--kinds gru nope", "--env-steps 0", "--env-steps 1", "--num-seeds 0",

@@ -207,7 +207,7 @@ def _wrong(flag: str, kind: Any) -> tuple[str, ...]:
 def _single_values() -> Iterator[Case]:
     """All flags with all values that none of their type may have."""
     for name, small in SMALL.items():
-        for flag, kind in _flags(script(name).Args):
+        for flag, kind in _flags(_args(name)):
             if (
                 "network.attention" in flag
                 or "network.vit" in flag
