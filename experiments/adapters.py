@@ -36,7 +36,6 @@ MODEL = language_model(TASK, SHAPE, "float32")
 KINDS = get_args(adapters.Kind)
 RATES = (2e-3, 6e-3, 2e-2)
 POINTS, MEASURED, BATCH = 8, 128, 32
-NAMES = ("trained", "memory", "step", "beside", "merged", "merging")
 
 
 @dataclass(frozen=True)
@@ -149,18 +148,19 @@ def measured(args: Args, kind: str, keys: Array, starts: Any) -> dict[str, Any]:
 
 
 def row_of(kind: str, curves: Any, costs: dict[str, float], best: int) -> dict[str, Any]:
-    at, curves = {name: costs.get(f"{kind} {name}", np.nan) for name in NAMES}, curves[best]
+    curves = curves[best]
 
     def ratio(name: str, to: str) -> str:
-        return "" if np.isnan(at[name]) else f"{at[name] / costs[f'full {to}']:.2f}"
+        seconds = costs.get(f"{kind} {name}")
+        return "" if seconds is None else f"{seconds / costs[f'full {to}']:.2f}"
 
     return {
         "trained": kind,
-        "numbers": f"{at['trained']:,.0f}",
+        "numbers": f"{costs[f'{kind} trained']:,.0f}",
         "right": stats.brief(100 * curves[:, -1], ".1f") + " %",
         "half way": stats.brief(100 * curves[:, POINTS // 2], ".1f") + " %",
         "learning rate": f"{RATES[best]:g}",
-        "memory of a step": f"{at['memory'] / 2**20:.1f} MiB",
+        "memory of a step": f"{costs[f'{kind} memory'] / 2**20:.1f} MiB",
         "time of a step": ratio("step", "step"),
         "sampling, beside": ratio("beside", "merged"),
         "sampling, merged": ratio("merged", "merged"),

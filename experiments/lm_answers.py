@@ -17,6 +17,7 @@ from lm_problems import (
     Asking,
     asked,
     judge_of,
+    learned_reward,
     prepared,
     problems,
     read_by,
@@ -154,13 +155,8 @@ def ppo(argv: list[str]) -> None:
         return optim.eval_params(state.opt_state, state.params)["actor"]
 
     critic = judge.params if same and judge is not None else None
-    run(
-        args,
-        it,
-        source,
-        Method("ppo_lm", init, learning.sample, learning.learn, reward, trained, config.num_answers, 1),
-        critic,
-    )
+    method = Method("ppo_lm", init, learning.sample, learning.learn, reward, trained, config.num_answers, 1)
+    run(args, it, source, method, critic)
 
 
 # What they share
@@ -190,8 +186,8 @@ def run(args: Any, it: Opened, source: verifiers.Source, method: Method, *more: 
     sample = jax.jit(method.sample)
     learn = jax.jit(steps.unless_broken(method.learn), donate_argnums=0, out_shardings=(where, None))
     source, unseen = apart(args, source)
-    judge = judge_of(args, args.config.precision, it, source)
-    judge_unseen = judge_of(args, args.config.precision, it, unseen)
+    learned = learned_reward(args, args.config.precision, it)
+    judge, judge_unseen = (judge_of(it, x, learned) for x in (source, unseen))
 
     def step(state: Any, done: int) -> tuple[Any, Row, list[dict[str, Any]]]:
         with jax.set_mesh(it.mesh):

@@ -16,6 +16,7 @@ from lm_problems import (
     Drawn,
     asked,
     judge_of,
+    learned_reward,
     prepared,
     problems,
     read_by,
@@ -109,7 +110,8 @@ def answering(args: Any, it: Opened, source: verifiers.Source) -> Callable[[int]
     rows, key = args.together * args.copies, jax.random.key(args.seed)
     support = Support(args.temperature) if args.temperature else Support(top_k=1)
     check_support(support, it.model.vocab_size)
-    judge = judge_of(args, args.precision, it, source)
+    judge = judge_of(it, source, learned_reward(args, args.precision, it))
+    separator = args.separator.replace("\\n", "\n")
 
     @jax.jit
     def say(params: Any, key: Array, prompt: Array, valid: Array) -> Any:
@@ -141,8 +143,7 @@ def answering(args: Any, it: Opened, source: verifiers.Source) -> Callable[[int]
             steps: list[dict[str, Any]] = []
             for n in range(len(found) if args.continuations else 0):
                 own = jax.random.fold_in(jax.random.fold_in(key, 2 * i + 1), n)
-                text = args.separator.replace("\\n", "\n")
-                steps += labelled(text, own, found[n], partial(share, drawn.items[n], drawn.prompts[n]))
+                steps += labelled(separator, own, found[n], partial(share, drawn.items[n], drawn.prompts[n]))
         return Batch(found, steps)
 
     return batch

@@ -22,6 +22,7 @@ from jrl.run.language import Opened
 
 Array = jax.Array
 Judge = Callable[..., tuple[dict[str, np.ndarray], list[str]]]
+Learned = Callable[[Array, Array, Any, list[str]], Array]  # (prompt, valid, rollout, texts) -> [N]
 BLOCK = 100  # updates whose problems are drawn at once
 EVAL = 10_007  # added to the seed of problems that are held out
 LEARNED = "learned"  # the part of a reward that a reward model gives
@@ -189,9 +190,8 @@ def scorer(path: Path, policy: str, it: Opened) -> Scorer:
     return Scorer(shape, decoder(shape, parsed.compute), params, hf.read_json(folder / "config.json").get(hf.SEPARATOR))
 
 
-def judge_of(args: Any, policy: str, it: Opened, source: verifiers.Source) -> Judge:
-    """``(items, prompt, valid, rollout) -> (parts [N], texts)`` of the verifier and the reward model."""
-    learned = None if args.reward is None else learned_by(scorer(args.reward, policy, it), it)
+def judge_of(it: Opened, source: verifiers.Source, learned: Learned | None) -> Judge:
+    """``(items, prompt, valid, rollout) -> (parts [N], texts)`` of the verifier, and of the learned reward where there is one."""
 
     def judge(items: Any, prompt: Array, valid: Array, said: Any) -> tuple[dict[str, np.ndarray], list[str]]:
         texts = judging.texts_of(it.words, said)
@@ -203,7 +203,12 @@ def judge_of(args: Any, policy: str, it: Opened, source: verifiers.Source) -> Ju
     return judge
 
 
-def learned_by(judge: Scorer, it: Opened) -> Callable[[Array, Array, Any, list[str]], Array]:
+def learned_reward(args: Any, policy: str, it: Opened) -> Learned | None:
+    """The reward model that the command line names, or None."""
+    return None if args.reward is None else learned_by(scorer(args.reward, policy, it), it)
+
+
+def learned_by(judge: Scorer, it: Opened) -> Learned:
     """``(prompt, valid, rollout, texts) -> [N]``: the score of an answer, or, of a model that judges steps, that of its weakest step (2312.08935,
     section 3.4), both log-odds."""
 

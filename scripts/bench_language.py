@@ -26,7 +26,7 @@ from jrl.lm.texts import Texts
 from jrl.nets import transformer
 from jrl.numerics import checks, optim, precision
 from jrl.run import cli, report
-from jrl.run.timing import seconds
+from jrl.run.timing import fastest
 
 Array = jax.Array
 SHAPES = {
@@ -164,8 +164,7 @@ def measured(program: Program, repeats: int) -> tuple[float, float, float]:
             state = found[0]
         return found
 
-    seconds(call)  # the first call loads the program
-    return min(seconds(call) for _ in range(repeats)), compiling, gib(run)
+    return fastest({"call": call}, repeats)["call"], compiling, gib(run)
 
 
 # What the card could do
@@ -243,12 +242,8 @@ def of_transformers(args: Args) -> dict[str, float]:
             said = model.generate(prompts, do_sample=True, min_new_tokens=args.answer, max_new_tokens=args.answer)
         return float(said.sum())
 
-    calls = {"sampling": (say, args.rows * args.answer), "training": (learn, rows.numel())}
-    found = {}
-    for name, (call, tokens) in calls.items():
-        call()
-        found[name] = tokens / min(seconds(call) for _ in range(args.repeats))
-    return found
+    taken = fastest({"sampling": say, "training": learn}, args.repeats)
+    return {"sampling": args.rows * args.answer / taken["sampling"], "training": rows.numel() / taken["training"]}
 
 
 def main(args: Args) -> None:

@@ -26,6 +26,7 @@ import numpy as np
 from jrl.run import disk
 
 BEST = "best"  # folder of the checkpoint of the best evaluation
+BLOCK = 1 << 24  # bytes of a file that are read at once
 
 
 class RunError(Exception):
@@ -118,7 +119,7 @@ class Checkpoints(Reader):
         beside = self.folder.parent
         for path in sorted(path for pattern in self._tables for path in beside.glob(pattern)):
             name = str(path.relative_to(beside))
-            self._files[name] = _longer(path, self._files.get(name, [0, 0]))
+            self._files[name] = size_and_sum(path, self._files.get(name, (0, 0)))
         self._pending = self._thread.submit(self._save, updates, state, {"notes": notes, "files": dict(self._files)})
 
     def _save(self, updates: int, state: Any, more: dict[str, Any]) -> None:
@@ -157,10 +158,10 @@ class Checkpoints(Reader):
         try:
             manifest = self.manifest(updates)
             same_config(manifest["config"], self._config, path)
-            for name, size_and_sum in manifest["files"].items():
+            for name, saved in manifest["files"].items():
                 if Path(name).is_absolute() or ".." in Path(name).parts:
                     raise RunError(f"checkpoint {path} is damaged: {name} does not lie beside it")
-                _same_beginning(self.folder.parent / name, size_and_sum, updates)
+                _same_beginning(self.folder.parent / name, saved, updates)
             return self.read(manifest, template), manifest["notes"]
         except RunError as error:
             older = [number for number in self._manager.all_steps() if number < updates]
@@ -294,19 +295,21 @@ def _same_arrays(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> N
                 raise RunError(f"checkpoint {path} does not fit: {name} has {field} {given}, this run needs {needed}")
 
 
-def _longer(path: Path, known: list[int], most: int = -1) -> list[int]:
-    """Size and checksum of a file whose beginning has these, after at most ``most`` bytes more."""
+def size_and_sum(path: Path, known: Sequence[int] = (0, 0), most: float = float("inf")) -> list[int]:
+    """Size and checksum of a file whose beginning has these ``known``, after at most ``most`` bytes more."""
     size, checksum = known
+    end = size + most
     with path.open("rb") as file:
         file.seek(size)
-        data = file.read(most)
-    return [size + len(data), zlib.crc32(data, checksum)]
+        while block := file.read(int(min(BLOCK, end - size))):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return [size, checksum]
 
 
 def _same_beginning(path: Path, saved: Any, updates: int) -> None:
     """Raise ``RunError`` unless a table begins with what it held at a save."""
     try:
-        same = _longer(path, [0, 0], saved[0]) == saved
+        same = size_and_sum(path, most=saved[0]) == saved
     except FileNotFoundError:
         raise RunError(f"{path} is missing, which the checkpoint of update {updates} was saved with") from None
     except Exception as error:

@@ -3,10 +3,10 @@
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import subprocess
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -18,9 +18,11 @@ from jrl.algorithm import Algorithm
 from jrl.envs.types import Environment
 from jrl.numerics import checks
 from jrl.run import disk
-from jrl.run.checkpoint import BEST, RunError, disk_errors, flat, same_config, sealed, unsealed
+from jrl.run.checkpoint import BEST, RunError, disk_errors, flat, same_config, sealed, size_and_sum, unsealed
 
 OWN = ("network", "optimizer", "bonus", "model")
+# What a run leaves that another must not write over; what is not whole yet has tmp in its name.
+SAVED = ("summary.json", "evaluations.json", "answers.jsonl", "metrics/*", "checkpoints/[0-9]*", f"{BEST}/[0-9]*")
 
 
 def settings(
@@ -73,10 +75,7 @@ def _plain(value: Any) -> Any:
 
 def fingerprint(path: Path) -> str:
     """The name, the size and the checksum of a file's content."""
-    size, checksum = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    size, checksum = size_and_sum(path)
     return f"{path.name} ({size:,} bytes, {checksum:08x})"
 
 
@@ -158,16 +157,13 @@ def _make_or_compare(folder: Path, resume: bool, settings: dict[str, Any]) -> No
 
 def _has_saved(folder: Path) -> bool:
     """Whether the run got so far that it has something to lose: a checkpoint, a row of metrics, or a result."""
-    table = folder / "metrics.csv"
-    if table.is_file() and table.read_bytes().count(b"\n") > 1:
+    if any("tmp" not in path.name for pattern in SAVED for path in folder.glob(pattern)):
         return True
-    results = (
-        path
-        for name in ("summary.json", "evaluations.json", "answers.jsonl", "metrics/*")
-        for path in folder.glob(name)
-    )
-    checkpoints = (path for name in ("checkpoints", BEST) for path in folder.glob(f"{name}/*") if path.name.isdigit())
-    return any(True for found in (results, checkpoints) for _ in found)
+    table = folder / "metrics.csv"
+    if not table.is_file():
+        return False
+    with table.open("rb") as file:
+        return len(list(itertools.islice(file, 2))) == 2  # a row behind the heading
 
 
 def _surroundings() -> dict[str, Any]:

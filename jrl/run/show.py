@@ -107,9 +107,9 @@ def _defaults(settings: dict[str, Any], cells: list[str]) -> dict[str, Any]:
         return {}
     module = getattr(algos, name)
     config, hyper = {"config": folders.as_dict(module.Config())}, folders.as_dict(module.Hyper())
-    if name in LANGUAGE:  # in a language model's run the hyperparameters are of no cell
-        return folders.plain(config | {"hyper": hyper | {cell: hyper for cell in cells}})
-    found = folders.plain(config | {"hyper": dict.fromkeys(cells, hyper)})
+    found = folders.plain(
+        config | {"hyper": hyper | dict.fromkeys(cells, hyper)}
+    )  # those of experiments/lm.py are of no cell
     with contextlib.suppress(ValueError):  # an environment that is not known by its name
         name = str(settings.get("env")).partition("(")[0]
         found |= {} if "/" in name or name.endswith(".py") else folders.made_of_env(envs.make(name))
