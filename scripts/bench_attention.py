@@ -3,6 +3,7 @@
     bash scripts/bench_attention                          forward and backward at 1k to 16k tokens, decoding behind 8k to 64k
     bash scripts/bench_attention --lengths 2048 --decode 65536 --repeats 5
     bash scripts/bench_attention --kinds blocks cudnn nsa --dtype bfloat16 --lengths 4096 16384 65536     on a GPU, against cuDNN
+    bash scripts/bench_attention --kinds cudnn nsa 'nsa xla' 'nsa compression' 'nsa selection' 'nsa window' --dtype bfloat16     by parts
     bash scripts/bench_attention --chips v5e              memory on a TPU by its compiler, at 8k, 32k and 64k (needs libtpu)
 
 Each is compiled and run once, then timed; the figure is the best of --repeats, with the worst beside it, and the order alternates,
@@ -56,7 +57,8 @@ class Args:
     memory_gib: float = 8.0  # Skip what needs more memory than this, in GiB.
     # Dtype of whole sequences; cudnn takes only bfloat16 and float16.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # Kinds for whole sequences: dense, jax, blocks, nsa (on a TPU also splash, nsa kernels; on a GPU also cudnn).
+    # Kinds for whole sequences: dense, jax, blocks, nsa (what is fast here), nsa xla, and its parts: nsa compression, nsa selection (with the
+    # choice of blocks), nsa window. On a TPU also splash, nsa kernels; on a GPU also cudnn.
     kinds: tuple[str, ...] = ("dense", "jax", "blocks", "nsa")
     chips: tuple[str, ...] = ()  # Compile for these TPUs (v5e, v6e, v5p), and print the memory instead.
     folder: Path = Path("runs/attention")  # Folder for tables and plots.
@@ -121,8 +123,18 @@ def functions() -> dict[str, Callable[..., Array]]:
         "cudnn": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="cudnn"),
         "splash": lambda q, k, v, gates, phi: attention.attend(q, k, v, implementation="pallas_tpu"),
         "nsa": sparse(None if jax.default_backend() == "gpu" else "xla"),
+        "nsa xla": sparse("xla"),
         "nsa kernels": sparse("pallas_tpu"),
+        "nsa compression": lambda q, k, v, gates, phi: branches(phi, q, k, v)[0],
+        "nsa selection": lambda q, k, v, gates, phi: branches(phi, q, k, v)[1],
+        "nsa window": lambda q, k, v, gates, phi: attention.attend(q, k, v, window=SPARSE.window),
     }
+
+
+def branches(phi: Any, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+    """Compression and selection; the compiler leaves out what is not asked for."""
+    t = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+    return nsa.compress_and_select(phi, q, nsa.shared(k, v), t, jnp.zeros_like(t), SPARSE, in_order=True)
 
 
 def directions(function: Callable[..., Array]) -> dict[str, Callable[..., Any]]:

@@ -3,14 +3,20 @@
     bash scripts/gpu_check                      PPO, DQN, R2D2 and PQN at 32 and 2048 seeds
     bash scripts/gpu_check --algos ppo --env Breakout-MinAtar --seeds 64
     bash scripts/gpu_check --algos --language qwen3-0.6b --length 4096      sampling, training and GRPO of a language model
+    bash scripts/gpu_check --algos --attention 8192 65536 --width 128 128   sparse attention, 64 query heads on 4 key heads
 
 For each program: GiB of memory, the kernels that one update launches, and its largest loops as trips x kernels. A launch costs
-a microsecond or two, which up to some hundreds of small agents is all the time there is. It says that the program compiles
-and what it needs, not that it ran.
+a microsecond or two, which up to some hundreds of small agents is all the time there is. Of attention's own kernels also the registers of a
+thread (255 at most), and the bytes that did not fit and go through memory. It says that the program compiles and what it needs, not
+that it ran.
 """
 
 import math
+import os
+import re
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,7 @@ from typing import Any
 import bench_language
 import jax
 import jax._src.xla_bridge as xla_bridge
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.experimental import topologies
@@ -26,6 +33,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jrl import envs
 from jrl.algorithm import Algorithm, over_seeds
 from jrl.algos import dqn, ppo, pqn, presets, r2d2
+from jrl.attention import nsa
 from jrl.numerics import checks, host
 from jrl.run.kernels import launches
 
@@ -48,6 +56,8 @@ class Args:
     rows: int = 64  # Rows of its training step, and answers that it samples at once.
     length: int = 256  # Tokens of these rows.
     micro_batches: int = 1  # Parts in which its training step is computed.
+    attention: tuple[int, ...] = ()  # Lengths of sequences for sparse attention, in bfloat16.
+    width: tuple[int, int] = (128, 128)  # Of its heads: queries and keys, and values.
 
 
 def h100() -> NamedSharding:
@@ -107,6 +117,70 @@ def language(args: Args, place: NamedSharding) -> None:
         print(row(name, compiled, time.perf_counter() - begin), flush=True)
 
 
+def attention(args: Args, place: NamedSharding) -> None:
+    """Sparse attention with its own kernels, a row for each length and direction, and what the kernels need."""
+    print("\nSparse attention, compiled for an H100\n")
+    print("| tokens | GiB | kernels | largest loops, trips x kernels | compile s |\n| --- | --- | --- | --- | --- |")
+    needs: dict[str, tuple[str, str]] = {}
+    for length in args.attention:
+        for what, function in (("forward", sparse), ("forward and backward", with_gradients)):
+            shapes = jax.eval_shape(lambda length=length: sparse_inputs(length, args.width))
+            placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+            begin = time.perf_counter()
+            compiled, printed = with_output(
+                lambda f=function, p=placed: jax.jit(f, out_shardings=place).lower(*p).compile()
+            )
+            print(row(f"{length:,} {what}", compiled, time.perf_counter() - begin), flush=True)
+            needs |= registers(printed)
+    print("\n| kernel | registers | bytes that did not fit |\n| --- | --- | --- |")
+    for name, (used, spilled) in needs.items():
+        print(f"| {name} | {used} | {spilled} |")
+
+
+def sparse(*args: Any) -> jax.Array:
+    return nsa.attend(*args, nsa.Config(), implementation="mosaic_gpu")
+
+
+def with_gradients(*args: Any) -> Any:
+    return jax.grad(lambda *a: jnp.sum(sparse(*a).astype(jnp.float32)), (0, 1, 2, 3))(*args)
+
+
+def sparse_inputs(length: int, width: tuple[int, int], heads: int = 64, kv_heads: int = 4) -> tuple[Any, ...]:
+    """Parameters, queries, keys and values, and gates."""
+
+    def of(heads: int, dim: int) -> jax.Array:
+        return jnp.zeros((1, length, heads, dim), jnp.bfloat16)
+
+    params = nsa.init(jax.random.key(0), nsa.Config(), *width)
+    return params, of(heads, width[0]), nsa.shared(*(of(kv_heads, dim) for dim in width)), of(heads, 3)
+
+
+def with_output(call: Callable[[], Any]) -> tuple[Any, str]:
+    """What a call gives, and what the GPU's assembler printed meanwhile, past Python."""
+    with tempfile.TemporaryFile("w+") as file:
+        before = [os.dup(stream) for stream in (1, 2)]
+        try:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+            result = call()
+        finally:
+            for stream, old in zip((1, 2), before, strict=True):
+                os.dup2(old, stream)
+                os.close(old)
+        file.seek(0)
+        return result, file.read()
+
+
+def registers(printed: str) -> dict[str, tuple[str, str]]:
+    """Registers and spilled bytes by kernel, as the assembler prints them."""
+    found = re.findall(
+        r"entry function '(\w+?)_mosaic_gpu_kernel'.*?(\d+) bytes spill stores.*?Used (\d+) registers",
+        printed,
+        re.DOTALL,
+    )
+    return {name: (used, spilled) for name, spilled, used in found}
+
+
 def row(name: object, compiled: Any, seconds: float) -> str:
     """What a compiled program needs and launches, as a line of a table."""
     found = launches(compiled)
@@ -118,14 +192,17 @@ def main(args: Args) -> None:
     try:
         for name in args.algos:
             checks.one_of("algos", name, tuple(ALGOS))
-        for count in args.seeds:
-            checks.positive_int("seeds", count)
+        for name in ("seeds", "attention", "width"):
+            for count in getattr(args, name):
+                checks.positive_int(name, count)
         place = h100()
         with host.traced_for("gpu"):
             for name in args.algos:
                 table(name, args, place)
             if args.language is not None:
                 language(args, place)
+            if args.attention:
+                attention(args, place)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -4,43 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, set_gpu_interpret_mode
+from interpreter import interpreted
 
 from jrl import envs, nets
-from jrl.nets import fused, mlp, mlp_kernel
+from jrl.nets import mlp, mlp_kernel
 from jrl.numerics import host
 
 RANK_PROMOTION = "allow"  # the interpreter promotes ranks
-pytestmark = pytest.mark.skipif(jax.__version_info__ < fused.NEEDS_JAX, reason="the kernels need a newer JAX")
-
-
-def multiply_add(*products):
-    def one(start, left, right):
-        left, right = ([part[...].astype(jnp.float32) for part in pair] for pair in (left, right))
-        return start + left[0] @ right[0] + left[0] @ right[1] + left[1] @ right[0]
-
-    return [one(*product) for product in products]
-
-
-def split(matrix):
-    high = matrix.astype(jnp.bfloat16)
-    return high, (matrix - high.astype(jnp.float32)).astype(jnp.bfloat16)
+pytestmark = pytest.mark.skipif(jax.__version_info__ < host.KERNELS_NEED_JAX, reason="the kernels need a newer JAX")
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    """Three things do not run in the interpreter, and are replaced by what they mean: inline instructions, products that
-    add to a start, and those whose left operand is in registers."""
-    monkeypatch.setattr(mlp_kernel, "multiply_add", multiply_add)
-    monkeypatch.setattr(mlp_kernel, "split", split)
-    monkeypatch.setattr(mlp_kernel, "reciprocal", lambda x: 1.0 / x)
+def on_hopper(monkeypatch):
     monkeypatch.setattr(mlp_kernel, "MULTIPROCESSORS", 2)  # so that warpgroups go through several items
-    monkeypatch.setattr(host, "hopper", lambda: True)
-    jax.clear_caches()
-    set_gpu_interpret_mode(InterpretGPUParams())
-    yield
-    set_gpu_interpret_mode(None)
-    jax.clear_caches()
+    with interpreted():
+        yield
 
 
 def drawn(agents, rows, inputs, outputs):
@@ -136,10 +114,10 @@ def test_other_networks_are_left_to_xla(config):
 
 def test_the_kernels_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("JRL_KERNELS", "xla")
-    assert not fused.available()
+    assert not host.has_kernels()
     monkeypatch.setenv("JRL_KERNELS", "triton")
     with pytest.raises(ValueError, match="JRL_KERNELS must be one of auto, xla; got 'triton'"):
-        fused.available()
+        host.has_kernels()
 
 
 def test_half_width_is_left_to_xla():

@@ -321,6 +321,19 @@ def module(name):
     return loaded
 
 
+def test_registers_are_read_from_what_the_assembler_prints():
+    printed = """ptxas info    : Compiling entry function 'flash_forward_mosaic_gpu_kernel' for 'sm_90a'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 16 barriers, 1 bytes smem
+ptxas warning : Registers are spilled to local memory in function 'nsa_choose_mosaic_gpu_kernel', 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Compiling entry function 'nsa_choose_mosaic_gpu_kernel' for 'sm_90a'
+    8 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 255 registers, used 2 barriers, 8 bytes cumulative stack size, 1 bytes smem
+"""
+    found = module("gpu_check").registers(printed)
+    assert found == {"flash_forward": ("168", "0"), "nsa_choose": ("255", "8")}
+
+
 @pytest.mark.slow
 def test_attention_is_measured_side_by_side(tmp_path, capsys):
     bench = module("bench_attention")

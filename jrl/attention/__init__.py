@@ -16,13 +16,14 @@ from jrl.attention import platforms
 from jrl.attention.dense import dense
 from jrl.attention.flash import flash
 from jrl.attention.visibility import NO_KEY, NO_QUERY, Rule, check_shapes, check_window, segments
-from jrl.numerics import checks
+from jrl.numerics import checks, host
 
 Array = jax.Array
-Implementation = Literal["xla", "pallas_tpu", "cudnn", "reference"]
+Implementation = Literal["xla", "pallas_tpu", "cudnn", "mosaic_gpu", "reference"]
 
 # Up to so many scores a head, all of them at once are faster than blocks.
 SMALL = 256 * 256
+LEAST_ROWS = 64  # queries that fill a tile of the tensor cores
 
 
 def attend(
@@ -55,8 +56,9 @@ def attend(
         q_offset: position of the first query among the keys, for queries that continue a sequence.
         scale: of the scores; ``D ** -0.5`` if not given.
         implementation: reference writes every score down; xla works in blocks, in memory linear in T and S, on every
-            platform; pallas_tpu is JAX's splash attention; cudnn is cuDNN's flash attention. None picks what fits platform and
-            size; all compute the same function. A named one that cannot compute this raises.
+            platform; pallas_tpu is JAX's splash attention; cudnn is cuDNN's flash attention; mosaic_gpu is ours for Hopper GPUs, which
+            takes segments and padding. None picks what fits platform and size; all compute the same function. A named one
+            that cannot compute this raises.
 
     Softmax is in float32 at least; a query that sees nothing gets 0. Raises ``ValueError`` for shapes that do not fit, and for
     an implementation that is not there, with the reason.
@@ -88,6 +90,10 @@ def attend(
             return flash(q, k, v, q_seg, k_seg, rule, scale)
         case "pallas_tpu":
             return platforms.splash(q, k, v, q_seg, k_seg, rule, scale)
+        case "mosaic_gpu":
+            from jrl.attention import flash_hopper
+
+            return flash_hopper.attend(q, k, v, q_seg, k_seg, rule, scale)
         case _:
             return platforms.cudnn(q, k, v, rule, scale)
 
@@ -111,6 +117,14 @@ def _choose(
             raise ValueError(f"implementation='cudnn' cannot do this: {reason}")
         if not reason:
             return "cudnn"
+    if name == "mosaic_gpu" or (name is None and q.shape[1] >= LEAST_ROWS and host.has_kernels()):
+        from jrl.attention import flash_hopper  # Pallas takes a while to import
+
+        reason = flash_hopper.why_not(q, k, v)
+        if name and reason:
+            raise ValueError(f"implementation='mosaic_gpu' cannot do this: {reason}")
+        if not reason:
+            return "mosaic_gpu"
     if name is not None:
         return name
     return "reference" if q.shape[1] * k.shape[1] <= SMALL else "xla"

@@ -17,7 +17,8 @@ a segment gives the same outputs alone, behind padding, and anywhere in a packed
 says how.
 """
 
-from typing import Literal, get_args
+import importlib
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +39,14 @@ from jrl.attention.nsa_branches import (
 )
 from jrl.attention.nsa_selected import selected_attention
 from jrl.attention.visibility import NO_QUERY, Rule, check_shapes, segments
-from jrl.numerics import checks
+from jrl.numerics import checks, host
 from jrl.numerics.types import Params
 
 __all__ = ["Config", "Implementation", "Streams", "attend", "init", "mix", "phi", "segment_starts", "select", "shared"]
 
 Array = jax.Array
-Implementation = Literal["xla", "pallas_tpu"]
+Implementation = Literal["xla", "pallas_tpu", "mosaic_gpu"]
+KERNELS: dict[str, Implementation] = {"tpu": "pallas_tpu", "gpu": "mosaic_gpu"}  # of a platform
 CHUNK = 16  # queries whose scores with compressed blocks are there at once
 WIDE_SCORES = 2**28  # or, where more at once is faster, so many scores
 LEVELS = 4  # parts of a sequence, whose queries are spared the compressed keys behind their part
@@ -74,9 +76,9 @@ def attend(
         segment_ids: int ``[B, T]``, contiguous; nothing is seen beyond a segment.
         scale: of the scores; ``D ** -0.5`` if not given.
         chunk: queries that xla computes at once; changes memory and speed alone. None is what is fast.
-        implementation: xla, for every platform, or pallas_tpu, kernels of our own for compression and selection. None takes
-            the kernels on a TPU where they can, else xla. A named one that cannot compute this raises.
-        interpret: run the kernels in Pallas's interpreter, for tests.
+        implementation: xla, for every platform; or kernels of our own for compression and selection, pallas_tpu for TPUs and
+            mosaic_gpu for Hopper GPUs. None takes the kernels where they can, else xla. A named one that cannot compute this raises.
+        interpret: run the TPU's kernels in Pallas's interpreter, for tests.
 
     Raises ``ValueError`` for shapes that do not fit, and for kernels that cannot, with the reason.
     """
@@ -102,7 +104,7 @@ def attend(
     segment_ids = segments("token", batch, length, segment_ids, None, NO_QUERY)
     origin = None if segment_ids is None else segment_starts(segment_ids)
     chosen = choose(implementation, q, streams, config)
-    cudnn = implementation is None
+    cudnn = implementation in (None, "mosaic_gpu")
     o_win = _window(q, streams, segment_ids, Rule(window=config.window), scale, chosen, interpret, cudnn)
     return mix(
         params,
@@ -124,23 +126,31 @@ def attend(
 
 def choose(name: Implementation | None, q: Array, streams: Streams, config: Config) -> Implementation:
     """The implementation to use. Raises ``ValueError`` for a named one that cannot, with the reason."""
-    from jrl.attention import nsa_tpu  # Pallas takes a while to import
-
     if name is not None:
         checks.one_of("implementation", name, get_args(Implementation))
-    if name == "xla" or (name is None and jax.default_backend() != "tpu"):
+    wanted = KERNELS.get(host.platform(), "xla") if name is None else name
+    if wanted == "xla" or (name is None and wanted == "mosaic_gpu" and not host.has_kernels()):
         return "xla"
-    reason = nsa_tpu.why_not(q, streams, config)
+    reason = _kernels(wanted).why_not(q, streams, config)
     if name and reason:
-        raise ValueError(f"implementation='pallas_tpu' cannot do this: {reason}")
-    return "xla" if reason else "pallas_tpu"
+        raise ValueError(f"implementation={name!r} cannot do this: {reason}")
+    return "xla" if reason else wanted
+
+
+def _kernels(name: Implementation) -> Any:
+    """The module of these kernels; Pallas takes a while to import."""
+    return importlib.import_module("jrl.attention." + {"pallas_tpu": "nsa_tpu", "mosaic_gpu": "nsa_hopper"}[name])
 
 
 def _window(q, streams, segment_ids, rule, scale, implementation, interpret, cudnn):
-    """The window branch, by splash attention beside the kernels where it fits; by cuDNN where that may and can."""
+    """The window branch: by cuDNN where that may and can, else by the kernels' kind where it can, else by xla."""
     k, v = streams.k_window, streams.v_window
     if cudnn and not platforms.why_not_cudnn(q, k, v, rule, segment_ids is not None):
         return platforms.cudnn(q, k, v, rule, scale)
+    if implementation == "mosaic_gpu":
+        from jrl.attention import flash_hopper
+
+        return flash_hopper.attend(q, k, v, segment_ids, segment_ids, rule, scale)
     if implementation == "xla" or platforms.why_not_splash(q, k, v, rule):
         return flash(q, k, v, segment_ids, segment_ids, rule, scale)
     return platforms.splash(q, k, v, segment_ids, segment_ids, rule, scale, interpret)
@@ -155,6 +165,25 @@ def mix(
     t: Array,
     start: Array,
     config: Config,
+    **options: Any,
+) -> Array:
+    """``attend`` for queries ``[B, T, H, D]`` that stand at ``t`` among the keys and see them from ``start`` on, both int ``[B, T]``.
+
+    ``o_win [B, T, H, Dv]`` is the window branch's output; ``options`` are those of ``compress_and_select``.
+    """
+    wide = jnp.promote_types(gates.dtype, jnp.float32)
+    parts = (*compress_and_select(params, q, streams, t, start, config, **options), o_win)
+    mixed = sum(x.astype(wide) * gates[..., i, None].astype(wide) for i, x in enumerate(parts))
+    return jnp.asarray(mixed).astype(o_win.dtype)
+
+
+def compress_and_select(
+    params: Params,
+    q: Array,
+    streams: Streams,
+    t: Array,
+    start: Array,
+    config: Config,
     *,
     origin: Array | None = None,
     scale: float | None = None,
@@ -162,36 +191,30 @@ def mix(
     implementation: Implementation | None = None,
     interpret: bool = False,
     in_order: bool = False,
-) -> Array:
-    """``attend`` for queries ``[B, T, H, D]`` that stand at ``t`` among the keys and see them from ``start`` on, both int ``[B, T]``.
+) -> tuple[Array, Array]:
+    """The outputs of two branches, compression and selection, each ``[B, T, H, Dv]``, for queries as in ``mix``.
 
-    ``o_win [B, T, H, Dv]`` is the window branch's output. Blocks count from ``origin`` int ``[B, S]``, the index of the first token
-    of each key's segment, or from the first key if it is not given. No query may see further back than its own segment. Queries that stand at 0, 1, 2 ...
-    are ``in_order``, which saves what lies above the diagonal.
+    Blocks count from ``origin`` int ``[B, S]``, the index of the first token of each key's segment, or from the first key if it is not
+    given. No query may see further back than its own segment. Queries that stand at 0, 1, 2 ... are ``in_order``, which saves
+    what lies above the diagonal. The other options are those of ``attend``.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    kernels = choose(implementation, q, streams, config) == "pallas_tpu"
+    how = _How(choose(implementation, q, streams, config), chunk, interpret)
     if origin is None:
         blocks = nsa_blocks.of_one_segment(streams.k_select.shape[1], t, start, config)
     else:
         blocks = nsa_blocks.of_segments(origin, t, start, config)
-    o_cmp, chosen = _compress_and_choose(
-        params,
-        q,
-        streams,
-        blocks,
-        t,
-        start,
-        config,
-        scale,
-        chunk,
-        kernels,
-        interpret,
-        in_order and blocks.segments is None,
-    )
-    o_slc = _attend_selected(q, streams, blocks, chosen, t, start, scale, chunk, kernels, interpret)
-    parts = jnp.stack([x.astype(gates.dtype) for x in (o_cmp, o_slc, o_win)], axis=-1)
-    return jnp.sum(parts * gates[..., None, :], axis=-1).astype(o_win.dtype)
+    in_order = in_order and blocks.segments is None
+    o_cmp, chosen = _compress_and_choose(params, q, streams, blocks, t, start, config, scale, how, in_order)
+    return o_cmp, _attend_selected(q, streams, blocks, chosen, t, start, scale, how)
+
+
+class _How(NamedTuple):
+    """How the branches are computed, as the arguments of ``attend`` say."""
+
+    implementation: Implementation
+    chunk: int | None
+    interpret: bool
 
 
 def segment_starts(segment_ids: Array) -> Array:
@@ -201,7 +224,7 @@ def segment_starts(segment_ids: Array) -> Array:
     return jax.lax.cummax(jnp.where(segment_ids != before, at, 0), axis=1)
 
 
-def _compress_and_choose(params, q, streams, blocks, t, start, config, scale, chunk, kernels, interpret, in_order):
+def _compress_and_choose(params, q, streams, blocks, t, start, config, scale, how, in_order):
     """The compression branch's output ``[B, T, H, Dv]`` and the blocks that each query selects ``[B, K, T, n]``."""
     (length, num_keys), kv_heads = (q.shape[1], streams.k_compress.shape[1]), streams.k_compress.shape[2]
     num_blocks = blocks.token.shape[1]
@@ -213,8 +236,12 @@ def _compress_and_choose(params, q, streams, blocks, t, start, config, scale, ch
     k = compress(params.get("k"), streams.k_compress, config, first)
     v = compress(params.get("v"), streams.v_compress, config, first)
     queries = (t, start, blocks.own, blocks.oldest)
-    if kernels:
-        return _compress_by_kernel(q, k, v, blocks.first, queries, num_blocks, config, scale, interpret)
+    if how.implementation == "pallas_tpu":
+        return _compress_on_tpu(q, k, v, blocks.first, queries, num_blocks, config, scale, how.interpret)
+    if how.implementation == "mosaic_gpu":
+        from jrl.attention import nsa_hopper
+
+        return nsa_hopper.compressed_attention(q, k, v, blocks.first, queries, num_blocks, config, scale)
 
     @jax.checkpoint
     def of_chunk(k: Array, v: Array, first: Array, q: Array, t: Array, start: Array, own: Array, oldest: Array):
@@ -222,7 +249,7 @@ def _compress_and_choose(params, q, streams, blocks, t, start, config, scale, ch
         return out.astype(v.dtype), select(importance, own, oldest, num_blocks, config)
 
     fast = max(CHUNK, WIDE_SCORES // (q.shape[0] * q.shape[2] * k.shape[1])) if platforms.wide() else CHUNK
-    rows = min(fast if chunk is None else chunk, length)
+    rows = min(fast if how.chunk is None else how.chunk, length)
     parts = jax.tree.map(lambda x: _split(x, rows), (q, *queries))
     number = -(-length // rows)
     levels = LEVELS if in_order and number >= 2 * LEVELS else 1
@@ -240,7 +267,7 @@ def _compress_and_choose(params, q, streams, blocks, t, start, config, scale, ch
     return out, chosen[:, :, :length]
 
 
-def _compress_by_kernel(q, k, v, first, queries, num_blocks, config, scale, interpret):
+def _compress_on_tpu(q, k, v, first, queries, num_blocks, config, scale, interpret):
     from jrl.attention import nsa_tpu
 
     (batch, length, heads, _), rows = q.shape, nsa_tpu.ROWS
@@ -253,7 +280,7 @@ def _compress_by_kernel(q, k, v, first, queries, num_blocks, config, scale, inte
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, whole, heads, -1)[:, :length], chosen[:, :, :length]
 
 
-def _attend_selected(q, streams, blocks, chosen, t, start, scale, chunk, kernels, interpret):
+def _attend_selected(q, streams, blocks, chosen, t, start, scale, how):
     (batch, length, heads, _), kv_heads = q.shape, streams.k_select.shape[2]
     _, num_blocks, size = blocks.token.shape
 
@@ -265,15 +292,19 @@ def _attend_selected(q, streams, blocks, chosen, t, start, scale, chunk, kernels
 
     k, v, chosen = lay(streams.k_select), lay(streams.v_select), nsa_blocks.read(chosen, blocks)
     grouped = group(q, kv_heads).transpose(0, 2, 1, 3, 4)
-    if kernels:
+    if how.implementation == "mosaic_gpu":
+        from jrl.attention import nsa_selected_hopper
+
+        out = nsa_selected_hopper.selected_attention(grouped, k, v, blocks.token, chosen, t, start, scale)
+    elif how.implementation == "pallas_tpu":
         from jrl.attention import nsa_tpu
 
         whole = length + -length % nsa_tpu.ROWS
         grouped, chosen = (jnp.moveaxis(_pad_to(jnp.moveaxis(x, 2, 1), whole), 1, 2) for x in (grouped, chosen))
         t, start = _pad_to(t, whole), _pad_to(start, whole)
-        out = nsa_tpu.selected_attention(grouped, k, v, blocks.token, chosen, t, start, scale, interpret)
+        out = nsa_tpu.selected_attention(grouped, k, v, blocks.token, chosen, t, start, scale, how.interpret)
     else:
-        out = selected_attention(grouped, k, v, blocks.token, chosen, t, start, scale, chunk)
+        out = selected_attention(grouped, k, v, blocks.token, chosen, t, start, scale, how.chunk)
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, -1, heads, v.shape[-1])[:, :length]
 
 

@@ -98,11 +98,12 @@ def selected_attention(
 
 class Plan(NamedTuple):
     """Where the pairs of a chunk are: ``query [tiles, R]``, one past the last for none; ``block [tiles]``; ``slot [C, n]`` of each
-    pair among all rows of tiles, one past the last for none."""
+    pair among all rows of tiles, one past the last for none; ``end [blocks]``, one past the last tile of each block."""
 
     query: Array
     block: Array
     slot: Array
+    end: Array
 
 
 def plan(chosen: Array, blocks: int, sizes: Tiles) -> Plan:
@@ -110,16 +111,66 @@ def plan(chosen: Array, blocks: int, sizes: Tiles) -> Plan:
     (length, selected), rows = chosen.shape, sizes.queries
     pairs = chosen.size
     most = -(-(pairs // rows + min(blocks, pairs)) // sizes.group) * sizes.group
+    method = "compare_all" if platforms.wide() else "scan"  # a step of a loop takes a GPU longer than all comparisons
     order = jnp.argsort(chosen.ravel()).astype(jnp.int32)
     ordered = chosen.ravel()[order]
-    first = jnp.searchsorted(ordered, jnp.arange(blocks + 1)).astype(jnp.int32)
+    first = jnp.searchsorted(ordered, jnp.arange(blocks + 1), method=method).astype(jnp.int32)
     end = jnp.cumsum(-(-jnp.diff(first) // rows))  # of each block's tiles
     begin = jnp.concatenate([jnp.zeros_like(end[:1]), end[:-1], jnp.full_like(end[:1], most)])
     slot = begin[ordered] * rows + jnp.arange(pairs, dtype=jnp.int32) - first[ordered]
     query = jnp.full_like(order, length, shape=most * rows).at[slot].set(order // selected, mode="drop")
-    block = jnp.searchsorted(end, jnp.arange(most), side="right")
+    block = jnp.searchsorted(end, jnp.arange(most), side="right", method=method)
     slots = jnp.zeros_like(order).at[order].set(jnp.minimum(slot, most * rows))
-    return Plan(query.reshape(most, rows), jnp.minimum(block, blocks - 1), slots.reshape(chosen.shape))
+    return Plan(query.reshape(most, rows), jnp.minimum(block, blocks - 1), slots.reshape(chosen.shape), end)
+
+
+class Pieces(NamedTuple):
+    """How kernels compute a chunk of C queries, for each of P pairs of sequence and key head; every entry is int32.
+
+    Attributes:
+        query: of each place in a tile ``[P, tiles R]``.
+        begin: first token that each row of a tile sees ``[P, tiles rows]``.
+        end: the last one, -1 for a place that is empty.
+        slot: place of each pair among those of the tiles ``[P, C, n]``, one past the last for none.
+        work: block, first tile and number of tiles of each piece ``[P, pieces, 3]``.
+        of_block: the pieces of each block ``[P, blocks, 2]``, ``[low, high)``.
+    """
+
+    query: Array
+    begin: Array
+    end: Array
+    slot: Array
+    work: Array
+    of_block: Array
+
+
+def pieces(chosen: Array, t: Array, start: Array, blocks: int, group: int, rows: int, longest: int) -> Pieces:
+    """For ``chosen [P, C, n]``, and ``t`` and ``start [P, C]``: tiles of ``rows`` rows, ``group`` for each query, at most ``longest`` in a piece."""
+
+    def one(chosen, t, start):
+        there = plan(chosen, blocks, Tiles(rows // group, 1, len(chosen)))
+        query = there.query.ravel()
+        empty = query == len(chosen)
+        query = jnp.where(empty, 0, query)
+        end, begin = jnp.where(empty, -1, t[query]), start[query]
+        work, of_block = _work(there, blocks, longest)
+        return Pieces(query, jnp.repeat(begin, group), jnp.repeat(end, group), there.slot, work, of_block)
+
+    return jax.vmap(one)(chosen, t, start)
+
+
+def _work(there: Plan, blocks: int, longest: int) -> tuple[Array, Array]:
+    tiles = len(there.block)
+    first = jnp.concatenate([jnp.zeros_like(there.end[:1]), there.end[:-1]])
+    last_piece = jnp.cumsum(-(-(there.end - first) // longest)).astype(jnp.int32)
+    first_piece = jnp.concatenate([jnp.zeros_like(last_piece[:1]), last_piece[:-1]])
+    index = jnp.arange(-(-tiles // longest) + blocks, dtype=jnp.int32)
+    block = jnp.minimum(
+        jnp.searchsorted(last_piece, index, side="right", method="compare_all").astype(jnp.int32), blocks - 1
+    )
+    low = first[block] + (index - first_piece[block]) * longest
+    number = jnp.clip(there.end[block] - low, 0, longest)
+    return jnp.stack([block, low, number], axis=-1), jnp.stack([first_piece, last_piece], axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))

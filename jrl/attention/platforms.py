@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrl.attention.visibility import Rule
+from jrl.numerics import host
 
 Array = jax.Array
 LANES = 128  # splash attention's blocks are multiples of it
@@ -15,7 +16,7 @@ LANES = 128  # splash attention's blocks are multiples of it
 
 def wide() -> bool:
     """Whether much is to be computed at once: a GPU's steps take as long when they are small, a CPU's caches hold little."""
-    return jax.default_backend() == "gpu"
+    return host.platform() == "gpu"
 
 
 def why_not_splash(q: Array, k: Array, v: Array, rule: Rule, own: bool = True) -> str | None:

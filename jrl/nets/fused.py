@@ -7,7 +7,6 @@ those of the flax modules in full float32, to rounding.
 """
 
 import math
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,22 +17,11 @@ import jax.numpy as jnp
 from jrl.envs.types import MaskedObs
 from jrl.nets.torso import is_image, shares
 from jrl.nets.types import Network
-from jrl.numerics import checks, host
+from jrl.numerics import host
 from jrl.numerics.types import Memory, Observation, Params
 
 Array = jax.Array
-NEEDS_JAX = (0, 11)  # whose Pallas the kernels are written in
 MOST_OUTPUTS = 16
-
-
-def available() -> bool:
-    """Whether programs are traced for a machine that has the kernels, and ``JRL_KERNELS=xla`` does not turn them off.
-
-    Raises ``ValueError`` for another value of that variable than ``auto`` and ``xla``.
-    """
-    wanted = os.environ.get("JRL_KERNELS", "auto")
-    checks.one_of("JRL_KERNELS", wanted, ("auto", "xla"))
-    return wanted == "auto" and host.hopper() and jax.__version_info__ >= NEEDS_JAX
 
 
 def fits(config: Any, shapes: tuple[tuple[int, ...], ...]) -> bool:
@@ -52,7 +40,7 @@ def over(network: Network, obs_rank: int, compute: Callable[[Any, Array, Array |
     def outputs(
         plain: Callable[..., Any], params: Params, memory: Memory, obs: Observation, first: Array
     ) -> tuple[Any, Any]:
-        if not available() or any(p.dtype != jnp.float32 for p in jax.tree.leaves(params)):
+        if not host.has_kernels() or any(p.dtype != jnp.float32 for p in jax.tree.leaves(params)):
             return plain(params, memory, obs, first)
         x, mask = obs if isinstance(obs, MaskedObs) else (obs, None)
         x = shares(x) if is_image(x, obs_rank) else x.astype(jnp.float32)

@@ -29,35 +29,23 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from jrl.numerics.mosaic import (
+    MATRIX,
+    PER_COLUMN,
+    PER_ROW,
+    TRANSFORMS,
+    along_rows,
+    down_columns,
+    hidden,
+    load,
+    transposed,
+    zeros,
+)
+
 HIDDEN = 64
 TILE = 64  # rows at a time; the tensor cores' instructions want 64
 NARROW = 32  # up to so many rows an agent, as in acting, go through a forward kernel of their own
 MULTIPROCESSORS = 132  # of an H100
-
-# How 64 x 64 matrices, and vectors along their rows and columns, are spread over the 128 threads of a warpgroup.
-MATRIX = plgpu.Layout.WGMMA
-PER_ROW = plgpu.Layout.WGMMA.reduce(1)
-PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-
-def load(ref, layout):
-    """Read global memory straight into registers."""
-    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
-
-
-def down_columns(vector, width=64):
-    """Make a matrix whose every column is ``vector`` (which has layout PER_ROW)."""
-    return lax.broadcast_in_dim(vector, (64, width), (0,))
-
-
-def along_rows(vector):
-    """Make a matrix whose every row is ``vector`` (which has layout PER_COLUMN)."""
-    return lax.broadcast_in_dim(vector, (64, *vector.shape), (1,))
-
-
-def zeros(shape, layout):
-    """Make an array of zeros with the given layout in registers."""
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
 def reciprocal(matrix):
@@ -99,16 +87,15 @@ def split(matrix):
 def mine(split_refs, warpgroup):
     """Take this warpgroup's own part of a split matrix in shared memory.
 
-    The barrier hides that the address is the same each time: the compiler would compute all the tensor cores' operand
-    addresses once and for all, and need 80 registers to keep them.
+    The same address each time would cost 80 registers.
     """
-    index = lax.optimization_barrier(warpgroup)
+    index = hidden(warpgroup)
     return [ref.at[index] for ref in split_refs]
 
 
 def transpose(split_refs):
     """View a split matrix in shared memory as its transpose."""
-    return [ref.transpose((1, 0)) for ref in split_refs]
+    return [transposed(ref) for ref in split_refs]
 
 
 def store_split(split_refs, matrix):
@@ -143,7 +130,6 @@ def launch(kernel, name, items, out_type, operands, *, most_warpgroups, split_he
     count = agents * chunks
     warpgroups = min(most_warpgroups, pl.cdiv(count, MULTIPROCESSORS))
     blocks = count if most_warpgroups == 1 else min(MULTIPROCESSORS, pl.cdiv(count, warpgroups))
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # as the tensor cores read shared memory
 
     def body(*refs):
         warpgroup = lax.axis_index("warpgroup")
@@ -159,7 +145,7 @@ def launch(kernel, name, items, out_type, operands, *, most_warpgroups, split_he
         body,
         out_type=out_type,
         scratch_types=[
-            [plgpu.SMEM((warpgroups, height, 64), jnp.bfloat16, transforms=transforms)] * 2 for height in split_heights
+            [plgpu.SMEM((warpgroups, height, 64), jnp.bfloat16, transforms=TRANSFORMS)] * 2 for height in split_heights
         ],
         grid=(blocks,),
         grid_names=("block",),

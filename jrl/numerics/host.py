@@ -7,7 +7,10 @@ from typing import Any
 
 import jax
 
+from jrl.numerics import checks
+
 MOST = 8  # more host devices than this bring little: the programs are small
+KERNELS_NEED_JAX = (0, 11)  # whose Pallas the kernels for GPUs are written in
 MOST_WANTED = 256  # each has threads of its own
 
 _platform: str | None = None
@@ -34,6 +37,25 @@ def hopper() -> bool:
     if _platform is not None:
         return _platform == "gpu"
     return getattr(jax.local_devices()[0], "compute_capability", None) == "9.0"
+
+
+def why_no_kernels() -> str | None:
+    """What keeps programs that are traced now from the kernels for Hopper GPUs, or None."""
+    if not hopper():
+        return "it needs an NVIDIA Hopper GPU (H100, H200)"
+    if jax.__version_info__ < KERNELS_NEED_JAX:
+        return f"it needs jax {'.'.join(map(str, KERNELS_NEED_JAX))}, and this is {jax.__version__}"
+    return None
+
+
+def has_kernels() -> bool:
+    """Whether programs that are traced now may take the kernels for Hopper GPUs, and ``JRL_KERNELS=xla`` does not turn them off.
+
+    Raises ``ValueError`` for another value of that variable than ``auto`` and ``xla``.
+    """
+    wanted = os.environ.get("JRL_KERNELS", "auto")
+    checks.one_of("JRL_KERNELS", wanted, ("auto", "xla"))
+    return wanted == "auto" and why_no_kernels() is None
 
 
 def compiler_options() -> dict[str, Any]:
