@@ -4,6 +4,7 @@
     bash scripts/bench_attention --lengths 2048 --decode 65536 --repeats 5
     bash scripts/bench_attention --kinds blocks cudnn nsa --dtype bfloat16 --lengths 4096 16384 65536     on a GPU, against cuDNN
     bash scripts/bench_attention --kinds cudnn nsa 'nsa xla' 'nsa compression' 'nsa selection' 'nsa window' --dtype bfloat16     by parts
+    bash scripts/bench_attention --errors --kinds cudnn nsa --dtype bfloat16 --lengths 2048     against float64, gradients included
     bash scripts/bench_attention --chips v5e              memory on a TPU by its compiler, at 8k, 32k and 64k (needs libtpu)
 
 Each is compiled and run once, then timed; the figure is the best of --repeats, with the worst beside it, and the order alternates,
@@ -12,7 +13,7 @@ needs more than --memory-gib is left out. It leaves attention.csv and attention.
 decoding.
 
 A step of decoding writes one token to the cache and attends to it, without the projections before and after; it is the mean of 16
-steps. All have one width, heads * head_dim, in float32: dense (a cache of keys and values), window (of the last 512 tokens),
+steps, for --rows sequences. All have one width, heads * head_dim: dense (a cache of keys and values), window (of the last 512 tokens),
 nsa, mla (latents, with DeepSeek-V2's sizes for a head: 4 head_dim numbers a token and head_dim / 2 for positions) and rwkv.
 Dense with a key head for every query head is there besides: it is what mla is in place of.
 """
@@ -55,12 +56,15 @@ class Args:
     head_dim: int = 64  # Width of keys and values.
     repeats: int = 3  # Measurements, of which the best counts.
     memory_gib: float = 8.0  # Skip what needs more memory than this, in GiB.
-    # Dtype of whole sequences; cudnn takes only bfloat16 and float16.
+    rows: int = 1  # Sequences that are decoded at once.
+    # Dtype; cudnn takes only bfloat16 and float16.
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     # Kinds for whole sequences: dense, jax, blocks, nsa (what is fast here), nsa xla, and its parts: nsa compression, nsa selection (with the
     # choice of blocks), nsa window. On a TPU also splash, nsa kernels; on a GPU also cudnn.
     kinds: tuple[str, ...] = ("dense", "jax", "blocks", "nsa")
     chips: tuple[str, ...] = ()  # Compile for these TPUs (v5e, v6e, v5p), and print the memory instead.
+    # Compare whole sequences with float64 instead: root mean square of the difference, over that of the exact numbers.
+    errors: bool = False
     folder: Path = Path("runs/attention")  # Folder for tables and plots.
 
 
@@ -77,7 +81,7 @@ def check(args: Args) -> None:
         raise ValueError("kinds: 'cudnn' needs --dtype bfloat16 or float16")
     for chip in args.chips:
         checks.one_of("chips", chip, TPUS)
-    for name in ("heads", "kv_heads", "repeats"):
+    for name in ("heads", "kv_heads", "repeats", "rows"):
         checks.positive_int(name, getattr(args, name))
     if args.heads % args.kv_heads:
         raise ValueError(f"heads must be a multiple of kv_heads = {args.kv_heads}; got {args.heads}")
@@ -131,10 +135,44 @@ def functions() -> dict[str, Callable[..., Array]]:
     }
 
 
-def branches(phi: Any, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+def branches(phi: Any, q: Array, k: Array, v: Array, implementation: Any = None) -> tuple[Array, Array]:
     """Compression and selection; the compiler leaves out what is not asked for."""
     t = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
-    return nsa.compress_and_select(phi, q, nsa.shared(k, v), t, jnp.zeros_like(t), SPARSE, in_order=True)
+    streams, start = nsa.shared(k, v), jnp.zeros_like(t)
+    return nsa.compress_and_select(phi, q, streams, t, start, SPARSE, implementation=implementation, in_order=True)
+
+
+def exact(kind: str) -> Callable[..., Array]:
+    """What computes a kind in float64."""
+    parts = {"nsa compression": 0, "nsa selection": 1}
+    if kind in parts:
+        return lambda q, k, v, gates, phi: branches(phi, q, k, v, "xla")[parts[kind]]
+    if kind == "nsa window":
+        return lambda q, k, v, gates, phi: attention.attend(q, k, v, window=SPARSE.window, implementation="xla")
+    return functions()["nsa xla" if kind.startswith("nsa") else "blocks"]
+
+
+def error(args: Args, length: int, kind: str) -> dict[str, Any]:
+    """A row of the table of errors: of the output, and of each gradient."""
+    params = nsa.init(jax.random.key(1), SPARSE, args.head_dim, args.head_dim)
+    cast = jax.tree.map(lambda x: x.astype(args.dtype), params)
+    numbers = (*fill(inputs(args, length, args.dtype)[:4]), cast)
+
+    def of(function: Callable[..., Array], numbers: Any) -> Any:
+        def loss(*a: Any) -> tuple[Array, Array]:
+            out = function(*a)
+            return jnp.sum(jnp.sin(jnp.arange(out.size)).reshape(out.shape).astype(out.dtype) * out), out
+
+        grads, out = jax.jit(jax.grad(loss, tuple(range(4)), has_aux=True))(*numbers)
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), (out, *grads))
+
+    given = of(functions()[kind], numbers)
+    with jax.enable_x64(True):
+        wanted = of(exact(kind), jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), numbers))
+    row: dict[str, Any] = {"tokens": length, "kind": kind}
+    for name, x, y in zip(("output", "queries", "keys", "values", "gates"), given, wanted, strict=True):
+        row[name] = f"{np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2)):.1e}" if y.any() else ""
+    return row
 
 
 def directions(function: Callable[..., Array]) -> dict[str, Callable[..., Any]]:
@@ -207,7 +245,7 @@ def decoders(args: Args, length: int) -> dict[str, Decoder]:
     heads, dim = args.heads, args.head_dim
 
     def tokens(*shape):
-        return jax.ShapeDtypeStruct((STEPS, 1, *shape), jnp.float32)
+        return jax.ShapeDtypeStruct((STEPS, args.rows, *shape), args.dtype)
 
     def keys(kv_heads: int, window: int | None = None) -> Decoder:
         def step(_: Any, held: cache.KV, token: Any, t: Array) -> tuple[cache.KV, Array]:
@@ -215,7 +253,9 @@ def decoders(args: Args, length: int) -> dict[str, Decoder]:
             held = cache.write(held, k, v, t)
             return held, cache.decode_step(q, held, t, window=window)
 
-        held = jax.eval_shape(lambda: cache.init(1, min(length, window or length), kv_heads, dim))
+        held = jax.eval_shape(
+            lambda: cache.init(args.rows, min(length, window or length), kv_heads, dim, dtype=jnp.dtype(args.dtype))
+        )
         kv = tokens(kv_heads, dim)
         return Decoder(step, (), held, (tokens(heads, dim), kv, kv), state_bytes(held))
 
@@ -234,7 +274,9 @@ def sparse_decoder(args: Args, length: int, tokens: Callable[..., Any]) -> Decod
         held = nsa_cache.write(weights, held, nsa.shared(k, v), t, SPARSE)
         return held, nsa_cache.decode_step(q, gates, held, t, SPARSE)
 
-    held = jax.eval_shape(lambda: nsa_cache.init(SPARSE, 1, length, args.kv_heads, args.head_dim))
+    held = jax.eval_shape(
+        lambda: nsa_cache.init(SPARSE, args.rows, length, args.kv_heads, args.head_dim, dtype=jnp.dtype(args.dtype))
+    )
     chosen = min(SPARSE.selected * SPARSE.select_block, held.select.k.shape[1])
     read = state_bytes(held) - state_bytes(held.select) * (1 - chosen / held.select.k.shape[1])
     kv = tokens(args.kv_heads, args.head_dim)
@@ -252,7 +294,7 @@ def latent_decoder(args: Args, length: int, tokens: Callable[..., Any]) -> Decod
         return held, mla.decode_step(weights, nope, turned, held, t, config)
 
     weights = jax.eval_shape(lambda: mla.init(jax.random.key(0), config, heads * dim, heads))
-    held = jax.eval_shape(lambda: mla.init_cache(config, 1, length))
+    held = jax.eval_shape(lambda: mla.init_cache(config, args.rows, length, dtype=jnp.dtype(args.dtype)))
     given = tokens(heads, dim), tokens(heads, dim // 2), tokens(config.latent), tokens(config.rope_dim)
     return Decoder(step, weights, held, given, state_bytes(held))
 
@@ -265,7 +307,9 @@ def recurrent_decoder(args: Args, tokens: Callable[..., Any]) -> Decoder:
         y, state = rwkv.recur(r, k, v, -jnp.exp(w), bonus, held.state)
         return Recurrent(state, x), y
 
-    held = jax.eval_shape(lambda: Recurrent(jnp.zeros((1, heads, dim, dim)), jnp.zeros((1, heads * dim))))
+    held = jax.eval_shape(
+        lambda: Recurrent(jnp.zeros((args.rows, heads, dim, dim)), jnp.zeros((args.rows, heads * dim), args.dtype))
+    )
     given = (*[tokens(heads, dim)] * 4, tokens(heads * dim))
     return Decoder(step, jax.ShapeDtypeStruct((heads, dim), jnp.float32), held, given, state_bytes(held))
 
@@ -373,6 +417,16 @@ def sequences(args: Args) -> None:
     print(f"{args.folder}/attention.png")
 
 
+def errors(args: Args) -> None:
+    """Compare whole sequences with float64."""
+    rows = []
+    for length in args.lengths:
+        for kind in args.kinds:
+            rows.append(error(args, length, kind))
+            print(f"{length} tokens, {kind}: done", flush=True)
+    report.print_table(args.folder / "errors.csv", rows)
+
+
 def caches(args: Args) -> None:
     """Measure decoding."""
     rows: list[dict[str, Any]] = []
@@ -398,6 +452,8 @@ def main(args: Args) -> None:
         raise SystemExit("error: --chips needs the package libtpu (pip install libtpu; Linux on x86-64)") from None
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+    if args.errors:
+        return errors(args)
     if args.lengths:
         sequences(args)
     if args.decode:

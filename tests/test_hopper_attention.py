@@ -130,7 +130,7 @@ def test_the_best_blocks_of_many_are_chosen(config):
     "group", [16, pytest.param(3, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow)]
 )
 def test_selection_over_chunks_and_pieces_is_that_of_xla(group, monkeypatch, capfd):
-    monkeypatch.setattr(nsa_selected_hopper, "CHUNK", 64)
+    monkeypatch.setattr(nsa_selected_hopper, "_chunk", lambda *_: 64)
     monkeypatch.setattr(nsa_selected_hopper, "PIECE", 2)
     length, blocks = 100, 3
     t = jnp.arange(length, dtype=jnp.int32)[None]

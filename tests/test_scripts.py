@@ -353,12 +353,25 @@ def test_attention_is_measured_side_by_side(tmp_path, capsys):
     assert (tmp_path / "caches.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_attention_is_compared_with_float64(tmp_path):
+    bench = module("bench_attention")
+    kinds = ("blocks", "nsa", "nsa compression", "nsa selection", "nsa window")
+    bench.main(bench.Args(kinds=kinds, lengths=(80,), heads=2, head_dim=8, errors=True, folder=tmp_path))
+    rows = {r["kind"]: r for r in csv.DictReader((tmp_path / "errors.csv").open())}
+    assert tuple(rows) == kinds
+    for kind, row in rows.items():
+        found = [float(row[name]) for name in ("output", "queries", "keys", "values", "gates") if row[name]]
+        assert len(found) == 4 + (kind == "nsa") and 0 < max(found) < 2e-6
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
         (
             {"kinds": ("flash",)},
-            "kinds must be one of dense, jax, blocks, cudnn, splash, nsa, nsa kernels; got 'flash'",
+            "kinds must be one of dense, jax, blocks, cudnn, splash, nsa, nsa xla, nsa kernels, nsa compression, "
+            "nsa selection, nsa window; got 'flash'",
         ),
         ({"kinds": ("nsa kernels",)}, f"kinds: 'nsa kernels' needs a TPU; this is a {jax.default_backend().upper()}"),
         ({"chips": ("v4",)}, "chips must be one of v5e, v6e, v5p; got 'v4'"),

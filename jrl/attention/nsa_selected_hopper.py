@@ -26,15 +26,16 @@ from jrl.numerics.mosaic import MATRIX, PER_COLUMN, PER_ROW, ROWS, along_rows, d
 Array = jax.Array
 SIZE = 64  # tokens of a block
 PIECE = 16  # tiles that one block of the grid computes, at most
-CHUNK = 4096  # queries whose pairs are kept at once
+CHUNK = 2**14  # queries of all key heads whose pairs are kept at once, about
 
 
 def selected_attention(
     q: Array, k: Array, v: Array, token: Array, chosen: Array, t: Array, start: Array, scale: float
 ) -> Array:
     """The same as ``nsa_selected.selected_attention``: ``[B, K, T, G, Dv]``, for blocks of 64 tokens and at most 64 heads."""
-    (batch, kv_heads, length, heads, _), chunk = q.shape, min(CHUNK, q.shape[2])
+    batch, kv_heads, length, heads, _ = q.shape
     group = max(8, 2 ** math.ceil(math.log2(heads)))  # a tile takes a whole number of queries
+    chunk = _chunk(batch * kv_heads, length, k.shape[2], chosen.shape[3])
 
     def by_pair(x: Array, none: int = 0) -> Array:
         x = jnp.pad(x, [(0, 0)] * 2 + [(0, -length % chunk)] + [(0, 0)] * (x.ndim - 3), constant_values=none)
@@ -43,19 +44,24 @@ def selected_attention(
     q = by_pair(jnp.pad(q, [(0, 0)] * 3 + [(0, group - heads), (0, 0)]))
     t, start = (by_pair(jnp.broadcast_to(x[:, None], (batch, kv_heads, length))) for x in (t, start))
     k, v = (x.reshape(-1, *x.shape[2:]) for x in (k, v))
-    out = _attend(q, k, v, token, by_pair(chosen, k.shape[1]), t, start, scale)
+    out = _attend(q, k, v, token, by_pair(chosen, k.shape[1]), t, start, scale, chunk)
     return out.reshape(batch, kv_heads, -1, group, v.shape[-1])[:, :, :length, :heads]
 
 
 # Of P pairs of sequence and key head: q [P, T, G, D], k [P, blocks, 64, D], token [B, blocks, 64], chosen [P, T, n], t and start [P, T]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(7,))
-def _attend(q, k, v, token, chosen, t, start, scale):
-    return _forward(q, k, v, token, chosen, t, start, scale)[0]
+def _chunk(pairs: int, length: int, blocks: int, selected: int) -> int:
+    """Queries of a chunk: each block is read by 16 of them or more, so that few places in tiles are empty."""
+    return min(length, max(CHUNK // pairs, 16 * blocks // selected, 1))
 
 
-def _forward(q, k, v, token, chosen, t, start, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _attend(q, k, v, token, chosen, t, start, scale, chunk):
+    return _forward(q, k, v, token, chosen, t, start, scale, chunk)[0]
+
+
+def _forward(q, k, v, token, chosen, t, start, scale, chunk):
     """Output ``[P, T, G, Dv]``, and log-sum-exp ``[P, T, G]`` in units of log 2, infinite for a query that sees nothing."""
 
     def of_chunk(x: Any) -> tuple[Array, Array]:
@@ -73,15 +79,15 @@ def _forward(q, k, v, token, chosen, t, start, scale):
         out = jnp.sum(share[..., None] * values, axis=2).astype(v.dtype)
         return out, jnp.where(total > 0, top + jnp.log2(total), jnp.inf)
 
-    return jax.tree.map(_join, lax.map(of_chunk, _chunks((q, chosen, t, start))))
+    return jax.tree.map(_join, lax.map(of_chunk, _chunks((q, chosen, t, start), chunk)))
 
 
-def _save(q, k, v, token, chosen, t, start, scale):
-    out, lse = _forward(q, k, v, token, chosen, t, start, scale)
+def _save(q, k, v, token, chosen, t, start, scale, chunk):
+    out, lse = _forward(q, k, v, token, chosen, t, start, scale, chunk)
     return out, (q, k, v, token, chosen, t, start, out, lse)
 
 
-def _backward(scale, saved, d_out):
+def _backward(scale, chunk, saved, d_out):
     q, k, v, token, chosen, t, start, out, lse = saved
     overlap = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
 
@@ -95,16 +101,16 @@ def _backward(scale, saved, d_out):
         return (sums[0] + added[0], sums[1] + added[1]), (dq * scale).astype(q.dtype)
 
     zeros = spread((jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)), q)
-    (dk, dv), dq = lax.scan(of_chunk, zeros, _chunks((q, chosen, t, start, d_out, lse, overlap)))
+    (dk, dv), dq = lax.scan(of_chunk, zeros, _chunks((q, chosen, t, start, d_out, lse, overlap), chunk))
     return _join(dq), (dk * scale).astype(k.dtype), dv.astype(v.dtype), None, None, None, None
 
 
 _attend.defvjp(_save, _backward)
 
 
-def _chunks(tree: Any) -> Any:
+def _chunks(tree: Any, chunk: int) -> Any:
     """``[P, T, ...]`` to ``[chunks, P, C, ...]``."""
-    return jax.tree.map(lambda x: x.reshape(len(x), -1, min(CHUNK, x.shape[1]), *x.shape[2:]).swapaxes(0, 1), tree)
+    return jax.tree.map(lambda x: x.reshape(len(x), -1, chunk, *x.shape[2:]).swapaxes(0, 1), tree)
 
 
 def _join(x: Array) -> Array:
