@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jrl.attention import nsa
+from jrl.attention import dsa, nsa
 from jrl.nets import transformer
 from jrl.numerics import checks, optim
 from jrl.run import cli, memory, plot, report
@@ -37,7 +37,7 @@ class Args:
     """Train small decoders that differ in their attention alone."""
 
     task: Literal["text", "needle"] = "text"  # Language modelling of text, or finding a needle in random tokens.
-    kinds: tuple[str, ...] = ("dense", "nsa")  # Kinds of attention: dense, window, nsa, mla, rwkv.
+    kinds: tuple[str, ...] = ("dense", "nsa")  # Kinds of attention: dense, window, nsa, mla, dsa, rwkv.
     length: int | None = None  # Tokens of a sequence; default: 256 for text and 4096 for needle.
     # Gradient steps; default: 400 for text, 600 for needle (a third of them at the whole length).
     steps: int | None = None
@@ -78,6 +78,7 @@ def decoder(kind: Any, args: Any, vocab_size: int, sparse: nsa.Config) -> transf
         window=sparse.window,
         sparse=sparse,
         shared_kv=True,
+        indexer=dsa.Config(heads=2, dim=16, rope_dim=8, top_k=sparse.window),
     )
 
 
@@ -152,6 +153,13 @@ def losses(params: Any, tokens: Array, weight: Array, config: transformer.Config
     return jnp.sum(each * weight) / weight.sum(), jnp.sum(right * weight) / weight.sum()
 
 
+def of_indexers(params: Any, tokens: Array, config: transformer.Config) -> Array | float:
+    """What the indexers of dsa learn from, and nothing else learns from; 0 for other kinds."""
+    if config.attention != "dsa":
+        return 0.0
+    return transformer.index_loss(params, params["embedding"][tokens[:, :-1]], config)
+
+
 def train(config: transformer.Config, stages: list[tuple[int, Draw]], args: Args) -> tuple[Any, np.ndarray]:
     """Parameters after all stages of (steps, draw), and the loss of each step."""
     params = transformer.init(jax.random.key(args.seed), config)
@@ -168,7 +176,8 @@ def train(config: transformer.Config, stages: list[tuple[int, Draw]], args: Args
             tokens, weight = draw(jax.random.fold_in(jax.random.key(args.seed + 1), i))
 
             def both(p):
-                return (losses(p, tokens, weight, config)[0],) * 2
+                loss = losses(p, tokens, weight, config)[0]
+                return loss + of_indexers(p, tokens, config), loss
 
             now = optim.minimize(tx, both, params, state)
             return now.params, now.opt_state, now.extra

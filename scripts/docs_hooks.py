@@ -17,7 +17,7 @@ from settings_table import table
 
 from jrl import envs, intrinsic, nets
 from jrl.algos import auxiliary_tasks, self_imitation
-from jrl.attention import mla, nsa
+from jrl.attention import dsa, mla, nsa
 from jrl.attention.rotary import Scaling
 from jrl.lm import tasks
 from jrl.nets import adapters, moe, transformer
@@ -46,6 +46,7 @@ SHARED: dict[type, str] = {
     transformer.Config: "transformer.Config",
     nsa.Config: "nsa.Config",
     mla.Config: "mla.Config",
+    dsa.Config: "dsa.Config",
     moe.Config: "moe.Config",
     Scaling: "rotary.Scaling",
 }

@@ -1,11 +1,15 @@
 """DeepSeek sparse attention: the indexer, what it picks, both implementations, its loss, and decoding."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jrl.attention import dsa, mla
+from jrl.attention.rotary import rms_norm
+from jrl.nets import transformer
 
 LATENT = mla.Config(latent=12, query_latent=10, nope_dim=8, rope_dim=4, value_dim=6)
 CONFIG = dsa.Config(heads=3, dim=8, rope_dim=4, top_k=5)
@@ -125,3 +129,35 @@ def test_what_does_not_fit_is_refused(made):
         dsa.Config(dim=8, rope_dim=10)
     with pytest.raises(ValueError, match="implementation must be one of xla, reference; got 'cudnn'"):
         dsa.attend(*made, CONFIG, LATENT, implementation="cudnn")
+
+
+def test_indexers_of_a_decoder_learn_from_their_loss_alone():
+    config = transformer.Config(
+        11, dim=DIM, num_heads=HEADS, attention="dsa", latent=LATENT, indexer=dsa.Config(2, 6, 4, top_k=5)
+    )
+    params = transformer.init(jax.random.key(0), config)
+    x = jax.random.normal(jax.random.key(1), (2, 20, DIM))
+    positions = jnp.broadcast_to(jnp.arange(20)[None], (2, 20))
+
+    def loss(params, sparse):
+        return transformer.index_loss(params, x, config, sparse=sparse, positions=positions)
+
+    grads = jax.jit(jax.grad(loss), static_argnums=1)(params, False)
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert bool(jnp.any(g)) == ("indexer" in jax.tree_util.keystr(path))
+    later = jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
+    assert loss(later, False) < loss(params, False)
+    [attention] = jax.tree.leaves(
+        jax.grad(lambda p: transformer.blocks(p, x, config).sum())(params)["layers"]["indexer"]["key"]
+    )
+    assert not jnp.any(attention)
+    layer = jax.tree.map(lambda p: p[0], params["layers"])
+    one = dataclasses.replace(config, num_layers=1)
+    y = rms_norm(x, layer["attention_norm"], config.norm_eps)
+    np.testing.assert_allclose(
+        transformer.index_loss(jax.tree.map(lambda p: p[:1], params), x, one),
+        dsa.index_loss(layer["latent"], layer["indexer"], y, config.indexer, LATENT, sparse=True),
+        rtol=1e-5,
+    )
+    with pytest.raises(ValueError, match=r"index_loss needs transformer\.attention=dsa; got mla"):
+        transformer.index_loss(params, x, dataclasses.replace(config, attention="mla"))

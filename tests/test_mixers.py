@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 
-from jrl.attention import mla, nsa, rwkv
+from jrl.attention import dsa, mla, nsa, rwkv
 from jrl.attention.rotary import rms_norm, rope
 from jrl.nets import decoding, moe, transformer
 
@@ -170,6 +170,7 @@ DECODERS = {
     "experts": {"experts": moe.Config(4, expert_dim=8)},
     "window": {"attention": "window"},
     "mla": {"attention": "mla"},
+    "dsa": {"attention": "dsa", "indexer": dsa.Config(heads=2, dim=4, rope_dim=2, top_k=5)},
     "rwkv": {"attention": "rwkv"},
     "nsa": {"attention": "nsa", "sparse": nsa.Config(4, 2, 4, 4, window=5)},
     "nsa, blocks longer than padding": {

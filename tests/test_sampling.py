@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrl.attention import mla, nsa
+from jrl.attention import dsa, mla, nsa
 from jrl.lm import model as model_file
 from jrl.lm import sampling, scoring
 from jrl.lm.model import decoder
@@ -22,7 +22,8 @@ LATENT = mla.Config(latent=8, query_latent=8, nope_dim=8, rope_dim=4, value_dim=
 
 
 def model_of(kind="dense"):
-    return decoder(transformer.Config(**SHAPE, attention=kind, window=5, sparse=SPARSE, latent=LATENT))
+    more = {"sparse": SPARSE, "latent": LATENT, "indexer": dsa.Config(heads=2, dim=8, rope_dim=4, top_k=4)}
+    return decoder(transformer.Config(**SHAPE, attention=kind, window=5, **more))
 
 
 def prompts(batch=4, width=6):
@@ -40,7 +41,7 @@ def dense():
 
 
 @pytest.mark.thorough(2)
-@pytest.mark.parametrize("kind", ["dense", "window", "nsa", "mla", "rwkv"])
+@pytest.mark.parametrize("kind", ["dense", "window", "nsa", "mla", "dsa", "rwkv"])
 def test_what_was_sampled_is_what_is_scored(kind):
     model = model_of(kind)
     params, (prompt, valid) = model.init(jax.random.key(0)), prompts()
@@ -79,7 +80,7 @@ def test_answers_to_one_prompt_read_it_once(dense):
 
 
 @pytest.mark.thorough(1)
-@pytest.mark.parametrize("kind", ["window", "nsa", "dense", "mla", "rwkv"])
+@pytest.mark.parametrize("kind", ["window", "nsa", "dense", "mla", "dsa", "rwkv"])
 def test_a_cache_that_grows_with_the_answer_changes_nothing(kind, monkeypatch):
     model, (prompt, valid) = model_of(kind), prompts()
     params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))

@@ -145,7 +145,7 @@ def test_optimizers_are_compared(tmp_path):
         ("memory", ["--kinds", "lstm"], "kinds must be one of none, gru, window, dense, nsa; got 'lstm'"),
         ("memory", ["--lengths", "0"], "lengths must be an integer of at least 1; got 0"),
         ("memory", ["--env-steps", "0"], "env_steps must be an integer of at least 1; got 0"),
-        ("language", ["--kinds", "gru"], "kinds must be one of dense, window, nsa, mla, rwkv; got 'gru'"),
+        ("language", ["--kinds", "gru"], "kinds must be one of dense, window, nsa, mla, dsa, rwkv; got 'gru'"),
         ("language", ["--steps", "0"], "steps must be an integer of at least 2; got 0"),
         ("language", ["--length", "10000000"], "length must be below "),
         ("language", ["--dim", "30"], "transformer.dim must be a multiple of num_heads = 4"),

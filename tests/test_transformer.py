@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jrl import envs, nets
-from jrl.attention import mla, nsa
+from jrl.attention import dsa, mla, nsa
 from jrl.attention.rotary import rms_norm, rope
 from jrl.nets import decoding, moe, transformer
 
@@ -23,6 +23,12 @@ KINDS = {
     "shared": dataclasses.replace(SMALL, attention="nsa", sparse=SPARSE, shared_kv=True),
     "mla": dataclasses.replace(
         SMALL, attention="mla", latent=mla.Config(latent=8, nope_dim=6, rope_dim=4, value_dim=5)
+    ),
+    "dsa": dataclasses.replace(
+        SMALL,
+        attention="dsa",
+        latent=mla.Config(latent=8, nope_dim=6, rope_dim=4, value_dim=5),
+        indexer=dsa.Config(heads=2, dim=6, rope_dim=4, top_k=5),
     ),
     "rwkv": dataclasses.replace(SMALL, attention="rwkv"),
     "experts": dataclasses.replace(SMALL, experts=moe.Config(experts=4, expert_dim=8, scores="sigmoid", shared=1)),

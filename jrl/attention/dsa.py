@@ -262,6 +262,20 @@ def init_cache(
     return Cache(mla.init_cache(latent, batch, capacity, dtype), jnp.zeros((batch, capacity, config.dim), dtype))
 
 
+def fill(
+    params: Params,
+    index_params: Params,
+    x: Array,
+    cache: Cache,
+    positions: Array,
+    config: Config,
+    latent: mla.Config,
+) -> Cache:
+    """The empty ``cache`` after tokens ``[B, T, dim]`` from position 0 on; ``positions`` int ``[B, T]`` are those of the rotary embedding."""
+    keys = index(params, index_params, x, positions, config, latent).key
+    return Cache(mla.fill(cache.latent, *mla.latents(params, x, positions, latent)), kv.put_all(cache.key, keys))
+
+
 def decode_step(
     params: Params,
     index_params: Params,

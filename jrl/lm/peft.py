@@ -107,7 +107,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _matrices(shape: transformer.Config) -> dict[str, layout.Tensor]:
     """The matrices of a model's file that an adapter can stand beside, by their modules' names."""
-    if shape.attention == "mla" or shape.experts.experts:
+    if shape.attention in ("mla", "dsa") or shape.experts.experts:
         raise ValueError("adapters of latent attention and of experts have no layout here")
     linear = [x for x in layout.tensors(shape) if x.at and x.flipped and len(x.shape) == 2]
     return {x.name.removesuffix(".weight"): x for x in linear}

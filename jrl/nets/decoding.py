@@ -83,6 +83,8 @@ def capacity(cache: Any, config: transformer.Config) -> float:
             return held.select.k.shape[2]
         case "mla":
             return held.latent.shape[2]
+        case "dsa":
+            return held.key.shape[2]
         case _:
             return float("inf")
 

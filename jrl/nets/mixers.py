@@ -3,6 +3,7 @@
     dense, window   keys and values of every token, or of the last ones
     nsa             native sparse attention (2502.11089): three pairs of them, of which a query reads a few blocks
     mla             multi-head latent attention (2405.04434): one small latent a token
+    dsa             latent attention to the tokens that an indexer picks (2512.02556): a narrow key more
     rwkv            RWKV-6 time mixing (2404.05892): a state of one size, and the token before
 
 All take the normalized stream ``[B, T, dim]`` (a step: ``[B, dim]``) and give heads ``[..., H, width]`` for the output projection.
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jrl.attention import attend, mla, nsa, nsa_cache, rwkv
+from jrl.attention import attend, dsa, mla, nsa, nsa_cache, rwkv
 from jrl.attention import cache as kv_cache
 from jrl.attention.rotary import rms_norm, rope
 from jrl.numerics.lora import product
@@ -298,6 +299,44 @@ def _latent_step(layer: Any, y: Array, cache: Any, position: Array, start: Array
     return mla.decode_step(params, nope[:, 0], turned[:, 0], cache, position, config.latent, start=start), cache
 
 
+# DeepSeek sparse attention
+
+
+def _indexed_leaves(config: Any) -> dict[str, Any]:
+    shapes = jax.eval_shape(lambda: dsa.init(jax.random.key(0), config.indexer, config.latent, config.dim))
+    names = {
+        "query": ("latent", "index_heads", "head_dim"),
+        "key": ("dim", "head_dim"),
+        "weight": ("dim", "index_heads"),
+    }
+    indexer = {name: Leaf(x.shape, names.get(name, ("head_dim",)), x.shape[0] ** -0.5) for name, x in shapes.items()}
+    norm = {
+        "key_norm": indexer["key_norm"]._replace(std=None),
+        "key_norm_bias": indexer["key_norm_bias"]._replace(std=0.0),
+    }
+    return _latent_leaves(config) | {"indexer": indexer | norm}
+
+
+def _indexed_sequence(layer: Any, y: Array, tokens: Tokens, config: Any) -> Array:
+    return dsa.attend(layer["latent"], layer["indexer"], y, config.indexer, config.latent, positions=tokens.position,
+                      segment_ids=tokens.segment_ids, valid=tokens.valid, implementation=config.implementation)  # fmt: skip
+
+
+def _indexed_prefill(layer: Any, y: Array, tokens: Tokens, cache: Any, config: Any) -> tuple[Array, Any]:
+    params, indexer = layer["latent"], layer["indexer"]
+    cache = dsa.fill(params, indexer, y, cache, tokens.position, config.indexer, config.latent)
+    return _indexed_sequence(layer, y, tokens, config), cache
+
+
+def _indexed_cache(config: Any, batch: int, capacity: int, dtype: Any) -> Any:
+    return dsa.init_cache(config.indexer, config.latent, batch, capacity, dtype)
+
+
+def _indexed_step(layer: Any, y: Array, cache: Any, position: Array, start: Array | int, config: Any):
+    params, indexer = layer["latent"], layer["indexer"]
+    return dsa.decode_step(params, indexer, y, cache, position, config.indexer, config.latent, start=start)
+
+
 # RWKV
 
 
@@ -400,5 +439,6 @@ MIXERS = {
     "window": _DENSE,
     "nsa": Mixer(_sparse_leaves, _sparse_sequence, _sparse_cache, _sparse_step, _sparse_prefill, ("q", "k", "v")),
     "mla": Mixer(_latent_leaves, _latent_sequence, _latent_cache, _latent_step, _latent_prefill),
+    "dsa": Mixer(_indexed_leaves, _indexed_sequence, _indexed_cache, _indexed_step, _indexed_prefill),
     "rwkv": Mixer(_rwkv_leaves, _rwkv_sequence, _rwkv_cache, _rwkv_step, _rwkv_prefill),
 }

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jrl.attention import Implementation, mla, nsa
+from jrl.attention import Implementation, dsa, mla, nsa
 from jrl.attention.rotary import Scaling, rms_norm
 from jrl.nets import bottleneck, moe
 from jrl.nets.mixers import MIXERS, Leaf, Tokens
@@ -26,7 +26,7 @@ from jrl.numerics.settings import AtLeastOne, NonNegativeInt, Positive, Settings
 from jrl.numerics.types import Params
 
 Array = jax.Array
-Kind = Literal["dense", "window", "nsa", "mla", "rwkv"]
+Kind = Literal["dense", "window", "nsa", "mla", "dsa", "rwkv"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,16 @@ class Config(Settings, prefix="transformer"):
     num_kv_heads: Positive = 4  # Key heads, each for num_heads / num_kv_heads query heads.
     head_dim: NonNegativeInt = 0  # Width of keys, queries and values; dim / num_heads if 0.
     ffn_dim: NonNegativeInt = 0  # Width of SwiGLU; about 8/3 dim if 0.
-    # dense, window, nsa (native sparse attention), mla (latent attention) or rwkv (RWKV-6, without attention).
+    # dense, window, nsa (native sparse attention), mla (latent attention), dsa (that, to what an indexer picks) or rwkv (RWKV-6, without attention).
     attention: Kind = "dense"
     causal: bool = True  # Tokens see only those before them; false for dense attention alone.
     window: Positive = 512  # Tokens that window attention sees.
     sparse: nsa.Config = field(default_factory=nsa.Config)  # Sizes of native sparse attention.
     shared_kv: bool = False  # One pair of keys and values for all branches of nsa, where the paper has one for each.
     latent: mla.Config = field(default_factory=mla.Config)  # Sizes of latent attention, which ignores head_dim.
+    indexer: dsa.Config = field(
+        default_factory=dsa.Config
+    )  # Sizes of the indexer of dsa, which has those of latent, too.
     experts: moe.Config = field(default_factory=moe.Config)  # Mixture of experts in place of SwiGLU, if it has experts.
     dense_layers: NonNegativeInt = 0  # Number of layers at the start that have SwiGLU all the same.
     implementation: Implementation | None = None  # Of dense, window and native sparse attention; None picks a fast one.
@@ -105,7 +108,7 @@ class Config(Settings, prefix="transformer"):
     @property
     def value_width(self) -> int:
         """Width of a head of the output of attention."""
-        return self.latent.value_dim if self.attention == "mla" else self.width
+        return self.latent.value_dim if self.attention in ("mla", "dsa") else self.width
 
 
 # Parameters
@@ -307,6 +310,39 @@ def one_layer(x: Array, layer: Any, tokens: Tokens, counted: Array | None, confi
     x = bottleneck.added(layer, "attention", x, out(layer, mixed))
     output, load = ffn_and_load(layer, x, config, counted)
     return bottleneck.added(layer, "ffn", x, output), load
+
+
+def index_loss(
+    params: Params,
+    x: Array,
+    config: Config,
+    *,
+    sparse: bool = True,
+    positions: Array | None = None,
+    segment_ids: Array | None = None,
+    valid: Array | None = None,
+) -> Array:
+    """What the indexers of ``attention="dsa"`` learn from: the mean of ``dsa.index_loss`` over layers, for arguments as in ``blocks``.
+
+    It has no gradient but that of the indexers, which have no other. Raises ``ValueError`` for another attention.
+    """
+    if config.attention != "dsa":
+        raise ValueError(f"index_loss needs transformer.attention=dsa; got {config.attention}")
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+    tokens = Tokens(positions, segment_ids, valid)
+
+    def of_layer(x: Array, layer: Any, shape: Config) -> tuple[Array, Array]:
+        y = rms_norm(x, layer["attention_norm"], shape.norm_eps)
+        seen = {"positions": positions, "segment_ids": segment_ids, "valid": valid}
+        loss = dsa.index_loss(layer["latent"], layer["indexer"], y, shape.indexer, shape.latent, sparse=sparse, **seen)
+        return one_layer(x, layer, tokens, valid, shape)[0], loss
+
+    losses = []
+    for name, shape in stacks(config).items():
+        x, each = jax.lax.scan(partial(of_layer, shape=shape), x, params[name])
+        losses.append(each)
+    return jnp.concatenate(losses).mean()
 
 
 def balanced(params: Params, load: moe.Load, config: Config, rate: float = 1e-3) -> Any:
