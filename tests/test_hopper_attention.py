@@ -1,6 +1,7 @@
 """Attention's kernels for Hopper GPUs, in the interpreter of Pallas's GPU kernels, against XLA and the reference."""
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -151,6 +152,68 @@ def test_selection_over_chunks_and_pieces_is_that_of_xla(group, monkeypatch, cap
     close(found, with_gradients(function(nsa_selected.selected_attention), args))
 
 
+def test_float16_holds_what_pairs_leave():
+    """Values and gradients whose sums over a block's tokens do not fit in float16, where their means do."""
+    params, q, streams, gates = sparse_arguments(130, 2, 1, 64, 64, SMALL, jnp.float16)
+    streams = streams._replace(v_select=jnp.full_like(streams.v_select, 1500))
+
+    def function(implementation):
+        return lambda q, s: 2000 * nsa.attend(params, q, s, gates, SMALL, implementation=implementation)
+
+    with interpreted():
+        found = with_gradients(function("mosaic_gpu"), (q, streams))
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(found[1:]))
+    close(found[1:], with_gradients(function("xla"), (q, streams))[1:])
+
+
+def test_only_the_last_axis_of_a_grid_grows_with_the_sequence(monkeypatch):
+    """CUDA takes 65,535 blocks along all others."""
+    grids = []
+
+    def kernel(*args, grid, **options):
+        grids.append(grid)
+        return made(*args, grid=grid, **options)
+
+    made = plgpu.kernel
+    monkeypatch.setattr(plgpu, "kernel", kernel)
+    short = sparse_arguments(1, 64, 1, 64, 64, LONG)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, 2**17, *x.shape[2:]), x.dtype), short)
+    with host.traced_for("gpu"):
+        for function in (sparse_attention, lambda *a: dense_attention(a[1], *a[2][:2])):
+            jax.eval_shape(jax.grad(lambda *a, f=function: f(*a).astype(jnp.float32).sum(), 1), *args)
+    assert max(grid[-1] for grid in grids) > 65535 and len(grids) >= 9
+    assert all(n < 1000 for grid in grids for n in grid[:-1])
+
+
+LONG = nsa.Config(selected=64, pooling="mean")
+
+
+def sparse_attention(*args):
+    return nsa.attend(*args, LONG, implementation="mosaic_gpu")
+
+
+def dense_attention(q, k, v):
+    return attend(q, k, v, segment_ids=jnp.zeros(q.shape[:2], jnp.int32), implementation="mosaic_gpu")
+
+
+def test_gradients_have_the_axes_of_a_shard_map():
+    q, k, v = normal(1, 70, 2, 64), normal(1, 70, 1, 64), normal(1, 70, 1, 64)
+    _, _, _, gates = sparse_arguments(70, 2, 1, 64, 64, SMALL)
+    mesh, rows = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("rows",)), jax.sharding.PartitionSpec("rows")
+    functions = (
+        lambda q, k, v: attend(q, k, v, implementation="mosaic_gpu"),
+        lambda q, k, v: nsa.attend({}, q, nsa.shared(k, v), gates, SMALL, implementation="mosaic_gpu"),
+    )
+    with interpreted():
+        for function in functions:
+
+            def loss(*args, function=function):
+                return function(*args).astype(jnp.float32).sum()
+
+            grads = jax.shard_map(jax.grad(loss, (0, 1, 2)), mesh=mesh, in_specs=(rows,) * 3, out_specs=(rows,) * 3)
+            assert [x.shape for x in jax.eval_shape(grads, q, k, v)] == [q.shape, k.shape, v.shape]
+
+
 def test_under_vmap_rows_are_those_of_each():
     q, k, v = normal(3, 1, 70, 2, 64), normal(1, 70, 1, 64), normal(3, 1, 70, 1, 64)
     with interpreted():
@@ -166,6 +229,8 @@ def test_a_hopper_gpu_takes_the_kernels_where_they_can(monkeypatch):
     with host.traced_for("gpu"):
         assert nsa.choose(None, *args[1:3], nsa.Config()) == "mosaic_gpu"
         assert nsa.choose(None, *args[1:3], nsa.Config(select_block=32)) == "xla"
+        with jax.enable_x64(True):
+            assert nsa.choose(None, *args[1:3], nsa.Config()) == "xla"
         monkeypatch.setenv("JRL_KERNELS", "xla")
         assert nsa.choose(None, *args[1:3], nsa.Config()) == "xla"
 

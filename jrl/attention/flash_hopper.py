@@ -33,7 +33,7 @@ from jrl.attention.spans_hopper import (
     pad,
     visits,
 )
-from jrl.attention.visibility import Rule
+from jrl.attention.visibility import Rule, spread
 from jrl.numerics import host, mosaic
 from jrl.numerics.mosaic import MATRIX, PER_COLUMN, PER_ROW, ROWS, along_rows, down_columns, load, transposed
 
@@ -110,7 +110,7 @@ def _backward(scale, saved, d_outputs):
     overlap = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     dq = _row_gradients(q, k, v, rows, keys, d_out, lse, overlap, scale)
     dk, dv = _key_gradients(q, k, v, rows, keys, d_out, lse, overlap, scale)
-    return dq, dk, dv, None, None
+    return *spread((dq, dk, dv), q), None, None
 
 
 attention.defvjp(_save, _backward)
@@ -150,7 +150,7 @@ def _forward(q, k, v, rows, keys, scale):
         _pipeline(step, visit, specs, compute)(k.at[pair], v.at[pair])
 
     types = jax.ShapeDtypeStruct((pairs, length, width), q.dtype), jax.ShapeDtypeStruct((pairs, length), jnp.float32)
-    call = _call(kernel, "flash_forward", (length // TILE, pairs), types, [_own(dim, q), _own(width, q)], copies=1)
+    call = _call(kernel, "flash_forward", (pairs, length // TILE), types, [_own(dim, q), _own(width, q)], copies=1)
     return call(q, k, v, rows, keys, visits(rows, keys, TILE, size))
 
 
@@ -167,7 +167,7 @@ def _row_gradients(q, k, v, rows, keys, d_out, lse, overlap, scale):
             _fetch([(q.at[pair, here], own_q.at[at]), (d_out.at[pair, here], own_d.at[at])], ready.at[at])
             vectors = (load(x.at[pair, here], PER_ROW) for x in (lse, overlap))
             total, _, _ = pipeline((mosaic.zeros((ROWS, dim), MATRIX), *vectors))
-            _send((total * scale).astype(dq.dtype), own_q.at[at], dq.at[pair, here])
+            _send(total.astype(dq.dtype), own_q.at[at], dq.at[pair, here])
 
         def step(indices, k, v, carry):
             total, lse, overlap = carry
@@ -175,7 +175,7 @@ def _row_gradients(q, k, v, rows, keys, d_out, lse, overlap, scale):
             s = mosaic.product(own_q.at[at], transposed(k)) * (scale * LOG2E)
             s = hide(s, whole, lambda: down(rows, (batch, here), size), lambda: along(keys, (batch, there)))
             p = jnp.exp2(s - down_columns(lse, size))
-            ds = p * (mosaic.product(own_d.at[at], transposed(v)) - down_columns(overlap, size))
+            ds = p * (mosaic.product(own_d.at[at], transposed(v)) - down_columns(overlap, size)) * scale
             [total] = mosaic.add_products((total, ds.astype(k.dtype), k))
             return total, lse, overlap
 
@@ -184,7 +184,7 @@ def _row_gradients(q, k, v, rows, keys, d_out, lse, overlap, scale):
 
     own = [_own(dim, q), _own(width, q)]
     types = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    call = _call(kernel, "flash_row_gradients", (length // TILE, pairs), types, own, copies=2)
+    call = _call(kernel, "flash_row_gradients", (pairs, length // TILE), types, own, copies=2)
     return call(q, k, v, rows, keys, visits(rows, keys, TILE, size), d_out, lse, overlap)
 
 
@@ -202,7 +202,7 @@ def _key_gradients(q, k, v, rows, keys, d_out, lse, overlap, scale):
         def compute(pipeline):
             _fetch([(k.at[pair, here], own_k.at[at]), (v.at[pair, here], own_v.at[at])], ready.at[at])
             dk_total, dv_total = pipeline(tuple(mosaic.zeros((ROWS, n), MATRIX) for n in (dim, width)))
-            dk[part, pair, here] = dk_total * scale
+            dk[part, pair, here] = dk_total
             dv[part, pair, here] = dv_total
 
         def step(indices, q, d_out, lse, overlap, carry):
@@ -215,7 +215,7 @@ def _key_gradients(q, k, v, rows, keys, d_out, lse, overlap, scale):
             dv_total, dp = mosaic.add_products(
                 (dv_total, p.astype(d_out.dtype), d_out), (nothing, own_v.at[own], transposed(d_out))
             )
-            ds = p * (dp - along_rows(load(overlap, PER_COLUMN)))
+            ds = p * (dp - along_rows(load(overlap, PER_COLUMN))) * scale
             [dk_total] = mosaic.add_products((dk_total, ds.astype(q.dtype), q))
             return dk_total, dv_total
 
@@ -223,7 +223,7 @@ def _key_gradients(q, k, v, rows, keys, d_out, lse, overlap, scale):
         _pipeline(step, visit, specs, compute)(*(x.at[pair] for x in (q, d_out, lse, overlap)))
 
     types = [jax.ShapeDtypeStruct((parts, *x.shape), jnp.float32) for x in (k, v)]
-    call = _call(kernel, "flash_key_gradients", (tiles, pairs, parts), types, [_own(dim, k), _own(width, k)], copies=2)
+    call = _call(kernel, "flash_key_gradients", (pairs, parts, tiles), types, [_own(dim, k), _own(width, k)], copies=2)
     dk, dv = call(q, k, v, rows, keys, visits(rows, keys, TILE, size, of_keys=True), d_out, lse, overlap)
     return dk.sum(0).astype(k.dtype), dv.sum(0).astype(v.dtype)
 
@@ -288,7 +288,7 @@ def _call(kernel, name, grid, out_type, own, copies):
         out_type=out_type,
         scratch_types=[*own, plgpu.Barrier(num_barriers=GROUPS, num_arrivals=copies)],
         grid=grid,
-        grid_names=("tile", "pair", "part")[: len(grid)],
+        grid_names=("pair", "tile") if len(grid) == 2 else ("pair", "part", "tile"),  # the last may be the longest
         num_threads=GROUPS + 1,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(approx_math=True),

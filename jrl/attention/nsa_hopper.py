@@ -122,8 +122,8 @@ def _choose(q, k, lse, rows, keys, own, oldest, num_blocks, config, scale):
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_arrivals=len(offsets)),
         ],
-        grid=(length // ROWS, pairs),
-        grid_names=("tile", "pair"),
+        grid=(pairs, length // ROWS),
+        grid_names=("pair", "tile"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="nsa_choose",
     )(q, in_sets(k, 0), lse, rows, keys, own, oldest, jnp.concatenate([near, whole], axis=-1))

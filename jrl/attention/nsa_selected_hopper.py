@@ -72,8 +72,8 @@ def _forward(q, k, v, token, chosen, t, start, scale, chunk):
         largest = jnp.where(known, _at(largest, there.slot, group), HIDDEN)  # [P, C, n, G]
         weight = jnp.where(known & (largest > HIDDEN / 2), _at(weight, there.slot, group), 0.0)
         top = largest.max(2)
-        share = jnp.where(weight > 0, jnp.exp2(largest - top[:, :, None]), 0.0)
-        total = jnp.sum(share * weight, axis=2)
+        share = weight * jnp.exp2(largest - top[:, :, None])
+        total = jnp.sum(share, axis=2)
         share /= jnp.where(total > 0, total, 1.0)[:, :, None]
         values = jnp.where(share[..., None] > 0, _at(values, there.slot, group).astype(jnp.float32), 0.0)
         out = jnp.sum(share[..., None] * values, axis=2).astype(v.dtype)
@@ -98,11 +98,11 @@ def _backward(scale, chunk, saved, d_out):
         known = (there.slot < there.query.shape[1])[..., None, None]
         dq = jnp.where(known, _at(dq, there.slot, q.shape[2]).astype(jnp.float32), 0.0).sum(2)
         added = _sums_of_pieces(there.of_block, *parts)
-        return (sums[0] + added[0], sums[1] + added[1]), (dq * scale).astype(q.dtype)
+        return (sums[0] + added[0], sums[1] + added[1]), dq.astype(q.dtype)
 
     zeros = spread((jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)), q)
     (dk, dv), dq = lax.scan(of_chunk, zeros, _chunks((q, chosen, t, start, d_out, lse, overlap), chunk))
-    return _join(dq), (dk * scale).astype(k.dtype), dv.astype(v.dtype), None, None, None, None
+    return *spread((_join(dq), dk.astype(k.dtype), dv.astype(v.dtype)), q), None, None, None, None
 
 
 _attend.defvjp(_save, _backward)
@@ -127,7 +127,7 @@ def _at(x: Array, slot: Array, group: int) -> Array:
 
 
 def _of_pairs(q, k, v, token, there, scale):
-    """Of each pair and head: weighted values ``[P, rows, Dv]``, largest score and sum of weights ``[P, rows]``."""
+    """Of each pair and head: the weighted mean of values ``[P, rows, Dv]``, largest score and sum of weights ``[P, rows]``."""
     (pairs, rows), width, (group, dim) = there.begin.shape, v.shape[3], q.shape[2:]
 
     def kernel(q, k, v, token, there, values, largest, weight, q_here, k_here, v_here, result, ready, arrived):
@@ -141,11 +141,12 @@ def _of_pairs(q, k, v, token, there, scale):
             top = s.max(axis=1)
             p = jnp.exp2(s - down_columns(top))
             [total] = mosaic.add_products((mosaic.zeros((ROWS, width), MATRIX), p.astype(v.dtype), v_here))
-            result[...] = total.astype(values.dtype)
+            sums = p.sum(axis=1)
+            result[...] = (total * down_columns(1 / sums, width)).astype(values.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(result, values.at[at.pair, here])
             largest[at.pair, here] = top
-            weight[at.pair, here] = p.sum(axis=1)
+            weight[at.pair, here] = sums
             return ()
 
         _each_tile(at, there.query, group, arrived, [(q, q_here)], of_tile)
@@ -165,7 +166,7 @@ def _of_pairs(q, k, v, token, there, scale):
 
 
 def _gradients_of_pairs(q, k, v, token, there, d_out, lse, overlap, scale):
-    """Of each pair and head the gradient of the query ``[P, rows, D]``, of each piece those of keys and values ``[P, pieces, 64, D]``, without scale."""
+    """Of each pair and head the gradient of the query ``[P, rows, D]``, of each piece those of keys and values ``[P, pieces, 64, D]``."""
     (pairs, rows), width, (group, dim) = there.begin.shape, v.shape[3], q.shape[2:]
     of_query = jax.vmap(lambda x, query: x[query].reshape(-1))
 
@@ -186,7 +187,7 @@ def _gradients_of_pairs(q, k, v, token, there, d_out, lse, overlap, scale):
             dv_total, dp = mosaic.add_products(
                 (dv_total, p.astype(d_out.dtype), d_here.at[slot]), (nothing, v_here, transposed(d_here.at[slot]))
             )
-            ds = (p * (dp - share)).astype(q.dtype)
+            ds = (p * (dp - share) * scale).astype(q.dtype)
             ds_here[...] = ds
             plgpu.commit_smem()
             [dk_total] = mosaic.add_products((dk_total, ds, q_here.at[slot]))
@@ -229,8 +230,8 @@ def _sums_of_pieces(of_block, dk, dv):
     return plgpu.kernel(
         kernel,
         out_type=[jax.ShapeDtypeStruct((pairs, blocks, *x.shape[2:]), x.dtype) for x in (dk, dv)],
-        grid=(blocks, pairs),
-        grid_names=("block", "pair"),
+        grid=(pairs, blocks),
+        grid_names=("pair", "block"),
         kernel_name="nsa_selected_sums",
     )(of_block, dk, dv)
 
@@ -293,8 +294,8 @@ def _call(kernel, name, there, like, shared, out_type, fetched):
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_barriers=2, num_arrivals=fetched * ROWS // like.shape[2]),
         ],
-        grid=(number, pairs),
-        grid_names=("piece", "pair"),
+        grid=(pairs, number),
+        grid_names=("pair", "piece"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=name,
     )

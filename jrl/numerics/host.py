@@ -45,6 +45,8 @@ def why_no_kernels() -> str | None:
         return "it needs an NVIDIA Hopper GPU (H100, H200)"
     if jax.__version_info__ < KERNELS_NEED_JAX:
         return f"it needs jax {'.'.join(map(str, KERNELS_NEED_JAX))}, and this is {jax.__version__}"
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        return "it needs jax_enable_x64 to be off"
     return None
 
 
