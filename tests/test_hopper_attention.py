@@ -60,7 +60,7 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "tiles" in n else n for n in DENSE])
+@pytest.mark.parametrize("name", [n if "no order" in n else pytest.param(n, marks=pytest.mark.slow) for n in DENSE])
 def test_dense_attention_is_the_references(name):
     length, num_keys, dim, width, options = DENSE[name]
     options = {k: jnp.array(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
@@ -152,6 +152,7 @@ def test_selection_over_chunks_and_pieces_is_that_of_xla(group, monkeypatch, cap
     close(found, with_gradients(function(nsa_selected.selected_attention), args))
 
 
+@pytest.mark.slow
 def test_float16_holds_what_pairs_leave():
     """Values and gradients whose sums over a block's tokens do not fit in float16, where their means do."""
     params, q, streams, gates = sparse_arguments(130, 2, 1, 64, 64, SMALL, jnp.float16)
