@@ -122,6 +122,7 @@ def attention(args: Args, place: NamedSharding) -> None:
     print("\nSparse attention, compiled for an H100\n")
     print("| tokens | GiB | kernels | largest loops, trips x kernels | compile s |\n| --- | --- | --- | --- | --- |")
     needs: dict[str, tuple[str, str]] = {}
+    os.environ["MOSAIC_GPU_DUMP_PTXAS"] = "1"  # the assembler says what kernels need
     for length in args.attention:
         for what, function in (("forward", sparse), ("forward and backward", with_gradients)):
             shapes = jax.eval_shape(lambda length=length: sparse_inputs(length, args.width))

@@ -102,29 +102,32 @@ def _choose(
     name: Implementation | None, q: Array, k: Array, v: Array, rule: Rule, segmented: bool, own: bool
 ) -> Implementation:
     """The implementation to use. Raises ``ValueError`` for a named one that cannot."""
-    platform = jax.default_backend()
     if name is not None:
         checks.one_of("implementation", name, get_args(Implementation))
-    if name in (None, "pallas_tpu"):
-        reason = platforms.why_not_splash(q, k, v, rule, own)
-        if name and reason:
-            raise ValueError(f"implementation='pallas_tpu' cannot do this: {reason}")
-        if name or (platform == "tpu" and not reason):
-            return "pallas_tpu"
-    if name in (None, "cudnn"):
-        reason = platforms.why_not_cudnn(q, k, v, rule, segmented)
-        if name and reason:
-            raise ValueError(f"implementation='cudnn' cannot do this: {reason}")
-        if not reason:
-            return "cudnn"
-    if name == "mosaic_gpu" or (name is None and q.shape[1] >= LEAST_ROWS and host.has_kernels()):
-        from jrl.attention import flash_hopper  # Pallas takes a while to import
-
-        reason = flash_hopper.why_not(q, k, v)
-        if name and reason:
-            raise ValueError(f"implementation='mosaic_gpu' cannot do this: {reason}")
-        if not reason:
-            return "mosaic_gpu"
-    if name is not None:
+    if name in ("xla", "reference"):
         return name
+
+    def why_not(kernels: Implementation) -> str | None:
+        match kernels:
+            case "pallas_tpu":
+                return platforms.why_not_splash(q, k, v, rule, own)
+            case "cudnn":
+                return platforms.why_not_cudnn(q, k, v, rule, segmented)
+            case _:
+                from jrl.attention import flash_hopper  # Pallas takes a while to import
+
+                return flash_hopper.why_not(q, k, v)
+
+    if name is not None:
+        if reason := why_not(name):
+            raise ValueError(f"implementation={name!r} cannot do this: {reason}")
+        return name
+    offered: dict[Implementation, bool] = {
+        "pallas_tpu": jax.default_backend() == "tpu",
+        "cudnn": True,
+        "mosaic_gpu": q.shape[1] >= LEAST_ROWS and host.has_kernels(),
+    }
+    for kernels, there in offered.items():
+        if there and not why_not(kernels):
+            return kernels
     return "reference" if q.shape[1] * k.shape[1] <= SMALL else "xla"

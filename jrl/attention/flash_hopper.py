@@ -19,6 +19,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from jrl.attention.dense import group as group_heads
 from jrl.attention.spans_hopper import (
     BEHIND_KEYS,
     BEHIND_ROWS,
@@ -49,8 +50,8 @@ def attend(
     q: Array, k: Array, v: Array, q_segments: Array | None, k_segments: Array | None, rule: Rule, scale: float
 ) -> Array:
     """The same as ``dense``, where ``why_not`` has no reason."""
-    (batch, length, heads, dim), (num_keys, kv_heads) = q.shape, k.shape[1:3]
-    group = heads // kv_heads
+    (batch, length), (num_keys, kv_heads) = q.shape[:2], k.shape[1:3]
+    group = q.shape[2] // kv_heads
     at, key_at = rule.q_start + jnp.arange(length), rule.k_start + rule.k_step * jnp.arange(num_keys)
     begin = jnp.zeros_like(at) if rule.window is None else at - rule.window + 1
     end = at if rule.causal else jnp.full_like(at, END - 1)
@@ -63,10 +64,10 @@ def attend(
     rows = Rows(*(of_batch(x, length) for x in (begin, end, q_segments)))
     keys = Keys(*(of_batch(x, num_keys) for x in (key_at, key_at, k_segments)))
     rows = pad(Rows(*(jnp.repeat(x, group, 1) for x in rows)), BEHIND_ROWS, TILE)
-    grouped = q.reshape(batch, length, kv_heads, group, dim).swapaxes(1, 2).reshape(batch * kv_heads, -1, dim)
+    grouped = by_group(q, kv_heads).reshape(batch * kv_heads, -1, q.shape[3])
     q, k, v = (pad_rows(x) for x in (grouped, *(by_head(x) for x in (k, v))))
-    out = attention(q, k, v, rows, pad(keys, BEHIND_KEYS, TILE), scale)[0][:, : length * group]
-    return out.reshape(batch, kv_heads, length, group, -1).swapaxes(1, 2).reshape(batch, length, heads, -1)
+    out = attention(q, k, v, rows, pad(keys, BEHIND_KEYS, TILE), scale)[0]
+    return by_token(out[:, : length * group], batch, group)
 
 
 def why_not(q: Array, k: Array, v: Array) -> str | None:
@@ -78,6 +79,19 @@ def why_not(q: Array, k: Array, v: Array) -> str | None:
     if any(dim not in WIDTHS for dim in (q.shape[3], v.shape[3])):
         return f"it takes heads of width {', '.join(map(str, WIDTHS))}, got {q.shape[3]} and {v.shape[3]}"
     return None
+
+
+def by_group(q: Array, kv_heads: int) -> Array:
+    """``[B, T, H, D]`` as ``[B K, T, G, D]``, the queries of each key head."""
+    grouped = group_heads(q, kv_heads).swapaxes(1, 2)
+    return grouped.reshape(-1, *grouped.shape[2:])
+
+
+def by_token(out: Array, batch: int, group: int) -> Array:
+    """The other way round: rows ``[B K, T G, D]`` as ``[B, T, H, D]``."""
+    pairs, rows, dim = out.shape
+    by_key_head = out.reshape(batch, pairs // batch, rows // group, group, dim)
+    return by_key_head.swapaxes(1, 2).reshape(batch, rows // group, -1, dim)
 
 
 def by_head(x: Array) -> Array:

@@ -71,8 +71,7 @@ def compressed_attention(
     group, padding = heads // kv_heads, (0, -length % flash_hopper.TILE)
     t, start, own, oldest = (jnp.pad(x, [(0, 0), padding]) for x in queries)
     rows, keys = Rows(start, t, jnp.zeros_like(t)), Keys(first, first + config.block - 1, jnp.zeros_like(first))
-    q = jnp.pad(q, [(0, 0), padding, (0, 0), (0, 0)]).reshape(batch, -1, kv_heads, group, q.shape[3])
-    q = q.swapaxes(1, 2).reshape(batch * kv_heads, -1, *q.shape[3:])  # [P, T, G, D]
+    q = flash_hopper.by_group(jnp.pad(q, [(0, 0), padding, (0, 0), (0, 0)]), kv_heads)
     k, v = map(flash_hopper.by_head, (k, v))
     by_row = Rows(*(jnp.repeat(x, group, 1) for x in rows))
     behind = pad(keys, BEHIND_KEYS, flash_hopper.TILE)
@@ -81,8 +80,8 @@ def compressed_attention(
     lse = lse.reshape(*q.shape[:3]).swapaxes(1, 2)
     q, k, lse = map(lax.stop_gradient, (q, k, lse))
     chosen = _choose(q, k, lse, rows, keys, own, oldest, num_blocks, config, scale)
-    out = out.reshape(batch, kv_heads, -1, group, v.shape[2]).swapaxes(1, 2)[:, :length]
-    return out.reshape(batch, length, heads, -1), chosen.reshape(batch, kv_heads, *chosen.shape[1:])[:, :, :length]
+    out = flash_hopper.by_token(out, batch, group)[:, :length]
+    return out, chosen.reshape(batch, kv_heads, *chosen.shape[1:])[:, :, :length]
 
 
 def _offsets(config: Config) -> dict[int, int]:

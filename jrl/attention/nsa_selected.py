@@ -116,7 +116,7 @@ def plan(chosen: Array, blocks: int, sizes: Tiles) -> Plan:
     ordered = chosen.ravel()[order]
     first = jnp.searchsorted(ordered, jnp.arange(blocks + 1), method=method).astype(jnp.int32)
     end = jnp.cumsum(-(-jnp.diff(first) // rows))  # of each block's tiles
-    begin = jnp.concatenate([jnp.zeros_like(end[:1]), end[:-1], jnp.full_like(end[:1], most)])
+    begin = jnp.concatenate([_begins(end), jnp.full_like(end[:1], most)])
     slot = begin[ordered] * rows + jnp.arange(pairs, dtype=jnp.int32) - first[ordered]
     query = jnp.full_like(order, length, shape=most * rows).at[slot].set(order // selected, mode="drop")
     block = jnp.searchsorted(end, jnp.arange(most), side="right", method=method)
@@ -124,11 +124,16 @@ def plan(chosen: Array, blocks: int, sizes: Tiles) -> Plan:
     return Plan(query.reshape(most, rows), jnp.minimum(block, blocks - 1), slots.reshape(chosen.shape), end)
 
 
+def _begins(ends: Array) -> Array:
+    """Where runs begin that stand behind each other, by their ends."""
+    return jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+
+
 class Pieces(NamedTuple):
     """How kernels compute a chunk of C queries, for each of P pairs of sequence and key head; every entry is int32.
 
     Attributes:
-        query: of each place in a tile ``[P, tiles R]``.
+        query: the query at each place of each tile ``[P, tiles R]``.
         begin: first token that each row of a tile sees ``[P, tiles rows]``.
         end: the last one, -1 for a place that is empty.
         slot: place of each pair among those of the tiles ``[P, C, n]``, one past the last for none.
@@ -161,9 +166,9 @@ def pieces(chosen: Array, t: Array, start: Array, blocks: int, group: int, rows:
 
 def _work(there: Plan, blocks: int, longest: int) -> tuple[Array, Array]:
     tiles = len(there.block)
-    first = jnp.concatenate([jnp.zeros_like(there.end[:1]), there.end[:-1]])
+    first = _begins(there.end)
     last_piece = jnp.cumsum(-(-(there.end - first) // longest)).astype(jnp.int32)
-    first_piece = jnp.concatenate([jnp.zeros_like(last_piece[:1]), last_piece[:-1]])
+    first_piece = _begins(last_piece)
     index = jnp.arange(-(-tiles // longest) + blocks, dtype=jnp.int32)
     block = jnp.minimum(
         jnp.searchsorted(last_piece, index, side="right", method="compare_all").astype(jnp.int32), blocks - 1

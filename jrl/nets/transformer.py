@@ -293,14 +293,19 @@ def blocks_and_loads(
         counted: bool ``[B, T]``, tokens that are part of the load; ``valid`` if not given.
     """
     counted = valid if counted is None else counted
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-    tokens = Tokens(positions, segment_ids, valid)
+    tokens = _tokens(x, positions, segment_ids, valid)
 
     for name, shape in stacks(config).items():
         layer = partial(one_layer, tokens=tokens, counted=counted, config=shape)
         x, loads = jax.lax.scan(jax.checkpoint(layer) if config.remat else layer, x, params[name])
     return rms_norm(x, params["norm"], config.norm_eps), loads
+
+
+def _tokens(x: Array, positions: Array | None, segment_ids: Array | None, valid: Array | None) -> Tokens:
+    """Where the tokens of ``x [B, T, dim]`` stand: at 0, 1, 2 ... if no positions are given."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+    return Tokens(positions, segment_ids, valid)
 
 
 def one_layer(x: Array, layer: Any, tokens: Tokens, counted: Array | None, config: Config) -> tuple[Array, moe.Load]:
@@ -328,13 +333,11 @@ def index_loss(
     """
     if config.attention != "dsa":
         raise ValueError(f"index_loss needs transformer.attention=dsa; got {config.attention}")
-    if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
-    tokens = Tokens(positions, segment_ids, valid)
+    tokens = _tokens(x, positions, segment_ids, valid)
 
     def of_layer(x: Array, layer: Any, shape: Config) -> tuple[Array, Array]:
         y = rms_norm(x, layer["attention_norm"], shape.norm_eps)
-        seen = {"positions": positions, "segment_ids": segment_ids, "valid": valid}
+        seen = {"positions": tokens.position, "segment_ids": segment_ids, "valid": valid}
         loss = dsa.index_loss(layer["latent"], layer["indexer"], y, shape.indexer, shape.latent, sparse=sparse, **seen)
         return one_layer(x, layer, tokens, valid, shape)[0], loss
 

@@ -12,10 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 ROWS = 64  # of a matrix on the tensor cores
-TRANSFORMS = (
-    plgpu.TilingTransform((8, 64)),
-    plgpu.SwizzleTransform(128),
-)  # of shared memory that they read, for 16-bit numbers
+TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # of shared memory, for 16-bit numbers
 
 # How matrices, and vectors along their rows and columns, are spread over the threads of a warpgroup.
 MATRIX = plgpu.Layout.WGMMA
@@ -38,9 +35,9 @@ def along_rows(vector: Any, height: int = 64) -> Any:
     return lax.broadcast_in_dim(vector, (height, *vector.shape), (1,))
 
 
-def full(shape: tuple[int, ...], value: float, layout: Any, dtype: Any = jnp.float32) -> Any:
-    """Make an array of one value with the given layout in registers."""
-    return plgpu.layout_cast(jnp.full(shape, value, dtype), layout)
+def full(shape: tuple[int, ...], value: float, layout: Any) -> Any:
+    """Make a float32 array of one value with the given layout in registers."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
 def zeros(shape: tuple[int, ...], layout: Any) -> Any:
